@@ -1,0 +1,89 @@
+# The one way to build, check and show the project; a person, a hook and CI run the same targets.
+#
+# Needs make and Python 3.11 to 3.13 with venv, nothing else. The environment lives in .venv: pinned and hash-checked by
+# requirements.lock, built once, and again only when the lock changes.
+
+PYTHON  ?= python3
+UV      ?= uv
+WORKERS ?= 2
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.project-installed
+PEER  := .venv-peer
+# A build with no compiler, no prompt and no package that the lock does not name.
+PIP   := -m pip --disable-pip-version-check --no-input
+# The user's own PYTHONPATH or an active environment must not leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help environment test lint format demo soak bench peer lock clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+environment: $(READY) ## build .venv, with the `tapeline` command
+
+$(VENV)/.locked: requirements.lock
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: no '$(PYTHON)' here; install Python 3.11, 3.12 or 3.13, or say: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("make: needs Python 3.11, 3.12 or 3.13; " + sys.executable + " is " + sys.version.split()[0] + "; say: make PYTHON=/path/to/python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' has no venv module; install it (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) install --quiet --only-binary :all: --require-hashes -r requirements.lock
+	@touch $@
+
+$(READY): $(VENV)/.locked pyproject.toml
+	$(BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python $(PIP) check || { echo "make: requirements.lock does not fit pyproject.toml; say: make lock" >&2; exit 1; }
+	@touch $@
+
+test: $(READY) lint ## the gate: lint, types, tests, coverage with the worker processes
+	@$(BIN)/coverage erase
+	@status=0; \
+	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS) || status=$$?; \
+	$(BIN)/coverage combine --quiet || status=1; \
+	$(BIN)/coverage report || status=1; \
+	exit $$status
+
+lint: $(READY) ## ruff and mypy, nothing changed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY) ## train the digits over three processes, verify, draw the timeline
+	$(BIN)/tapeline demo $(ARGS)
+
+soak: $(READY) ## the long property tests as well
+	TAPELINE_NIGHTLY=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --timeout 3600 $(ARGS)
+
+bench: $(READY) ## the table of benchmarks/README.md; with the peer if `make peer` was said
+	$(BIN)/python benchmarks/run.py $(if $(wildcard $(PEER)/.locked),--python $(PEER)/bin/python) $(ARGS)
+
+peer: $(PEER)/.locked ## build .venv-peer, the PyTorch that `make bench` compares with
+
+$(PEER)/.locked: benchmarks/peer-requirements.txt
+	rm -rf $(PEER)
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python $(PIP) install --quiet -r $<
+	@touch $@
+
+lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
+	$(UV) pip compile --quiet --universal --generate-hashes --fork-strategy fewest --no-emit-index-url \
+	  --no-emit-find-links --custom-compile-command "make lock" --extra dev --extra examples \
+	  $(ARGS) --output-file requirements.lock pyproject.toml
+
+clean: ## remove caches, reports and artefacts
+	rm -rf artifacts build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pipeline stages transport tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## and the environments
+	rm -rf $(VENV) $(PEER)
