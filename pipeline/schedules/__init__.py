@@ -1,0 +1,94 @@
+"""The schedules by name, and the one way from a name or a function to a checked plan.
+
+A schedule is a function `(stages, microbatches, *, windows=1) -> Plan`; a user's own one has the same form.
+A new schedule is a new file here and a row in `SCHEDULES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from pipeline.errors import ScheduleError
+from pipeline.plan import Plan, validate
+from pipeline.schedules.forward_only import forward_only
+from pipeline.schedules.gpipe import gpipe
+from pipeline.schedules.one_f_one_b import one_f_one_b
+
+__all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_f_one_b", "schedule_named"]
+
+
+class Schedule(Protocol):
+    """What makes plans: a function of the number of stages, of microbatches and of windows."""
+
+    def __call__(self, stages: int, microbatches: int, *, windows: int = 1) -> Plan:
+        """The plan for one step of so many stages, microbatches and windows, each at least 1."""
+        ...
+
+
+SCHEDULES: Mapping[str, Schedule] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+}
+
+
+def schedule_named(schedule: str | Schedule) -> Schedule:
+    """The schedule that goes by a name.
+
+    Args:
+        schedule: a name of `SCHEDULES`, or a function of one's own, which is returned as it is.
+
+    Raises:
+        ScheduleError: no schedule has that name, or what was given is neither.
+    """
+    if isinstance(schedule, str):
+        if schedule in SCHEDULES:
+            return SCHEDULES[schedule]
+        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ScheduleError(f"there is no schedule {schedule!r}, expected one of {_names()}{hint}")
+    if callable(schedule):
+        return schedule
+    raise ScheduleError(
+        f"a schedule is one of {_names()} or a function (stages, microbatches) -> Plan, received {schedule!r}"
+    )
+
+
+def build_plan(
+    schedule: str | Schedule,
+    stages: int,
+    microbatches: int,
+    *,
+    windows: int = 1,
+    wiring: Mapping[int, Iterable[int]] | None = None,
+) -> Plan:
+    """The checked plan of a schedule.
+
+    Args:
+        schedule: as `schedule_named` takes it.
+        stages: number of stages, at least 1.
+        microbatches: number of microbatches in the step, at least 1.
+        windows: number of windows of the time axis, at least 1. A function that knows no windows is fine for
+            1.
+        wiring: stage -> upstream stages; None means a chain.
+
+    Raises:
+        ScheduleError: no such schedule, impossible numbers, or the function made something else than asked.
+        PlanError: the plan cannot run; with every fault.
+    """
+    make = schedule_named(schedule)
+    plan = make(stages, microbatches) if windows == 1 else make(stages, microbatches, windows=windows)
+    if not isinstance(plan, Plan):
+        raise ScheduleError(f"the schedule {schedule!r} must return a Plan, it returned {plan!r}")
+    asked, made = (stages, microbatches, windows), (plan.stages, plan.microbatches, plan.windows)
+    if made != asked:
+        raise ScheduleError(
+            f"the schedule {schedule!r} was asked for (stages, microbatches, windows) = {asked}, but its plan "
+            f"has {made}"
+        )
+    return validate(plan, wiring)
+
+
+def _names() -> str:
+    return ", ".join(repr(name) for name in SCHEDULES)
