@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Fault", "MicrobatchError", "PipelineError", "PlanError", "ScheduleError"]
+__all__ = ["Fault", "MicrobatchError", "PipelineError", "PlanError", "ScheduleError", "TimelineError"]
 
 
 class PipelineError(Exception):
@@ -21,6 +21,10 @@ class ScheduleError(PipelineError, ValueError):
 
 class MicrobatchError(PipelineError, ValueError):
     """A batch that cannot be cut into the microbatches asked for."""
+
+
+class TimelineError(PipelineError, ValueError):
+    """Times that cannot be: an action that ends before it starts, or a cost below zero."""
 
 
 @dataclass(frozen=True, slots=True)

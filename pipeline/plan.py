@@ -15,7 +15,7 @@ from functools import cached_property
 from pipeline import rules
 from pipeline.clock import Tick, run
 from pipeline.errors import PlanError
-from stages.actions import Action, Kind, Wiring, chain, dependencies
+from stages.actions import Action, Kind, Wiring, chain, dependencies, open_tapes
 
 __all__ = ["Plan", "validate"]
 
@@ -92,11 +92,9 @@ class Plan:
 
         The programs alone decide it, no clock is needed. All 0 for a plan without training.
         """
-        return tuple(max(counts, default=0) for counts in self.open_tapes())
-
-    def open_tapes(self) -> tuple[tuple[int, ...], ...]:
-        """For each worker, the number of open tapes after each of its actions."""
-        return tuple(tuple(_open_tapes(program)) if self.training else (0,) * len(program) for program in self.programs)
+        if not self.training:
+            return (0,) * self.workers
+        return tuple(max(open_tapes(program), default=0) for program in self.programs)
 
     def counts(self) -> dict[Kind, int]:
         """How many actions of each kind the plan has."""
@@ -143,10 +141,10 @@ class Plan:
         width = max((len(cell) for row in cells for cell in row), default=1)
         gutter = len(f"worker {self.workers - 1}")
         lines = [self.headline()]
-        for worker, (row, open_tapes) in enumerate(zip(cells, self.peak_in_flight(), strict=True)):
+        for worker, (row, held) in enumerate(zip(cells, self.peak_in_flight(), strict=True)):
             body = " ".join(cell * width if cell == "─" else cell.ljust(width) for cell in row)
             waits = f"waits {row.count('·')} of {slots}"
-            holds = f"holds {open_tapes}, " if self.training else ""
+            holds = f"holds {held}, " if self.training else ""
             lines.append(f"{f'worker {worker}':<{gutter}} │ {body} │ {holds}{waits}")
         return "\n".join(lines)
 
@@ -186,17 +184,6 @@ def validate(plan: Plan, wiring: Mapping[int, Iterable[int]] | None = None) -> P
     if faults:
         raise PlanError(plan.name, faults)
     return plan
-
-
-def _open_tapes(program: Iterable[Action]) -> Iterator[int]:
-    """Open tapes after each action; an input half keeps its tape, since the weight half still reads it."""
-    tapes = 0
-    for action in program:
-        if action.kind is Kind.FORWARD:
-            tapes += 1
-        elif action.kind is not Kind.BACKWARD_INPUT:
-            tapes -= 1
-        yield tapes
 
 
 def _count(number: int, one: str, many: str = "") -> str:

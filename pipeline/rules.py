@@ -15,19 +15,21 @@ look at the plan.  All faults are reported together, each under the name of its 
               backward (summation of gradients): the order of the reference run, so that numbers are equal.
 10. in_flight no worker holds more tapes open than the schedule promised.
 
-A rule that another one's fault makes meaningless is not applied to that action: one mistake, one fault.
+One mistake, one fault: a broken shape stops the search, and rules 7 to 10 look at what is left of each program once
+strangers and repetitions are taken out, with whatever is missing counted as done.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pipeline.clock import Blocked, run
 from pipeline.errors import Fault
-from stages.actions import Action, Kind, Wiring
+from stages.actions import Action, Kind, Wiring, open_tapes
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -47,6 +49,8 @@ RULES = (
     "in_flight",
 )
 
+Programs = Sequence[tuple[Action, ...]]
+
 _LISTED = 6
 _DEADLOCKS = 8
 _HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
@@ -63,20 +67,15 @@ def faults(plan: Plan, wiring: Mapping[int, Iterable[int]]) -> tuple[Fault, ...]
         The faults in the order of the rules; empty if the plan can run and means what it should.
     """
     wiring = Wiring.of(wiring)
-    found = [*_shape(plan), *_wiring(plan, wiring)]
-    if found:
-        return tuple(found)  # the other rules read the sizes and the wiring
-    strays = {action for _, action in plan.actions() if not _in_range(plan, action)}
-    return (
-        *_out_of_range(plan),
-        *_worker(plan, strays),
-        *_duplicate(plan),
-        *_kind(plan),
-        *_missing(plan),
-        *_before_and_deadlock(plan, wiring),
-        *_order(plan, strays),
-        *_in_flight(plan),
-    )
+    if shape := tuple(_shape(plan)):
+        return shape
+    contents = (*_range(plan), *_worker(plan), *_duplicate(plan), *_kind(plan), *_missing(plan))
+    programs = [_sane(plan, worker) for worker in range(plan.workers)]
+    if miswired := tuple(_wiring(plan, wiring)):
+        timing = miswired
+    else:
+        timing = (*_before_and_deadlock(plan, programs, wiring),)
+    return (*contents, *timing, *_order(programs), *_in_flight(plan, programs))
 
 
 def _shape(plan: Plan) -> Iterator[Fault]:
@@ -125,7 +124,20 @@ def _in_range(plan: Plan, action: Action) -> bool:
     )
 
 
-def _out_of_range(plan: Plan) -> Iterator[Fault]:
+def _belongs(plan: Plan, worker: int, action: Action) -> bool:
+    return _in_range(plan, action) and plan.placement[action.stage] == worker
+
+
+def _sane(plan: Plan, worker: int) -> tuple[Action, ...]:
+    """A worker's program without what rules 1 to 5 complain about: strangers and repetitions."""
+    return tuple(
+        action
+        for action in dict.fromkeys(plan.programs[worker])
+        if _belongs(plan, worker, action) and (plan.training or action.kind is Kind.FORWARD)
+    )
+
+
+def _range(plan: Plan) -> Iterator[Fault]:
     for worker, action in plan.actions():
         if not _in_range(plan, action):
             yield Fault(
@@ -136,9 +148,9 @@ def _out_of_range(plan: Plan) -> Iterator[Fault]:
             )
 
 
-def _worker(plan: Plan, strays: set[Action]) -> Iterator[Fault]:
+def _worker(plan: Plan) -> Iterator[Fault]:
     for worker, action in plan.actions():
-        if action not in strays and plan.placement[action.stage] != worker:
+        if _in_range(plan, action) and not _belongs(plan, worker, action):
             yield Fault(
                 "worker",
                 f"worker {worker} has {action}, but stage {action.stage} is placed on worker "
@@ -147,13 +159,13 @@ def _worker(plan: Plan, strays: set[Action]) -> Iterator[Fault]:
 
 
 def _duplicate(plan: Plan) -> Iterator[Fault]:
-    for action, times in Counter(action for _, action in plan.actions()).items():
+    counts = Counter((worker, action) for worker, action in plan.actions() if _belongs(plan, worker, action))
+    for (worker, action), times in counts.items():
         if times > 1:
-            workers = sorted({worker for worker, other in plan.actions() if other == action})
             yield Fault(
                 "duplicate",
-                f"{action} ({action.describe()} of stage {action.stage}) happens {times} times on "
-                f"{_workers(workers)}, expected once",
+                f"worker {worker} has {action} ({action.describe()} of stage {action.stage}) {times} times, "
+                "expected once",
             )
 
 
@@ -175,33 +187,34 @@ def _kind(plan: Plan) -> Iterator[Fault]:
 
 def _missing(plan: Plan) -> Iterator[Fault]:
     present = {action for _, action in plan.actions()}
-    halves = {(a.stage, a.microbatch, a.window) for a in present if a.kind in _HALVES}
-    whole = {(a.stage, a.microbatch, a.window) for a in present if a.kind is Kind.BACKWARD}
-    for stage in range(plan.stages):
-        wanted: list[Action] = []
-        for microbatch in range(plan.microbatches):
-            for window in range(plan.windows):
-                where = (stage, microbatch, window)
-                wanted.append(Action(Kind.FORWARD, *where))
-                if plan.training and where in halves - whole:
-                    wanted += [Action(kind, *where) for kind in _HALVES]
-                elif plan.training:
-                    wanted.append(Action(Kind.BACKWARD, *where))
-        absent = sorted(action for action in wanted if action not in present)
+    for stage, worker in enumerate(plan.placement):
+        wanted = _wanted(plan, stage, present)
+        absent = sorted(wanted - present)
         if absent:
             yield Fault(
                 "missing",
-                f"worker {plan.placement[stage]} lacks {len(absent)} of the {len(wanted)} actions of stage "
-                f"{stage}: {_listed(absent)}",
+                f"worker {worker} lacks {len(absent)} of the {len(wanted)} actions of stage {stage}: {_listed(absent)}",
             )
 
 
-def _before_and_deadlock(plan: Plan, wiring: Wiring) -> Iterator[Fault]:
+def _wanted(plan: Plan, stage: int, present: Container[Action]) -> set[Action]:
+    """All that a stage has to do; a backward of which one half is present, and no whole one, wants both halves."""
+    wanted = set()
+    for microbatch, window in product(range(plan.microbatches), range(plan.windows)):
+        where = (stage, microbatch, window)
+        wanted.add(Action(Kind.FORWARD, *where))
+        halves = {Action(kind, *where) for kind in _HALVES}
+        whole = Action(Kind.BACKWARD, *where)
+        if plan.training:
+            wanted |= halves if whole not in present and any(half in present for half in halves) else {whole}
+    return wanted
+
+
+def _before_and_deadlock(plan: Plan, programs: Programs, wiring: Wiring) -> Iterator[Fault]:
     """Rules 7 and 8. What is missing counts as done, so that only a true circle is reported."""
-    positions: dict[Action, tuple[int, int]] = {}
-    for worker, program in enumerate(plan.programs):
-        for index, action in enumerate(program):
-            positions.setdefault(action, (worker, index))
+    positions = {
+        action: (worker, index) for worker, program in enumerate(programs) for index, action in enumerate(program)
+    }
     ignored: set[tuple[Action, Action]] = set()
     for action, (worker, index) in positions.items():
         for needed in plan.dependencies(action, wiring):
@@ -216,7 +229,7 @@ def _before_and_deadlock(plan: Plan, wiring: Wiring) -> Iterator[Fault]:
                 yield needed
 
     for _ in range(_DEADLOCKS):
-        clock = run(plan.programs, needs)
+        clock = run(programs, needs)
         if not clock.blocked:
             return
         circle = _circle(clock.blocked, positions)
@@ -240,12 +253,12 @@ def _circle(blocked: tuple[Blocked, ...], positions: Mapping[Action, tuple[int, 
     return [stuck[member] for member in path[path.index(worker) :]]
 
 
-def _order(plan: Plan, strays: set[Action]) -> Iterator[Fault]:
+def _order(programs: Programs) -> Iterator[Fault]:
     """Rule 9. The input half of a backward sums nothing, so its order is free."""
-    for worker, program in enumerate(plan.programs):
+    for worker, program in enumerate(programs):
         latest: dict[tuple[str, int, int], Action] = {}
         for action in program:
-            if action in strays or action.kind is Kind.BACKWARD_INPUT:
+            if action.kind is Kind.BACKWARD_INPUT:
                 continue
             way = "forward" if action.kind is Kind.FORWARD else "backward"
             place = (way, action.stage, action.window)
@@ -260,21 +273,21 @@ def _order(plan: Plan, strays: set[Action]) -> Iterator[Fault]:
                 latest[place] = action
 
 
-def _in_flight(plan: Plan) -> Iterator[Fault]:
-    for worker, (bound, counts) in enumerate(zip(plan.in_flight, plan.open_tapes(), strict=False)):
+def _in_flight(plan: Plan, programs: Programs) -> Iterator[Fault]:
+    """Rule 10, for the workers whose programs are complete: a missing backward is no broken promise."""
+    present = {action for program in programs for action in program}
+    for worker, (bound, program) in enumerate(zip(plan.in_flight, programs, strict=False)):
+        wanted = {action for stage in plan.stages_of(worker) for action in _wanted(plan, stage, present)}
+        counts = open_tapes(program) if plan.training else []
         peak = max(counts, default=0)
-        if peak > bound:
-            action = plan.programs[worker][counts.index(peak)]
+        if peak > bound and wanted == set(program):
             yield Fault(
                 "in_flight",
-                f"worker {worker} holds {peak} tapes open after {action}, the schedule promised at most {bound}",
+                f"worker {worker} holds {peak} tapes open after {program[counts.index(peak)]}, the schedule "
+                f"promised at most {bound}",
             )
 
 
 def _listed(actions: list[Action]) -> str:
     more = f" and {len(actions) - _LISTED} more" if len(actions) > _LISTED else ""
     return ", ".join(str(action) for action in actions[:_LISTED]) + more
-
-
-def _workers(workers: list[int]) -> str:
-    return ("worker " if len(workers) == 1 else "workers ") + " and ".join(str(worker) for worker in workers)

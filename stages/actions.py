@@ -24,13 +24,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Action", "Kind", "Wiring", "chain", "dependencies", "from_array", "to_array"]
+__all__ = ["Action", "Kind", "Wiring", "chain", "dependencies", "from_array", "open_tapes", "to_array"]
 
 
 class Kind(enum.IntEnum):
@@ -172,6 +173,16 @@ def dependencies(
     tape = Action(Kind.FORWARD, stage, microbatch, window)
     state = (gradient(stage, window + 1),) if window + 1 < windows else ()
     return (tape, *state, *(gradient(sink, window) for sink in wiring.downstream(stage)))
+
+
+def open_tapes(program: Iterable[Action]) -> list[int]:
+    """How many tapes are open after each action of a program.
+
+    A forward opens one. A backward closes it, and so does the weight half; the input half does not, as the weight
+    half still reads the tape.
+    """
+    step = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_INPUT: 0, Kind.BACKWARD_WEIGHT: -1}
+    return list(accumulate(step[action.kind] for action in program))
 
 
 def to_array(program: Iterable[Action]) -> NDArray[np.int32]:

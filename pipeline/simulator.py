@@ -1,0 +1,96 @@
+"""How long a step of a plan would take, from what each stage costs: an answer before any process is started.
+
+A transfer is a delay between two workers, not work of either, as sending is asynchronous; transfers do not slow each
+other down.  With equal costs and no transfer the result is the closed form: GPipe and 1F1B take (m+p-1)(F+B).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from pipeline import rules
+from pipeline.clock import run
+from pipeline.errors import PlanError, TimelineError
+from pipeline.plan import Plan
+from pipeline.timeline import Span, Timeline
+from stages.actions import Action, Kind, Wiring, chain
+
+__all__ = ["Cost", "simulate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one stage needs for one microbatch (of one window), in seconds.
+
+    Attributes:
+        forward: the forward.
+        input_gradient: the half of the backward that gives dL/dInputs.
+        weight_gradient: the half that gives dL/dvariables.
+        transfer: from the end of the forward until the outputs are at a stage on another worker; the gradients of
+            these outputs need as long on their way back.
+
+    Raises:
+        TimelineError: a cost is negative or not finite.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float = 0.0
+    transfer: float = 0.0
+
+    def __post_init__(self) -> None:
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise TimelineError(f"`{attribute.name}` must be seconds, finite and at least 0, received {value!r}")
+
+    @property
+    def backward(self) -> float:
+        """The whole backward: both halves."""
+        return self.input_gradient + self.weight_gradient
+
+    def of(self, kind: Kind) -> float:
+        """The seconds that an action of this kind takes."""
+        return {
+            Kind.FORWARD: self.forward,
+            Kind.BACKWARD: self.backward,
+            Kind.BACKWARD_INPUT: self.input_gradient,
+            Kind.BACKWARD_WEIGHT: self.weight_gradient,
+        }[kind]
+
+
+def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iterable[int]] | None = None) -> Timeline:
+    """Predict the timeline of one step.
+
+    Args:
+        plan: a plan that can run.
+        costs: one for each stage, or one for all.
+        wiring: stage -> upstream stages; None means a chain.
+
+    Returns:
+        The timeline: step time, idle time of each worker, bubble, most open tapes.
+
+    Raises:
+        PlanError: the plan cannot run.
+        TimelineError: there is not one cost for each stage.
+    """
+    each = (costs,) * plan.stages if isinstance(costs, Cost) else tuple(costs)
+    if len(each) != plan.stages:
+        raise TimelineError(f"`costs` must have one entry for each of {plan.stages} stages, received {len(each)}")
+    wiring = Wiring.of(chain(plan.stages) if wiring is None else wiring)
+
+    def delay(needed: Action, action: Action) -> float:
+        if plan.placement[needed.stage] == plan.placement[action.stage]:
+            return 0.0
+        producer = needed.stage if action.kind is Kind.FORWARD else action.stage
+        return each[producer].transfer
+
+    clock = run(
+        plan.programs, lambda action: plan.dependencies(action, wiring), lambda a: each[a.stage].of(a.kind), delay
+    )
+    if clock.blocked:
+        raise PlanError(plan.name, rules.faults(plan, wiring))
+    spans = tuple(Span(tick.worker, tick.action, tick.start, tick.end) for tick in clock.ticks)
+    return Timeline(spans, workers=plan.workers, name=plan.headline())

@@ -1,0 +1,143 @@
+"""When each action of a step happened: simulated and measured steps in one form, so that they can be compared.
+
+All times are seconds. The bubble is the share of worker time within the step in which nothing was done:
+
+    worker 0 │ F0 F1 ·  ·  B0 B1 │  idle 2 of 6        bubble = (2 + 2) / (2 · 6) = 33 %
+    worker 1 │ ·  F0 F1 B0 B1 ·  │  idle 2 of 6        parallelism = 2 · (1 - bubble) = 1.33
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pipeline.errors import TimelineError
+from stages.actions import Action, Kind, open_tapes
+
+__all__ = ["Span", "Timeline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One action that `worker` did from `start` to `end` (seconds, of any clock that all workers share)."""
+
+    worker: int
+    action: Action
+    start: float
+    end: float
+
+    @property
+    def duration(self) -> float:
+        """Seconds from start to end."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What every worker did in one step.
+
+    Args:
+        spans: the actions with their times, in any order. Times are moved so that the first action starts at 0.
+        workers: the number of workers; left out, one more than the highest in `spans`.
+        name: what is shown: `1f1b: 3 stages, 8 microbatches`.
+
+    Attributes:
+        spans: ordered by start, then by worker; the first starts at 0.
+
+    Raises:
+        TimelineError: a time is not finite, an action ends before it starts or while its worker does another,
+            or a worker is out of range.
+    """
+
+    spans: tuple[Span, ...]
+    workers: int = field(default=0)
+    name: str = "step"
+
+    def __post_init__(self) -> None:
+        spans = tuple(self.spans)
+        workers = self.workers or max((span.worker for span in spans), default=0) + 1
+        for span in spans:
+            if not (math.isfinite(span.start) and math.isfinite(span.end) and span.start <= span.end):
+                raise TimelineError(f"{span.action} on worker {span.worker} runs from {span.start} s to {span.end} s")
+            if not 0 <= span.worker < workers:
+                raise TimelineError(f"{span.action} is on worker {span.worker}, expected 0 to {workers - 1}")
+        origin = min((span.start for span in spans), default=0.0)
+        moved = (Span(span.worker, span.action, span.start - origin, span.end - origin) for span in spans)
+        object.__setattr__(self, "spans", tuple(sorted(moved, key=lambda s: (s.start, s.end, s.worker))))
+        object.__setattr__(self, "workers", workers)
+        for worker in range(workers):
+            free, last = 0.0, None
+            for span in self.of_worker(worker):
+                if span.start < free and not math.isclose(span.start, free, abs_tol=1e-9):
+                    raise TimelineError(f"worker {worker} starts {span.action} before {last} has ended")
+                free, last = span.end, span.action
+
+    def of_worker(self, worker: int) -> tuple[Span, ...]:
+        """The spans of one worker, ordered by start."""
+        return tuple(span for span in self.spans if span.worker == worker)
+
+    @cached_property
+    def step_time(self) -> float:
+        """Seconds from the start of the first action to the end of the last one."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """For each worker, the seconds in which it did something."""
+        return tuple(math.fsum(span.duration for span in self.of_worker(worker)) for worker in range(self.workers))
+
+    @cached_property
+    def idle(self) -> tuple[float, ...]:
+        """For each worker, the seconds of the step in which it did nothing."""
+        return tuple(self.step_time - busy for busy in self.busy)
+
+    @cached_property
+    def bubble(self) -> float:
+        """The share of all worker time that is idle, 0 to 1."""
+        return math.fsum(self.idle) / (self.workers * self.step_time) if self.step_time else 0.0
+
+    @cached_property
+    def parallelism(self) -> float:
+        """How many workers are busy on average: the speed-up over one worker that would do it all as fast."""
+        return math.fsum(self.busy) / self.step_time if self.step_time else 0.0
+
+    @cached_property
+    def peak_in_flight(self) -> tuple[int, ...]:
+        """For each worker, the most tapes open at once; all 0 where no backward happens at all."""
+        if all(span.action.kind is Kind.FORWARD for span in self.spans):
+            return (0,) * self.workers
+        programs = ((span.action for span in self.of_worker(worker)) for worker in range(self.workers))
+        return tuple(max(open_tapes(program), default=0) for program in programs)
+
+    def gaps(self, worker: int) -> tuple[tuple[float, float], ...]:
+        """The (start, end) of every stretch of the step in which `worker` did nothing."""
+        edges = [0.0, *(edge for span in self.of_worker(worker) for edge in (span.start, span.end)), self.step_time]
+        pairs = zip(edges[::2], edges[1::2], strict=True)
+        return tuple((start, end) for start, end in pairs if end > start)
+
+    def text(self, names: Iterable[str] = ()) -> str:
+        """A table: for each worker the milliseconds busy and idle, its idle share and its most open tapes.
+
+        Args:
+            names: what to call the workers; left out, `worker 0` and so on.
+        """
+        titles = tuple(names) or tuple(f"worker {worker}" for worker in range(self.workers))
+        width = max((len(title) for title in titles), default=0)
+        lines = [
+            f"{self.name}: step {_ms(self.step_time)} ms, bubble {self.bubble:.1%}, "
+            f"{self.parallelism:.2f} of {self.workers} workers busy",
+            f"{'':{width}}  {'busy ms':>10}  {'idle ms':>10}  {'idle':>6}  {'holds':>5}",
+        ]
+        for title, busy, idle, held in zip(titles, self.busy, self.idle, self.peak_in_flight, strict=True):
+            share = idle / self.step_time if self.step_time else 0.0
+            lines.append(f"{title:{width}}  {_ms(busy):>10}  {_ms(idle):>10}  {share:>6.1%}  {held:>5}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def _ms(seconds: float) -> str:
+    return f"{abs(seconds) * 1e3:.2f}"
