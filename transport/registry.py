@@ -1,0 +1,44 @@
+"""Which transports there are, by the scheme of their addresses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+from transport.channel import Transport
+from transport.errors import BadAddress
+from transport.inproc import InprocTransport
+from transport.limits import DEFAULT_LIMITS, Limits
+from transport.zeromq import IpcTransport, TcpTransport
+
+TRANSPORTS: dict[str, Callable[[Path | None, Limits], Transport]] = {
+    "inproc": InprocTransport,
+    "ipc": IpcTransport,
+    "tcp": TcpTransport,
+}
+"""Scheme -> factory(directory, limits)."""
+
+
+def open_transport(
+    scheme_or_address: str,
+    directory: str | PathLike[str] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Transport:
+    """Opens the transport of a scheme ("ipc") or of an address ("ipc:///run/x/stage0").
+
+    Args:
+        scheme_or_address: "inproc", "ipc", "tcp", or an address that begins with one of them.
+        directory: where ipc puts its socket files; by default a private temporary one, removed on close.
+        limits: the largest message, the same on both sides.
+
+    Raises:
+        BadAddress: an unknown scheme.
+    """
+    scheme = scheme_or_address.partition("://")[0]
+    if scheme not in TRANSPORTS:
+        near = difflib.get_close_matches(scheme, TRANSPORTS, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise BadAddress(f"unknown transport {scheme!r}, known are {', '.join(TRANSPORTS)}{hint}")
+    return TRANSPORTS[scheme](None if directory is None else Path(directory), limits)

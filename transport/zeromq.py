@@ -1,0 +1,307 @@
+"""ipc and tcp: PUSH to PULL over ZeroMQ, for processes on one host.
+
+Rules:
+
+1. One outbox is one connection. It never reconnects by itself: after a loss nobody knows what arrived, so the outbox
+   stays lost, and whoever restarts the run connects anew.
+2. No high-water mark (ZeroMQ's is not flow control), so a send that would block means that the peer is gone.
+3. A frame is received straight into memory of ours, its size known from the validated header.
+4. Socket files are made and removed here, not by ZeroMQ (see `endpoints`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from transport import codec, endpoints
+from transport.buffers import aligned_empty
+from transport.channel import Closeable, Inbox, Outbox, Transport, Watchable
+from transport.errors import (
+    BadAddress,
+    ChannelClosed,
+    MalformedMessage,
+    PeerLost,
+    TransportTimeout,
+    Watched,
+)
+from transport.limits import DEFAULT_LIMITS, Limits
+from transport.message import Message
+
+SEND_IN_PLACE: Final = 256 * 1024
+"""Bytes from which a read-only array is sent without a copy; below, the copy is cheaper than the bookkeeping."""
+
+LINGER_SECONDS: Final = 2.0
+"""How long a closed outbox goes on delivering, in the background."""
+
+_RETRY_SECONDS: Final = 0.01
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_FAILED: Final = (
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_NOTHING: Final = bytearray()
+
+
+class ZeromqInbox(Inbox):
+    """The receiving end; see `Inbox`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], address: str, limits: Limits, file: Path | None) -> None:
+        self.address = address
+        self._limits = limits
+        self._file = file
+        self._pid = os.getpid()
+        self._socket: zmq.Socket[bytes] | None = socket
+        self._header = np.empty(limits.max_header_bytes, np.uint8).data
+        self._inside = False  # a message was begun and not read to its end
+        self._watch: Sequence[Watchable] = ()
+        self._sources: dict[int, Watchable] = {}
+        self._poller = zmq.Poller()
+        self._prepare(())
+
+    def receive(self, timeout: float | None = None, watch: Sequence[Watchable] = ()) -> Message:
+        """See `Inbox.receive`."""
+        socket = self._socket
+        if socket is None:
+            raise ChannelClosed(f"the inbox {self.address} is closed")
+        if watch is not self._watch:
+            self._prepare(watch)
+        if self._inside:  # the last call was interrupted, by Ctrl-C for example
+            self._skip_rest(socket)
+        self._wait(socket, timeout)
+        self._inside = True
+        size = socket.recv_into(self._header, flags=_NOBLOCK)
+        try:
+            if size > self._limits.max_header_bytes:
+                raise MalformedMessage(f"the header has {size} bytes, the limit is {self._limits.max_header_bytes}")
+            header = codec.decode_header(self._header[:size], self._limits)
+            raw = None
+            if header.dtype is not None:
+                if not socket.getsockopt(zmq.RCVMORE):
+                    raise MalformedMessage("the header announces an array, and no frame follows")
+                raw = aligned_empty(header.nbytes)
+                received = socket.recv_into(raw.data if header.nbytes else _NOTHING, flags=_NOBLOCK)
+                if received != header.nbytes:
+                    raise codec.wrong_size(header, received)
+            if socket.getsockopt(zmq.RCVMORE):
+                raise MalformedMessage("more frames arrived than the header announces")
+        except MalformedMessage:
+            self._skip_rest(socket)
+            raise
+        self._inside = False
+        return codec.assemble(header, raw)
+
+    def close(self) -> None:
+        """See `Inbox`. The socket file is gone when this returns."""
+        socket, self._socket = self._socket, None
+        if socket is None or self._pid != os.getpid():
+            return
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+        socket.close(linger=0)
+
+    def _prepare(self, watch: Sequence[Watchable]) -> None:
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._sources = {item if isinstance(item, int) else item.fileno(): item for item in watch}
+        for descriptor in self._sources:
+            self._poller.register(descriptor, zmq.POLLIN)
+        self._watch = watch
+
+    def _wait(self, socket: zmq.Socket[bytes], timeout: float | None) -> None:
+        milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
+        ready = self._poller.poll(milliseconds)
+        if not ready:
+            raise TransportTimeout(f"no message arrived at {self.address} within {timeout} s")
+        if ready[0][0] is socket:
+            return
+        for source, _ in ready:
+            if source is socket:
+                return
+        raise Watched(self._sources[ready[0][0]])
+
+    def _skip_rest(self, socket: zmq.Socket[bytes]) -> None:
+        while socket.getsockopt(zmq.RCVMORE):
+            socket.recv_into(_NOTHING, flags=_NOBLOCK)
+        self._inside = False
+
+
+class ZeromqOutbox(Outbox):
+    """The sending end; see `Outbox`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], address: str, limits: Limits) -> None:
+        self.address = address
+        self._limits = limits
+        self._socket: zmq.Socket[bytes] | None = socket
+        self._lost = False
+
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """See `Outbox.send`."""
+        socket = self._socket
+        if socket is None:
+            raise self._gone(message)
+        frames = codec.encode(message, self._limits)
+        try:
+            if len(frames) == 1:
+                socket.send(frames[0], _NOBLOCK)
+            else:
+                header, raw = frames
+                socket.send(header, _NOBLOCK_MORE)
+                socket.send(raw, _NOBLOCK, copy=raw.nbytes < SEND_IN_PLACE or not raw.readonly)
+        except zmq.Again:
+            self._lost = True
+            self.close()
+            raise self._gone(message) from None
+        except BaseException:  # Ctrl-C between two frames: the next message would be glued to this one
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """See `Outbox`. Goes on delivering in the background for at most `LINGER_SECONDS`."""
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.close()
+
+    def _gone(self, message: Message) -> PeerLost | ChannelClosed:
+        if self._lost:
+            return PeerLost(f"the receiver at {self.address} is gone; {message} was not sent")
+        return ChannelClosed(f"the outbox to {self.address} is closed")
+
+
+class ZeromqTransport(Transport):
+    """What ipc and tcp share: one ZeroMQ context, with one I/O thread; see `Transport`."""
+
+    def __init__(self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pid = os.getpid()
+        self._open: list[Closeable] = []
+
+    def connect(self, address: str, timeout: float | None = None) -> ZeromqOutbox:
+        """See `Transport.connect`. Returns after the handshake: the socket file is not needed any more."""
+        self._check(address)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            socket, failure = self._try_connect(address, deadline)
+            if socket is not None:
+                outbox = ZeromqOutbox(socket, address, self._limits)
+                self._open.append(outbox)
+                return outbox
+            if deadline is not None and time.monotonic() + _RETRY_SECONDS > deadline:
+                raise TransportTimeout(
+                    f"no inbox answered at {address} within {timeout} s (last attempt: {failure}); "
+                    "is its process running?"
+                )
+            time.sleep(_RETRY_SECONDS)
+
+    def close(self) -> None:
+        """Closes every channel of this transport, and waits at most `LINGER_SECONDS` for undelivered messages."""
+        if self._pid != os.getpid():  # a forked copy must not touch what its parent uses
+            return
+        while self._open:
+            self._open.pop().close()
+        self._context.term()
+
+    def _check(self, address: str) -> None:
+        raise NotImplementedError
+
+    def _listen(self, descriptor: int, address: str, file: Path | None) -> ZeromqInbox:
+        socket = self._socket(zmq.PULL)
+        socket.setsockopt(zmq.MAXMSGSIZE, max(self._limits.max_bytes, self._limits.max_header_bytes))
+        socket.setsockopt(zmq.USE_FD, descriptor)
+        socket.bind(address)
+        inbox = ZeromqInbox(socket, address, self._limits, file)
+        self._open.append(inbox)
+        return inbox
+
+    def _try_connect(self, address: str, deadline: float | None) -> tuple[zmq.Socket[bytes] | None, str]:
+        """One attempt: a socket whose handshake has succeeded, or None and the reason."""
+        socket = self._socket(zmq.PUSH)
+        monitor = socket.get_monitor_socket(int(zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED))
+        connected = False
+        failure = "no answer"
+        try:
+            socket.connect(address)
+            left = None if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
+            if monitor.poll(left):
+                event: Any = recv_monitor_message(monitor)["event"]
+                connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                failure = str(zmq.Event(event).name).lower().replace("_", " ")
+        finally:
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            if not connected:
+                socket.close(linger=0)
+        return (socket if connected else None), failure
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        if self._context.closed:
+            raise ChannelClosed(f"the {self.scheme} transport is closed")
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.LINGER, int(LINGER_SECONDS * 1000))
+        return socket
+
+
+class IpcTransport(ZeromqTransport):
+    """Local sockets in a directory that only this user can enter."""
+
+    scheme = "ipc"
+
+    def __init__(self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
+        super().__init__(directory, limits)
+        self._directory = directory
+        self._own_directory: Path | None = None
+
+    def bind(self, address: str | None = None) -> ZeromqInbox:
+        """See `Transport.bind`. Without an address, the socket file gets a fresh name in the directory."""
+        if address is None:
+            if self._directory is None:
+                self._directory = self._own_directory = Path(tempfile.mkdtemp(prefix="tapeline-"))
+            address = endpoints.free_ipc_address(self._directory)
+        listener = endpoints.listen_ipc(address)
+        return self._listen(listener.detach(), address, endpoints.ipc_path(address))
+
+    def close(self) -> None:
+        """Closes every channel and removes the directory if it was made here."""
+        super().close()
+        if self._own_directory is not None and self._pid == os.getpid():
+            shutil.rmtree(self._own_directory, ignore_errors=True)
+            self._own_directory = self._directory = None
+
+    def _check(self, address: str) -> None:
+        endpoints.ipc_path(address)
+
+
+class TcpTransport(ZeromqTransport):
+    """Loopback sockets. Other hosts need keys, which are not available yet."""
+
+    scheme = "tcp"
+
+    def bind(self, address: str | None = None) -> ZeromqInbox:
+        """See `Transport.bind`. Without an address, a free port of 127.0.0.1."""
+        listener, real = endpoints.listen_tcp("tcp://127.0.0.1:0" if address is None else address)
+        return self._listen(listener.detach(), real, None)
+
+    def _check(self, address: str) -> None:
+        _, port = endpoints.tcp_host_port(address)
+        if port == 0:
+            raise BadAddress(f"port 0 is only for bind, got {address!r}")
