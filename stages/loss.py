@@ -1,0 +1,183 @@
+"""The objective at the end of a pipeline: Keras's loss and metrics, and what a microbatch weighs in its batch.
+
+Keras reduces a loss over the batch it is called on. Over microbatches the batch's loss is
+
+    L = sum over k of (D_k / D) * L_k,        D = sum over k of D_k,
+
+where L_k is Keras's own value on microbatch k and D_k is the denominator it used: elements for the mean
+(``sum_over_batch_size``), valid elements where a class is ignored, the sum of the sample weights for
+``mean_with_sample_weight``. A sum has no denominator: every weight is 1. Dividing by the number of microbatches is
+right only where all D_k are equal.
+
+Loss and metrics are resolved by Keras itself (names, functions, objects, "accuracy"), in a model without layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stages.errors import HandoffError
+from stages.recipes import Recipe, create, describe
+
+_SUMS = ("sum", "none", None)
+_COUPLED_FUNCTIONS = ("dice", "tversky", "circle")
+_COUPLED = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
+
+
+class Head:
+    """Loss and metrics of a pipeline, as its last stage applies them.
+
+    Args:
+        loss: What `keras.Model.compile` takes for one output: a name, function, `keras.losses.Loss`, or None.
+        metrics: A list of names, functions or metric objects.
+        weighted_metrics: The same, updated with the sample weights.
+    """
+
+    def __init__(self, loss: Any = None, metrics: Any = None, weighted_metrics: Any = None) -> None:
+        self.judge = _Judge()
+        self.judge.compile(optimizer=None, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics)
+        self.loss = None if loss is None else keras.losses.get(loss)
+        self._counts = bool(metrics) or bool(weighted_metrics)
+        self._built = False
+
+    @staticmethod
+    def recipe(loss: Any, metrics: Any, weighted_metrics: Any) -> Recipe:
+        """The objective as plain data.
+
+        Raises:
+            RecipeError: One of them cannot be made again in a worker.
+        """
+        return {
+            "loss": describe(loss, "the loss"),
+            "metrics": describe(metrics, "metrics"),
+            "weighted_metrics": describe(weighted_metrics, "weighted_metrics"),
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Recipe]) -> Head:
+        """The objective that a recipe describes."""
+        return cls(**{key: create(value) for key, value in recipe.items()})
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether the loss of a sample depends on other samples, so that it needs the whole batch at once."""
+        if getattr(self.loss, "__name__", None) in _COUPLED_FUNCTIONS:
+            return True
+        if isinstance(self.loss, keras.losses.Circle):
+            return True
+        return isinstance(self.loss, _COUPLED) and getattr(self.loss, "axis", None) is None
+
+    def build(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:
+        """Create the metrics' variables from one example, without counting it."""
+        if self._built:
+            return
+        self.judge.compute_metrics(None, target, prediction, sample_weight=sample_weight)
+        self.reset()
+        self._built = True
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether there is anything to update besides the loss."""
+        return self._counts
+
+    def value(self, target: Any, prediction: Any, sample_weight: Any | None) -> Any:
+        """Keras's loss of one microbatch: a float scalar, or zero where there is no loss."""
+        if self.loss is None:
+            return tf.zeros((), keras.config.floatx())
+        value = self.judge.compute_loss(None, target, prediction, sample_weight)
+        return tf.reduce_sum(value)
+
+    def update(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:
+        """Let the metrics count one microbatch."""
+        if self.has_metrics:
+            self.judge.compute_metrics(None, target, prediction, sample_weight=sample_weight)
+
+    def results(self) -> dict[str, float]:
+        """The metrics' values so far, by name, in Keras's order."""
+        found = self.judge.get_metrics_result()
+        return {name: float(value) for name, value in found.items() if name != "loss"}
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.judge.reset_metrics()
+
+    @property
+    def variables(self) -> list[Any]:
+        """The metrics' state."""
+        return [variable for metric in self.judge.metrics for variable in metric.variables]
+
+    def weights(
+        self,
+        sizes: Sequence[int],
+        targets: Sequence[np.ndarray[Any, Any]],
+        sample_weights: Sequence[np.ndarray[Any, Any]] | None,
+    ) -> tuple[float, ...]:
+        """What each microbatch's loss weighs in the batch's (D_k / D, see the module).
+
+        Args:
+            sizes: Samples per microbatch.
+            targets: Targets per microbatch, (n_k, ...).
+            sample_weights: Sample weights per microbatch, (n_k,) or the loss's shape, or None.
+
+        Returns:
+            One weight per microbatch. They sum to 1, except for a sum, where each is 1.
+        """
+        reduction = getattr(self.loss, "reduction", "sum_over_batch_size")
+        if reduction in _SUMS:
+            return (1.0,) * len(sizes)
+        shares = [float(size) for size in sizes]
+        ignored = getattr(self.loss, "ignore_class", None)
+        weighted = reduction == "mean_with_sample_weight" and sample_weights is not None
+        if ignored is not None or weighted:
+            shares = [
+                _denominator(target, None if sample_weights is None or not weighted else sample_weights[k], ignored)
+                for k, target in enumerate(targets)
+            ]
+        total = sum(shares)
+        return tuple(share / total if total else 0.0 for share in shares)
+
+
+class _Judge(keras.Model):  # type: ignore[misc]
+    """A Keras model without layers: it resolves and applies losses and metrics exactly as Keras's trainer does."""
+
+    def __init__(self) -> None:
+        super().__init__(name="objective")
+        self.built = True
+
+    def call(self, prediction: Any) -> Any:
+        return prediction
+
+
+def _denominator(
+    target: np.ndarray[Any, Any], sample_weight: np.ndarray[Any, Any] | None, ignored: int | None
+) -> float:
+    """What Keras divides by on these targets: counted (weighted) elements."""
+    if ignored is None:
+        return float(np.sum(np.asarray(sample_weight), dtype=np.float64))
+    valid = np.asarray(target) != ignored
+    if sample_weight is None:
+        return float(np.count_nonzero(valid))
+    weight = np.asarray(sample_weight)
+    if weight.ndim < valid.ndim:
+        weight = weight.reshape(weight.shape + (1,) * (valid.ndim - weight.ndim))
+    elif weight.ndim > valid.ndim:
+        valid = valid.reshape(valid.shape + (1,) * (weight.ndim - valid.ndim))
+    return float(np.sum(valid * weight, dtype=np.float64))
+
+
+def check_targets(target: Any, inputs_size: int, stage: str) -> None:
+    """Refuse targets whose first dimension is not the batch.
+
+    Raises:
+        HandoffError: The number of targets differs from the number of samples.
+    """
+    if target.shape and target.shape[0] != inputs_size:
+        raise HandoffError(
+            f"stage {stage!r}: expected one target per sample, received {target.shape[0]} target(s) for "
+            f"{inputs_size} sample(s)"
+        )

@@ -1,0 +1,118 @@
+"""A Keras model seen as a function of flat tensors that also gives its own losses.
+
+*Own losses* are what the part itself adds to the objective: weight and activity regularisers, `add_loss`. Keras keeps
+them on the model, so they are read right after the call, under the same tape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from stages.errors import HandoffError
+from stages.tensors import compatible, describe_tensor, flatten, is_differentiable
+
+
+class Part:
+    """A model with its variables, called with flat tensors.
+
+    Args:
+        model: A Keras model, or a built layer, with any nesting of inputs and outputs.
+        name: The stage's name, for messages.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model
+        self.name = name
+        self._pack = _packer(model)
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """The Keras variables that gradients are taken for, in the model's order."""
+        return list(self.model.trainable_variables)
+
+    def call(self, inputs: Sequence[Any], training: bool) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+        """Run the model.
+
+        Args:
+            inputs: Flat tensors in the model's input order.
+            training: Keras's flag.
+
+        Returns:
+            The outputs in the model's nesting, the same flat, and its own losses as float scalars.
+        """
+        outputs = self.model(self._pack(inputs), training=training)
+        own = tuple(tf.reduce_sum(tf.cast(loss, keras.config.floatx())) for loss in self.model.losses)
+        return outputs, flatten(outputs), own
+
+    def expected_inputs(self) -> list[Any] | None:
+        """Symbolic inputs of the model in flat order (dtype, shape), or None if it does not know them."""
+        inputs = getattr(self.model, "inputs", None)
+        return list(inputs) if inputs else None
+
+    def check_inputs(self, inputs: Sequence[Any], microbatch: int) -> None:
+        """Compare tensors with what the model takes.
+
+        Raises:
+            HandoffError: A wrong number of tensors, a shape that cannot fit, or text where numbers belong.
+        """
+        expected = self.expected_inputs()
+        if expected is None:
+            return
+        where = f"stage {self.name!r}, forward of microbatch {microbatch}"
+        if len(inputs) != len(expected):
+            raise HandoffError(f"{where}: the model takes {len(expected)} tensor(s), received {len(inputs)}")
+        for given, wanted in zip(inputs, expected, strict=True):
+            if not compatible(given.shape, wanted.shape):
+                raise HandoffError(
+                    f"{where}: input {wanted.name!r} must have the shape {tuple(wanted.shape)} (None is any size), "
+                    f"received {describe_tensor(given)}; the model before it, or the data, gives another shape"
+                )
+
+
+def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:
+    """A function from flat tensors to the nesting that the model is called with."""
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None:
+        return lambda tensors: tensors[0] if len(tensors) == 1 else list(tensors)
+    return lambda tensors: keras.tree.pack_sequence_as(structure, list(tensors))
+
+
+def watch(tape: Any, inputs: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Watch what can have a gradient and return it: differentiable inputs first, then the variables."""
+    sources = [tensor for tensor in inputs if is_differentiable(tensor.dtype)]
+    sources += [variable.value for variable in variables]
+    for source in sources:
+        tape.watch(source)
+    return sources
+
+
+def spread(dtypes: Sequence[Any], found: Sequence[Any | None]) -> tuple[Any | None, ...]:
+    """Gradients of the differentiable inputs back at their places, None for the others."""
+    gradients = iter(found)
+    return tuple(next(gradients) if is_differentiable(dtype) else None for dtype in dtypes)
+
+
+class States:
+    """The variables that a forward pass changes by itself: moving statistics, seed generators.
+
+    Computing a forward pass again must start from the states it started from, and leave them as they are now.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._variables = [variable.value for variable in model.non_trainable_variables]
+
+    def read(self) -> tuple[Any, ...]:
+        """Their values now."""
+        return tuple(variable.read_value() for variable in self._variables)
+
+    def write(self, values: Sequence[Any]) -> None:
+        """Set them."""
+        for variable, value in zip(self._variables, values, strict=True):
+            variable.assign(value)
+
+    def __len__(self) -> int:
+        return len(self._variables)

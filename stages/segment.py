@@ -1,0 +1,142 @@
+"""The recipe of a part of a model: how to build it, and the names of the tensors it takes and gives.
+
+A `Segment` is frozen data. Made from a builder function, the part is built only in its worker, so a model larger than
+any one memory never exists in one place. Made from a built Keras model, its configuration travels and its weights
+follow as arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from stages.errors import SegmentError
+from stages.recipes import Recipe, create, describe, function_name, import_function
+
+_NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """How to build one part of a model.
+
+    Args:
+        build: An importable function (or its ``"module:name"``) that returns a built Keras model; called in the
+            worker as ``build(**kwargs)``.
+        inputs: Names of the tensors it takes, in the order of the model's inputs. Left out in a chain.
+        outputs: Names of the tensors it gives, in the order of the model's outputs. Left out in a chain.
+        name: The stage's name in messages, reports and gradient keys; default ``"stage<i>"``.
+        kwargs: Plain keyword arguments for `build` (JSON: numbers, strings, lists, dicts).
+        model: The built Keras model, where there is one (see `of`); then `build` is None.
+
+    Raises:
+        SegmentError: Neither or both of `build` and `model` were given, or a name is no valid name.
+        RecipeError: The builder cannot be imported by a worker (a lambda, a nested function, ``__main__``).
+
+    Example:
+        >>> Segment("my_parts:bottom", kwargs={"units": 64}, name="bottom")
+    """
+
+    build: Callable[..., Any] | str | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    name: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=lambda: _NO_KEYWORDS)
+    model: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.build is None) == (self.model is None):
+            raise SegmentError("a Segment needs either a builder function or a built model: Segment(build=my_function)")
+        if self.build is not None and not isinstance(self.build, str):
+            if not callable(self.build):
+                raise SegmentError(f"Segment(build=...) expects a function, received {type(self.build).__name__}")
+            object.__setattr__(self, "build", function_name(self.build, "a Segment's builder"))
+        if isinstance(self.build, str) and ":" not in self.build:
+            raise SegmentError(f"a builder's name has the form 'module:function', received {self.build!r}")
+        for label in ("inputs", "outputs"):
+            names = getattr(self, label)
+            if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+                raise SegmentError(f"Segment({label}=...) expects a tuple of names, received {names!r}")
+            object.__setattr__(self, label, tuple(names))
+        if self.name is not None and ("/" in self.name or not self.name):
+            raise SegmentError(f"a stage's name must not be empty or contain '/', received {self.name!r}")
+
+    @classmethod
+    def of(cls, part: Any, name: str | None = None) -> Segment:
+        """The segment of a built Keras model, of a single layer's model, or of a Segment (returned as it is).
+
+        Raises:
+            SegmentError: The model is not built, so the shapes and weights of its variables are unknown.
+        """
+        if isinstance(part, Segment):
+            return part
+        import keras
+
+        if not isinstance(part, keras.Model):
+            raise SegmentError(
+                f"a segment is a built Keras model or a Segment, received {type(part).__name__}; wrap a layer as "
+                "keras.Sequential([keras.Input(shape), layer])"
+            )
+        if not part.built or not getattr(part, "inputs", None):
+            raise SegmentError(
+                f"the model {part.name!r} has no defined input, so it cannot become a stage; begin it with "
+                "keras.Input(shape), or pass Segment(build=my_function) for a subclassed model"
+            )
+        return cls(model=part, name=name)
+
+    def recipe(self) -> Recipe:
+        """The segment as plain data for its worker.
+
+        Raises:
+            RecipeError: A custom class of the model cannot be imported by a worker.
+        """
+        if self.model is not None:
+            return {"model": describe(self.model, f"the model {self.model.name!r}")}
+        return {"build": self.build, "kwargs": dict(self.kwargs)}
+
+    def create(self) -> Any:
+        """The model: the given one, or a new one from the builder."""
+        return self.model if self.model is not None else build_model(self.recipe(), self.name or "segment")
+
+
+def build_model(recipe: Mapping[str, Any], name: str) -> Any:
+    """Build the model that a segment's recipe describes.
+
+    Args:
+        recipe: What `Segment.recipe` returned.
+        name: The stage's name, for messages.
+
+    Returns:
+        A built Keras model.
+
+    Raises:
+        SegmentError: The builder returned something that is not a built Keras model.
+        Exception: Whatever the builder itself raises.
+    """
+    import keras
+
+    if "model" in recipe:
+        return create(recipe["model"])
+    model = import_function(recipe["build"])(**recipe["kwargs"])
+    if not isinstance(model, keras.Layer) or not model.built:
+        raise SegmentError(
+            f"the builder {recipe['build']} of stage {name!r} must return a built Keras model, it returned "
+            f"{type(model).__name__}{'' if not isinstance(model, keras.Layer) else ', which is not built'}; "
+            "begin the model with keras.Input(shape), or call it once on an example before returning it"
+        )
+    return model
+
+
+def names_of(segments: Sequence[Segment]) -> tuple[str, ...]:
+    """The stage names of a list of segments: given ones, else ``stage<i>``.
+
+    Raises:
+        SegmentError: Two stages have one name.
+    """
+    names = tuple(segment.name or f"stage{i}" for i, segment in enumerate(segments))
+    for name in names:
+        if names.count(name) > 1:
+            raise SegmentError(f"two stages are called {name!r}; give each Segment a name of its own")
+    return names

@@ -1,0 +1,277 @@
+"""A live segment: its variables, its open tapes, its accumulated gradients. The hand-off, held in the hand.
+
+    forward   x ──► [ stage ] ──► y          opens a tape under the microbatch's number
+    backward  dL/dx ◄── [ stage ] ◄── dL/dy  closes it; dL/dvariables are added up in microbatch order
+
+Rules:
+
+1. Each forward in training opens one tape; each backward closes it. A second backward, or one without its forward, is
+   an error that names the stage and the microbatch.
+2. The output gradients must have the outputs' shapes and dtypes (`tape.gradient` itself does not check).
+3. A failed call changes neither gradients nor variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stages.compiled import CompiledTapes
+from stages.errors import HandoffError
+from stages.loss import Head
+from stages.part import Part
+from stages.tapes import EagerTapes, Key, Objective, Opened, Tapes
+from stages.tensors import describe_tensor, flatten, is_differentiable
+
+
+class Stage:
+    """One segment of a model with explicit gradients.
+
+    Args:
+        model: A built Keras model or layer.
+        name: The stage's name in messages; default the model's.
+        loss: For a last stage: what `keras.Model.compile` takes. Then `forward_loss` is available.
+        run_eagerly: True: one `tf.GradientTape` per microbatch, bit-identical to one tape over the whole model.
+            False: compiled functions, within 1e-6 of the largest gradient.
+        recompute: Keep only inputs between forward and backward, and compute the forward pass again.
+
+    Example:
+        >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+        >>> y = stage.forward(np.ones((3, 4), "float32"), microbatch=0)
+        >>> dx = stage.backward(2 * y, microbatch=0)  # dL/dx for L = sum(y * y)
+        >>> sorted(stage.gradients())
+        ['dense/bias', 'dense/kernel']
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str | None = None,
+        *,
+        loss: Any = None,
+        run_eagerly: bool = True,
+        recompute: bool = False,
+        head: Head | None = None,
+    ) -> None:
+        if not isinstance(model, keras.Layer):
+            raise HandoffError(f"a Stage holds a Keras model or layer, received {type(model).__name__}")
+        if not model.built:
+            raise HandoffError(
+                f"the model {model.name!r} is not built, so it has no variables yet; begin it with keras.Input(shape) "
+                "or call it once"
+            )
+        self.name = name or model.name
+        self.model = model
+        self.head = head if head is not None or loss is None else Head(loss)
+        self.run_eagerly = run_eagerly
+        self._part = Part(model, self.name)
+        kind = EagerTapes if run_eagerly else CompiledTapes
+        self._tapes: Tapes = kind(self._part, self.head, recompute)
+        self._opened: dict[Key, Opened] = {}
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """The Keras variables that gradients are taken for."""
+        return self._part.trainable_variables
+
+    def forward(
+        self, inputs: Any, microbatch: int = 0, training: bool = True, *, window: int = 0, share: float = 1.0
+    ) -> Any:
+        """Run the segment; in training, keep its tape open for `backward`.
+
+        Args:
+            inputs: Array or tensor, or a nesting of them as the model takes it; (n, ...).
+            microbatch: Number under which the tape is kept.
+            training: False: evaluation; nothing is kept.
+            window: Second part of the number, for passes through time.
+            share: The microbatch's part of its batch (n_k / N): regularisers and `add_loss` count with it.
+
+        Returns:
+            The outputs, in the model's nesting.
+
+        Raises:
+            HandoffError: The tape of this microbatch is still open, or the inputs do not fit the model.
+        """
+        opened = self.open(self._tensors(inputs, microbatch), Key(microbatch, window), training, share)
+        return self._nest(opened)
+
+    def forward_loss(
+        self,
+        inputs: Any,
+        target: Any,
+        sample_weight: Any = None,
+        microbatch: int = 0,
+        *,
+        weight: float = 1.0,
+        share: float = 1.0,
+    ) -> Any:
+        """Run the segment and its loss under one tape; `backward` then needs no output gradients.
+
+        Args:
+            inputs: As in `forward`.
+            target: What the loss compares with, (n, ...).
+            sample_weight: (n,) or None.
+            microbatch: Number under which the tape is kept.
+            weight: What this microbatch's loss weighs in the batch's.
+            share: As in `forward`.
+
+        Returns:
+            The weighted loss, a float scalar tensor.
+
+        Raises:
+            HandoffError: The stage has no loss, or as in `forward`.
+        """
+        if self.head is None:
+            raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
+        weights = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
+        objective = Objective(tf.convert_to_tensor(target), weights, weight)
+        return self.open(self._tensors(inputs, microbatch), Key(microbatch), True, share, objective).loss
+
+    def backward(self, output_gradients: Any = None, microbatch: int = 0, *, window: int = 0) -> Any:
+        """Close the microbatch's tape: accumulate dL/dvariables, return dL/dinputs.
+
+        Args:
+            output_gradients: dL/dOut, like the outputs in nesting, shape and dtype. None for an output that nobody
+                differentiates (it counts as zeros), and for integer outputs. Left out after `forward_loss`.
+            microbatch: The number given to `forward`.
+            window: The window given to `forward`.
+
+        Returns:
+            dL/dinputs in the inputs' flat order: one tensor for one input, else a list. None for an input that cannot
+            have a gradient (integers, booleans) or that the outputs do not depend on.
+
+        Raises:
+            HandoffError: There is no open tape for this microbatch, or the gradients do not fit the outputs.
+        """
+        key = Key(microbatch, window)
+        outputs = self._outputs_of(key)
+        given = self._flat_gradients(output_gradients, outputs, key)
+        found = self.close(given, key)
+        return found[0] if len(found) == 1 else list(found)
+
+    def open(
+        self, inputs: Sequence[Any], key: Key, training: bool, share: float = 1.0, objective: Objective | None = None
+    ) -> Opened:
+        """`forward` on flat eager tensors, without conversion; what a worker calls."""
+        if not training:
+            self._part.check_inputs(inputs, key.microbatch)
+            return self._tapes.infer(inputs, share, objective)
+        if key in self._opened:
+            raise HandoffError(
+                f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
+                "call backward first, give the new one another number, or forget it with zero_gradients()"
+            )
+        self._part.check_inputs(inputs, key.microbatch)
+        if objective is None:
+            opened = self._tapes.forward(key, inputs, share)
+        else:
+            opened = self._tapes.objective(key, inputs, share, objective)
+        self._opened[key] = opened
+        return opened
+
+    def close(self, output_gradients: Sequence[Any | None], key: Key) -> tuple[Any | None, ...]:
+        """`backward` on flat eager tensors; what a worker calls."""
+        outputs = self._outputs_of(key)
+        if self._opened[key].loss is None:
+            self._check_gradients(output_gradients, outputs, key)
+        del self._opened[key]
+        return self._tapes.backward(key, output_gradients)
+
+    def gradients(self) -> dict[str, np.ndarray[Any, Any] | None]:
+        """Accumulated dL/dvariables.
+
+        Returns:
+            {variable path: array of the variable's shape and dtype}; None where no objective reaches the variable.
+        """
+        names = [variable.path for variable in self.trainable_variables]
+        values = self._tapes.gradients()
+        return {name: None if g is None else np.array(g) for name, g in zip(names, values, strict=True)}
+
+    def accumulated(self) -> list[Any | None]:
+        """The accumulated gradients as tensors, in the order of `trainable_variables`."""
+        return self._tapes.gradients()
+
+    def apply(self, optimizer: Any, scale: float | None = None) -> None:
+        """One optimizer update from the accumulated gradients, which are then cleared.
+
+        Args:
+            optimizer: A Keras optimizer; it is built on this stage's variables if it is not yet.
+            scale: Factor on the gradients, for clipping by a global norm.
+        """
+        if not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        self._opened.clear()
+        self._tapes.apply(optimizer, scale)
+
+    def zero_gradients(self) -> None:
+        """Forget accumulated gradients and open tapes."""
+        self._opened.clear()
+        self._tapes.clear()
+
+    def open_microbatches(self) -> tuple[int, ...]:
+        """Microbatches whose backward is still to come."""
+        return tuple(key.microbatch for key in self._opened)
+
+    def _tensors(self, inputs: Any, microbatch: int) -> tuple[Any, ...]:
+        expected = self._part.expected_inputs()
+        leaves = flatten(inputs)
+        if expected is None or len(expected) != len(leaves):
+            return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
+        converted = []
+        for leaf, wanted in zip(leaves, expected, strict=True):
+            tensor = tf.convert_to_tensor(leaf)
+            if tensor.dtype == tf.string:
+                raise HandoffError(f"stage {self.name!r}, microbatch {microbatch}: text cannot cross between stages")
+            converted.append(tensor if tensor.dtype == wanted.dtype else tf.cast(tensor, wanted.dtype))
+        return tuple(converted)
+
+    def _nest(self, opened: Opened) -> Any:
+        # Identities: the caller's tensors carry none of Keras's hidden attributes (cached logits, masks).
+        if opened.structure is not None:
+            return keras.tree.map_structure(tf.identity, opened.structure)
+        return opened.outputs[0] if len(opened.outputs) == 1 else list(opened.outputs)
+
+    def _outputs_of(self, key: Key) -> tuple[Any, ...]:
+        if key not in self._opened:
+            waiting = sorted(self.open_microbatches())
+            raise HandoffError(
+                f"stage {self.name!r}: no forward of microbatch {key.microbatch} is waiting for its backward (waiting: "
+                f"{waiting or 'none'}); forward it in training first, and go backward once for each"
+            )
+        return self._opened[key].outputs
+
+    def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: Key) -> list[Any | None]:
+        if self._opened[key].loss is not None:
+            if given is not None:
+                raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
+            return []
+        leaves = [given] if len(outputs) == 1 and not isinstance(given, list | tuple | dict) else _leaves(given)
+        if len(leaves) != len(outputs):
+            raise HandoffError(
+                f"stage {self.name!r}, backward of microbatch {key.microbatch}: expected {len(outputs)} output "
+                f"gradient(s), one for each output, received {len(leaves)}"
+            )
+        return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
+
+    def _check_gradients(self, given: Sequence[Any | None], outputs: Sequence[Any], key: Key) -> None:
+        for i, (gradient, output) in enumerate(zip(given, outputs, strict=True)):
+            if gradient is None or not is_differentiable(output.dtype):
+                continue
+            if gradient.shape != output.shape or gradient.dtype != output.dtype:
+                raise HandoffError(
+                    f"stage {self.name!r}, backward of microbatch {key.microbatch}: the gradient of output {i} must be "
+                    f"like the output, {describe_tensor(output)}, received {describe_tensor(gradient)}"
+                )
+
+
+def _leaves(structure: Any) -> list[Any]:
+    """Flatten a nesting whose leaves may be None."""
+    if isinstance(structure, dict):
+        return [leaf for key in sorted(structure) for leaf in _leaves(structure[key])]
+    if isinstance(structure, list | tuple):
+        return [leaf for item in structure for leaf in _leaves(item)]
+    return [structure]
