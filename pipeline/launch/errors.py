@@ -1,0 +1,18 @@
+"""What can go wrong before a worker runs its entry.
+
+What goes wrong after that is not an exception here: it is the worker's `exit_reason()`, and the driver decides.
+"""
+
+from __future__ import annotations
+
+from pipeline.errors import PipelineError
+
+__all__ = ["LaunchError", "ServerGoneError"]
+
+
+class LaunchError(PipelineError, RuntimeError):
+    """A worker could not be started."""
+
+
+class ServerGoneError(LaunchError):
+    """The fork server ended; a new one may do better if this one had been ready."""
