@@ -34,11 +34,11 @@ $(VENV)/.locked: requirements.lock
 	  echo "make: '$(PYTHON)' has no venv module; install it (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) install --quiet --only-binary :all: --require-hashes -r requirements.lock
+	$(BIN)/python $(PIP) install -qq --only-binary :all: --require-hashes -r requirements.lock
 	@touch $@
 
 $(READY): $(VENV)/.locked pyproject.toml
-	$(BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python $(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@$(BIN)/python $(PIP) check || { echo "make: requirements.lock does not fit pyproject.toml; say: make lock" >&2; exit 1; }
 	@touch $@
 
@@ -73,7 +73,7 @@ peer: $(PEER)/.locked ## build .venv-peer, the PyTorch that `make bench` compare
 $(PEER)/.locked: benchmarks/peer-requirements.txt
 	rm -rf $(PEER)
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/python $(PIP) install --quiet -r $<
+	$(PEER)/bin/python $(PIP) install -qq -r $<
 	@touch $@
 
 lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)

@@ -1,0 +1,31 @@
+"""What every test may rely on: quiet TensorFlow, fixed thread counts, one Hypothesis profile, the nightly switch.
+
+The environment is set here, before any test module imports TensorFlow, and child processes inherit it.
+"""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+NIGHTLY = os.environ.get("TAPELINE_NIGHTLY", "") not in ("", "0")
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+# The gate draws the same examples every time, so that it fails only for a change; the soak draws new ones.
+settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", deadline=None, max_examples=2_000, print_blob=True)
+settings.load_profile("nightly" if NIGHTLY else "gate")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests marked ``nightly`` to `make soak`."""
+    if NIGHTLY:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]

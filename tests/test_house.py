@@ -1,0 +1,322 @@
+"""The rules of the house that no other tool checks: who may import whom, what may never run, what a file may hold.
+
+Each rule is a function from source to faults, tried on a source that breaks it, then on the sources of the repository.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tests.sources import PACKAGES, ROOT, imported, modules, name_of, repository_files
+
+# Who may import which of the three packages; everything else outside the package itself is free.
+ALLOWED = {
+    "pipeline": {"pipeline", "stages", "transport"},
+    "stages": {"stages", "transport"},
+    "transport": {"transport"},
+}
+# The project's own folders that the packages never reach into.
+OUTSIDE = {"tests", "examples", "benchmarks"}
+TENSORFLOW = {"tensorflow", "keras"}
+LONGEST_FILE = 450
+
+# What turns bytes into code or into objects of the sender's choice.
+UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
+UNSAFE_MODULES |= {f"multiprocessing.{name}" for name in ("connection", "reduction", "managers", "Queue", "Pipe")}
+UNSAFE_BUILTINS = {"eval", "exec", "compile"}
+UNSAFE_METHODS = {"recv_pyobj", "send_pyobj", "enable_unsafe_deserialization"}
+UNSAFE_ARGUMENTS = {("allow_pickle", True), ("safe_mode", False)}
+
+# Written with a gap, so that this file does not hold what it looks for.
+FOLDERS = [word.replace(" ", "") for word in ("wo rk", "ro ot", r"ho me/\w+", r"Us ers/\w+")]
+HOSTS = [
+    re.escape(word.replace(" ", ""))
+    for word in (
+        *("py pi.org", "py pi.io", "pythonho sted.org", "npm js.org", "npm js.com", "deb.de bian.org"),
+        *("security.de bian.org", "crates. io", "proxy.gol ang.org", "anacon da.org", "download.pyt orch.org"),
+    )
+]
+# A folder counts at the start of a path only: not in "net/..", "{root}/..", "$HOME/..", "~/..".
+FORBIDDEN = re.compile(rf"(?<![\w.~}})-])/(?:t(?:)mp/|(?:{'|'.join(FOLDERS)})(?![\w-]))|{'|'.join(HOSTS)}")
+
+SOURCES = modules(*PACKAGES)
+every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
+every_file = pytest.mark.parametrize("path", repository_files(), ids=name_of)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def direction_faults(source: str, package: str) -> Iterator[str]:
+    """Imports in ``source``, a module of the dotted ``package``, that point the wrong way."""
+    home = package.split(".")[0]
+    forbidden = (set(PACKAGES) | OUTSIDE) - ALLOWED[home]
+    if home == "transport":
+        forbidden |= TENSORFLOW
+    for line, name in imported(ast.parse(source), package):
+        if name.split(".")[0] in forbidden:
+            yield f"line {line}: {home} imports {name}"
+
+
+def unsafe_faults(source: str, package: str) -> Iterator[str]:
+    """Uses in ``source`` of anything that turns bytes into code or into arbitrary objects."""
+    tree = ast.parse(source)
+    for line, name in imported(tree, package):
+        if any(name == unsafe or name.startswith(unsafe + ".") for unsafe in UNSAFE_MODULES):
+            yield f"line {line}: imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in UNSAFE_BUILTINS:
+            yield f"line {node.lineno}: uses the built-in {node.id}"
+        elif isinstance(node, ast.Attribute) and node.attr in UNSAFE_METHODS:
+            yield f"line {node.lineno}: uses {node.attr}"
+        elif isinstance(node, ast.keyword) and (node.arg, getattr(node.value, "value", None)) in UNSAFE_ARGUMENTS:
+            yield f"line {node.value.lineno}: passes {node.arg}={ast.unparse(node.value)}"
+
+
+def forbidden_words(text: str) -> Iterator[str]:
+    """Paths of one machine and hosts of package registries in ``text``."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        for found in FORBIDDEN.finditer(line):
+            yield f"line {number}: {found[0]!r} in {line.strip()[:80]!r}"
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parent.parts)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after it has run ``code`` in the repository."""
+    script = code + "\nimport sys\nprint('loaded:', *sorted({name.split('.')[0] for name in sys.modules}))\n"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.rpartition("loaded:")[2].split())
+
+
+# -- imports point one way ---------------------------------------------------------------------------------------
+
+
+def test_all_three_packages_have_sources() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("transport", "import stages"),
+        ("transport", "from stages.actions import Action"),
+        ("transport", "def late():\n    import tensorflow as tf"),
+        ("transport", "from keras import layers"),
+        ("stages", "from pipeline import plan"),
+        ("stages.deep", "from ..pipeline import x\nfrom pipeline.plan import Plan"),
+        ("stages", "import importlib\nimportlib.import_module('pipeline.plan')"),
+        ("stages", "__import__('pipeline')"),
+        ("stages", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan"),
+        ("pipeline", "from tests.sources import ROOT"),
+        ("pipeline.launch", "import examples.digits"),
+    ],
+)
+def test_an_import_against_the_direction_is_seen(package: str, source: str) -> None:
+    assert len(list(direction_faults(source, package))) == 1
+
+
+def test_an_import_along_the_direction_is_no_fault() -> None:
+    source = "import numpy\nfrom . import plan\nfrom ..stages import x\nimport stages.actions\nimport transport"
+    assert list(direction_faults(source, "pipeline.launch")) == []
+
+
+@every_source
+def test_imports_point_from_pipeline_to_stages_to_transport(path: Path) -> None:
+    assert list(direction_faults(path.read_text(), package_of(path))) == []
+
+
+# -- what does not need TensorFlow does not load it --------------------------------------------------------------
+
+PLANNING = """
+from pipeline.schedules import SCHEDULES
+for name in ("gpipe", "1f1b"):
+    print(SCHEDULES[name](3, 4).text())
+"""
+HELP = """
+import importlib, sys
+sys.argv = ["tapeline", "--help"]
+module, function = "{command}".split(":")
+try:
+    getattr(importlib.import_module(module), function)()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+AS_MODULE = """
+import runpy, sys
+sys.argv = ["pipeline", "--help"]
+try:
+    runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+TRANSPORT = "\n".join(
+    f"import {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')}"
+    for path in modules("transport")
+)
+
+
+def test_a_loaded_tensorflow_is_seen() -> None:
+    assert loaded_after("import tensorflow") >= TENSORFLOW
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pipeline",
+        "import stages",
+        PLANNING,
+        "import pipeline.simulator, stages.actions",
+        TRANSPORT,
+        HELP.format(command=PROJECT["scripts"]["tapeline"]),
+        AS_MODULE,
+    ],
+    ids=["pipeline", "stages", "planning", "simulating", "transport", "tapeline --help", "python -m pipeline --help"],
+)
+def test_tensorflow_is_not_loaded_by(code: str) -> None:
+    assert not loaded_after(code) & TENSORFLOW
+
+
+# -- nothing received can become code ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "def late():\n    import cloudpickle",
+        "import multiprocessing.connection",
+        "from multiprocessing import Pipe",
+        "eval('1')",
+        "run = exec",
+        "socket.recv_pyobj()",
+        "numpy.load(file, allow_pickle=True)",
+        "keras.models.load_model(path, safe_mode=False)",
+    ],
+)
+def test_an_unsafe_use_is_seen(source: str) -> None:
+    assert len(list(unsafe_faults(source, "transport"))) == 1
+
+
+def test_what_only_looks_unsafe_is_no_fault() -> None:
+    source = textwrap.dedent("""
+        from multiprocessing import shared_memory
+        model.compile(optimizer)
+        re.compile("x")
+        numpy.load(file, allow_pickle=False)
+        evaluate = model.evaluate
+    """)
+    assert list(unsafe_faults(source, "transport")) == []
+
+
+@every_source
+def test_no_source_turns_bytes_into_code_or_objects(path: Path) -> None:
+    assert list(unsafe_faults(path.read_text(), package_of(path))) == []
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [path for path in repository_files() if path.suffix == ".py"], ids=name_of)
+def test_a_file_holds_one_concept(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"{name_of(path)} has {lines} lines, more than {LONGEST_FILE}: split it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cd /wo" + "rk/main",
+        'path = "/tm' + 'p/x"',
+        "ipc:///tm" + "p/socket",
+        "in /ro" + "ot.",
+        "see /ro" + "ot/.cache",
+        "/home/" + "someone/x",
+        "https://py" + "pi.org/simple",
+        "files.python" + "hosted.org",
+    ],
+)
+def test_a_forbidden_word_is_seen(text: str) -> None:
+    assert len(list(forbidden_words(f"first line\n{text}\n"))) == 1
+
+
+@pytest.mark.parametrize("text", ["stages/worker.py", "net/work", "{root}/x", "$HOME/x", "tmp_path / 'x'"])
+def test_an_innocent_word_is_no_fault(text: str) -> None:
+    assert list(forbidden_words(text)) == []
+
+
+@every_file
+def test_a_file_names_no_machine_and_no_registry(path: Path) -> None:
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        return  # a picture
+    assert list(forbidden_words(text)) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_package_ships_its_types(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in data[package]
+
+
+# -- the environment and the papers ------------------------------------------------------------------------------
+
+
+def pins() -> dict[str, Version]:
+    """Package name -> version of requirements.lock, every pin of it with a hash."""
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
+    found: dict[str, Version] = {}
+    for entry in entries:
+        if entry.startswith("#"):
+            continue
+        pin = re.match(r"([\w.-]+)==([\w.]+)", entry)
+        assert pin and "--hash=sha256:" in entry, f"neither pinned nor hashed: {entry.splitlines()[0]}"
+        found[pin[1]] = Version(pin[2])
+    return found
+
+
+def test_the_lock_pins_every_declared_dependency() -> None:
+    declared = [*PROJECT["dependencies"]]
+    for extra in PROJECT["optional-dependencies"].values():
+        declared += extra
+    locked = pins()
+    for requirement in map(Requirement, declared):
+        version = locked.get(requirement.name)
+        assert version is not None and version in requirement.specifier, f"{requirement}, locked: {version}"
+
+
+def test_the_lock_is_one_for_every_python_and_names_no_index() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    assert "python_version" not in text and "python_full_version" not in text
+    assert "://" not in text
+
+
+def test_the_gate_is_one_script() -> None:
+    commands = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
+    assert commands[-1] == "exec make test </dev/null"
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+
+
+def test_the_changelog_has_a_place_for_what_comes() -> None:
+    assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_licence_is_the_declared_one() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
