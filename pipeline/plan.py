@@ -14,7 +14,7 @@ from functools import cached_property
 
 from pipeline import rules
 from pipeline.clock import Tick, run
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, ScheduleError
 from stages.actions import Action, Kind, Wiring, chain, dependencies, open_tapes
 
 __all__ = ["Plan", "validate"]
@@ -120,7 +120,10 @@ class Plan:
 
         Raises:
             PlanError: the programs cannot run to their end, so that there is no time to draw.
+            ScheduleError: an action would take no slot.
         """
+        if min(forward, backward) < 1:
+            raise ScheduleError(f"an action takes at least 1 slot, received forward={forward}, backward={backward}")
         needs = Wiring.of(chain(self.stages) if wiring is None else wiring)
         slots = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
         clock = run(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import TimelineError
 from pipeline.timeline import Span, Timeline
 from stages.actions import Kind
 
@@ -21,14 +23,16 @@ __all__ = ["save_timeline", "timeline_figure"]
 
 _FILL = {
     Kind.FORWARD: "#3b76b8",
-    Kind.BACKWARD: "#e58a2e",
-    Kind.BACKWARD_INPUT: "#e58a2e",
+    Kind.BACKWARD: "#d4701c",
+    Kind.BACKWARD_INPUT: "#d4701c",
     Kind.BACKWARD_WEIGHT: "#4c9a6a",
 }
 _INK, _FAINT, _PAPER, _BUBBLE = "#22272e", "#8a929c", "#ffffff", "#f1f2f4"
 _DPI = 150
-_WIDTH, _ROW, _HEAD, _GAP = 11.0, 0.52, 0.95, 1.1  # inches
+_WIDTH, _ROW, _HEAD, _GAP = 11.0, 0.52, 0.88, 1.0  # inches
 _BOX = 0.78  # share of a row's height that a box fills
+_LONGEST_NAME = 24
+_LARGEST, _SMALLEST, _GLYPH = 10.0, 5.0, 0.82  # points, points, width of a bold digit and its air in font sizes
 
 
 def save_timeline(
@@ -48,6 +52,9 @@ def save_timeline(
 
     Returns:
         The path.
+
+    Raises:
+        TimelineError: there is not one name for each worker.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +74,15 @@ def timeline_figure(
     height = _HEAD + sum(rows) * _ROW + len(rows) * _GAP - 0.35
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
     FigureCanvasAgg(figure)
-    longest = max((panel.step_time for panel in panels.values()), default=0.0)
+    slowest = max((panel.step_time for panel in panels.values()), default=0.0)
     top = height - _HEAD
-    left, right = 0.115, 0.885
+    titles = {label: _titles(panel, names) for label, panel in panels.items()}
+    gutter = max((_text_width(figure, title) for panel in titles.values() for title in panel), default=0.0)
+    left, right = (gutter + 0.4) / _WIDTH, 0.885
     for (label, panel), count in zip(panels.items(), rows, strict=True):
         bottom = top - count * _ROW
         axes = figure.add_axes((left, bottom / height, right - left, count * _ROW / height))
-        _draw(axes, panel, longest, label, names)
+        _draw(axes, panel, slowest, label, titles[label])
         top = bottom - _GAP
     heading = title if title is not None else next((panel.name for panel in panels.values()), "")
     figure.text(left, 1 - 0.30 / height, heading, fontsize=13, fontweight="bold", color=_INK, va="center")
@@ -81,27 +90,29 @@ def timeline_figure(
     return figure
 
 
-def _draw(axes: Axes, timeline: Timeline, longest: float, label: str, names: Sequence[str]) -> None:
+def _draw(axes: Axes, timeline: Timeline, slowest: float, label: str, titles: Sequence[str]) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    span_ms = longest * 1e3 or 1.0
+    span_ms = slowest * 1e3 or 1.0
     axes.set_xlim(0, span_ms)
     axes.set_ylim(timeline.workers - 0.5, -0.5)
-    axes.set_yticks(range(timeline.workers), labels=names or [f"worker {w}" for w in range(timeline.workers)])
-    axes.tick_params(axis="y", length=0, labelsize=10, labelcolor=_INK, pad=8)
+    axes.set_yticks(range(timeline.workers), labels=titles)
+    axes.tick_params(axis="y", length=0, labelsize=_LARGEST, labelcolor=_INK, pad=8)
     axes.tick_params(axis="x", labelsize=9, labelcolor=_INK, color=_FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, min_n_ticks=2))
-    axes.set_xlabel("ms", fontsize=9, color=_INK, labelpad=2)
+    axes.set_xlabel("time in ms", fontsize=9, color=_INK, labelpad=2)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_FAINT)
     summary = (
-        f"step {timeline.step_time * 1e3:.4g} ms    bubble {timeline.bubble:.1%}    "
+        f"step {_ms(timeline.step_time)} ms    bubble {timeline.bubble:.1%}    "
         f"{timeline.parallelism:.2f} of {timeline.workers} workers busy"
     )
     axes.set_title(f"{label}    {summary}" if label else summary, loc="left", fontsize=10, color=_INK, pad=6)
-    pixels_per_ms = axes.get_window_extent().width / span_ms
+    points_per_ms = axes.get_window_extent().width * 72 / _DPI / span_ms
+    labels = _labels(timeline)
+    sizes = _font_sizes(labels, points_per_ms)
     for worker in range(timeline.workers):
         for start, end in timeline.gaps(worker):
             axes.add_patch(
@@ -116,7 +127,7 @@ def _draw(axes: Axes, timeline: Timeline, longest: float, label: str, names: Seq
                 )
             )
         for span in timeline.of_worker(worker):
-            _box(axes, span, _label(span, timeline), pixels_per_ms)
+            _box(axes, span, labels[span], sizes[span.action.kind], points_per_ms)
         share = timeline.idle[worker] / timeline.step_time if timeline.step_time else 0.0
         axes.annotate(
             f"idle {share:.1%}",
@@ -124,17 +135,50 @@ def _draw(axes: Axes, timeline: Timeline, longest: float, label: str, names: Seq
             xycoords=("axes fraction", "data"),
             xytext=(8, 0),
             textcoords="offset points",
-            va="center",
+            va="center_baseline",
             fontsize=9,
             color=_INK,
         )
 
 
-def _box(axes: Axes, span: Span, label: str, pixels_per_ms: float) -> None:
+def _ms(seconds: float) -> str:
+    """Milliseconds with as many decimals as are worth reading."""
+    number = seconds * 1e3
+    return f"{number:,.{0 if number >= 1000 else 1 if number >= 10 else 3}f}"
+
+
+def _text_width(figure: Figure, text: str) -> float:
+    """The width in inches of a worker's name."""
+    probe = figure.text(0, 0, text, fontsize=_LARGEST)
+    width = probe.get_window_extent().width / _DPI
+    probe.remove()
+    return float(width)
+
+
+def _titles(timeline: Timeline, names: Sequence[str]) -> list[str]:
+    if not names:
+        return [f"worker {worker}" for worker in range(timeline.workers)]
+    if len(names) != timeline.workers:
+        raise TimelineError(f"`names` must name each of {timeline.workers} workers, received {list(names)}")
+    return [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in names]
+
+
+def _font_sizes(labels: Mapping[Span, str], points_per_ms: float) -> dict[Kind, float]:
+    """For each kind one size for all its boxes, so that most of the labels fit; even sizes read calmer."""
+    sizes = {}
+    for kind in {span.action.kind for span in labels}:
+        spans = [span for span in labels if span.action.kind is kind]
+        longest = max(len(labels[span]) for span in spans)
+        typical = median(span.duration for span in spans) * 1e3 * points_per_ms
+        sizes[kind] = min(_LARGEST, typical / (_GLYPH * longest))
+    return sizes
+
+
+def _box(axes: Axes, span: Span, label: str, size: float, points_per_ms: float) -> None:
     from matplotlib.patches import Rectangle
 
     start, width = span.start * 1e3, span.duration * 1e3
-    pixels = width * pixels_per_ms
+    points = width * points_per_ms
     axes.add_patch(
         Rectangle(
             (start, span.worker - _BOX / 2),
@@ -142,11 +186,10 @@ def _box(axes: Axes, span: Span, label: str, pixels_per_ms: float) -> None:
             _BOX,
             facecolor=_FILL[span.action.kind],
             edgecolor=_PAPER,
-            linewidth=0.8 if pixels > 6 else 0.0,
+            linewidth=0.8 if points > 3 else 0.0,
         )
     )
-    size = min(10.0, 72 * pixels / _DPI / (0.68 * len(label)))  # points that fit the width of the box
-    if size >= 4.5:
+    if size >= _SMALLEST and points >= 0.9 * size * _GLYPH * len(label):  # a label that does not fit is left out
         axes.text(
             start + width / 2,
             span.worker,
@@ -159,12 +202,18 @@ def _box(axes: Axes, span: Span, label: str, pixels_per_ms: float) -> None:
         )
 
 
-def _label(span: Span, timeline: Timeline) -> str:
-    """The microbatch; after the stage where the worker has several, before the window where there are several."""
-    stages = {other.action.stage for other in timeline.of_worker(span.worker)}
-    stage = f"{span.action.stage}." if len(stages) > 1 else ""
-    window = f"/{span.action.window}" if any(other.action.window for other in timeline.spans) else ""
-    return f"{stage}{span.action.microbatch}{window}"
+def _labels(timeline: Timeline) -> dict[Span, str]:
+    """The microbatches; after the stage where a worker has several, before the window where there are several."""
+    windows = any(span.action.window for span in timeline.spans)
+    labels = {}
+    for worker in range(timeline.workers):
+        spans = timeline.of_worker(worker)
+        several = len({span.action.stage for span in spans}) > 1
+        for span in spans:
+            stage = f"{span.action.stage}." if several else ""
+            window = f"/{span.action.window}" if windows else ""
+            labels[span] = f"{stage}{span.action.microbatch}{window}"
+    return labels
 
 
 def _legend(figure: Figure, panels: Mapping[str, Timeline], corner: tuple[float, float]) -> None:

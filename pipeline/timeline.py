@@ -122,8 +122,13 @@ class Timeline:
 
         Args:
             names: what to call the workers; left out, `worker 0` and so on.
+
+        Raises:
+            TimelineError: there is not one name for each worker.
         """
         titles = tuple(names) or tuple(f"worker {worker}" for worker in range(self.workers))
+        if len(titles) != self.workers:
+            raise TimelineError(f"`names` must name each of {self.workers} workers, received {list(titles)}")
         width = max((len(title) for title in titles), default=0)
         lines = [
             f"{self.name}: step {_ms(self.step_time)} ms, bubble {self.bubble:.1%}, "
