@@ -6,6 +6,7 @@ handed out may be aliased by a tape or a variable for ever, so there is no pool 
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Final
 
 import numpy as np
@@ -23,5 +24,5 @@ def aligned_empty(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         uint8 array of shape (nbytes,), writable, contiguous, its address a multiple of 64.
     """
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -memory.__array_interface__["data"][0] % ALIGNMENT
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory.data)) % ALIGNMENT  # twice as fast as memory.ctypes
     return memory[start:][:nbytes]  # in two steps: NumPy resets the address of memory[start:start]

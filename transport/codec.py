@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import struct
 import threading
 import zlib
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ import msgpack
 import numpy as np
 
 from transport.buffers import aligned_empty
-from transport.dtypes import DTYPES, NAMES
+from transport.dtypes import BUFFER_NAMES, DTYPES, NAMES
 from transport.errors import MalformedMessage, MessageTooLarge, TransportError, Unsendable
 from transport.limits import DEFAULT_LIMITS, Limits
 from transport.message import KINDS, Message
@@ -41,6 +42,7 @@ Raw: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 Frame: TypeAlias = "bytes | bytearray | memoryview"
 
 _FIELDS: Final = 13
+_checksum: Final = struct.Struct("<I").unpack_from
 _NUMBERS: Final = ("incarnation", "step", "stage", "source", "microbatch", "window")
 _LOWEST, _HIGHEST = -1, 2**53  # exact in every language's number type
 
@@ -130,17 +132,17 @@ def decode_header(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> Header:
     Raises:
         MalformedMessage: with the first thing found wrong.
     """
-    view = memoryview(frame)
-    if not 4 < view.nbytes <= limits.max_header_bytes:
-        raise MalformedMessage(f"expected a header of 5 to {limits.max_header_bytes} bytes, received {view.nbytes}")
-    packed = view[4:]
-    if zlib.crc32(packed) != int.from_bytes(view[:4], "little"):
+    size = len(frame)
+    if not 4 < size <= limits.max_header_bytes:
+        raise MalformedMessage(f"expected a header of 5 to {limits.max_header_bytes} bytes, received {size}")
+    packed = frame[4:]
+    if zlib.crc32(packed) != _checksum(frame)[0]:
         raise MalformedMessage("the header does not match its checksum: it is damaged or of another protocol")
     try:
         fields = msgpack.unpackb(
             packed,
             max_str_len=limits.max_header_bytes,
-            max_array_len=max(limits.max_count, limits.max_rank, _FIELDS),
+            max_array_len=limits.max_count,
             max_map_len=limits.max_count,
             max_bin_len=0,
             max_ext_len=0,
@@ -216,7 +218,7 @@ def _encode_array(
     if not isinstance(array, np.ndarray):
         raise Unsendable(f"{message.kind}: array must be a numpy.ndarray, got {type(array).__name__}")
     dtype, shape, nbytes = array.dtype, array.shape, array.nbytes
-    if nbytes > limits.max_bytes or math.prod(shape) * dtype.itemsize != nbytes:
+    if nbytes > limits.max_bytes:
         raise MessageTooLarge(
             f"{message}: {nbytes} bytes are above the limit of {limits.max_bytes} bytes a message; "
             "send it in slices, or raise Limits.max_bytes on both sides"
@@ -235,6 +237,8 @@ def _encode_array(
     elif not array.flags.c_contiguous:
         array = array.copy(order="C")
         array.flags.writeable = False
+    if name in BUFFER_NAMES:
+        return array.data, name, shape, nbytes
     return array.reshape(-1).view(np.uint8).data, name, shape, nbytes
 
 

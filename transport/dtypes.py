@@ -26,5 +26,8 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = _NUMPY | {
 }
 """Name on the wire -> native dtype. Sub-byte types take one byte an element, as NumPy stores them."""
 
+BUFFER_NAMES: Final = frozenset(_NUMPY)
+"""Those that Python's buffer protocol knows; the others travel through a view as bytes."""
+
 NAMES: Final[dict[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
 """The other way round; a dtype of foreign byte order is not in it."""

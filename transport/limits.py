@@ -16,7 +16,7 @@ class Limits:
         max_bytes: bytes of the array, at most 2 GiB - 1.
         max_header_bytes: bytes of the header, which includes `value`.
         max_rank: dimensions of the array.
-        max_count: entries of one list or dict in `value`, and entries of all of them together.
+        max_count: entries of all lists and dicts in `value` together, at least 64.
         max_depth: nesting of lists and dicts in `value`.
         max_name: characters of the tensor's name.
     """
@@ -33,6 +33,8 @@ class Limits:
             raise ValueError(f"max_bytes must be within 0 .. {MAX_FRAME} (2 GiB - 1), got {self.max_bytes}")
         if self.max_header_bytes < 64:
             raise ValueError(f"max_header_bytes must be at least 64, got {self.max_header_bytes}")
+        if self.max_count < 64:
+            raise ValueError(f"max_count must be at least 64, got {self.max_count}")
         if not 0 <= self.max_rank <= 64:
             raise ValueError(f"max_rank must be within 0 .. 64 (NumPy's bound), got {self.max_rank}")
 

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -66,7 +65,6 @@ class ZeromqInbox(Inbox):
         self._file = file
         self._pid = os.getpid()
         self._socket: zmq.Socket[bytes] | None = socket
-        self._header = np.empty(limits.max_header_bytes, np.uint8).data
         self._inside = False  # a message was begun and not read to its end
         self._watch: Sequence[Watchable] = ()
         self._sources: dict[int, Watchable] = {}
@@ -84,20 +82,20 @@ class ZeromqInbox(Inbox):
             self._skip_rest(socket)
         self._wait(socket, timeout)
         self._inside = True
-        size = socket.recv_into(self._header, flags=_NOBLOCK)
+        frame = socket.recv(_NOBLOCK, copy=False)
         try:
-            if size > self._limits.max_header_bytes:
-                raise MalformedMessage(f"the header has {size} bytes, the limit is {self._limits.max_header_bytes}")
-            header = codec.decode_header(self._header[:size], self._limits)
-            raw = None
-            if header.dtype is not None:
-                if not socket.getsockopt(zmq.RCVMORE):
-                    raise MalformedMessage("the header announces an array, and no frame follows")
+            header = codec.decode_header(frame.buffer, self._limits)
+            if header.dtype is None:
+                raw, more = None, frame.more
+            elif not frame.more:
+                raise MalformedMessage("the header announces an array, and no frame follows")
+            else:
                 raw = aligned_empty(header.nbytes)
                 received = socket.recv_into(raw.data if header.nbytes else _NOTHING, flags=_NOBLOCK)
                 if received != header.nbytes:
                     raise codec.wrong_size(header, received)
-            if socket.getsockopt(zmq.RCVMORE):
+                more = bool(socket.getsockopt(zmq.RCVMORE))
+            if more:
                 raise MalformedMessage("more frames arrived than the header announces")
         except MalformedMessage:
             self._skip_rest(socket)

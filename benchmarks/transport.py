@@ -1,0 +1,232 @@
+"""Measures the ipc transport between two processes, beside bare pyzmq in the same run.
+
+    python benchmarks/transport.py            # a table
+    python benchmarks/transport.py --json     # the same figures for a program
+
+Two figures: the time of one small message one way (half a ping-pong), and the throughput of bursts of large ones. Each
+round measures every lane in turn, so that a noisy machine disturbs all alike; the table shows medians. The ratio is the
+median of the rounds' ratios.
+
+Lanes:
+
+- `tapeline`: `Outbox.send` of a read-only float32 array, as a tensor is sent, to `Inbox.receive` of an aligned,
+  writable array of our own.
+- `bare copy`: pyzmq's defaults, `socket.send(array)` to `socket.recv()`, a bytes object that nobody can write to.
+- `bare`: the fastest that pyzmq offers at each size: no copies in either direction from 64 KiB on. What is received
+  there is neither aligned nor safe to hand to TensorFlow without another copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zmq
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transport import Message, open_transport
+
+KIB, MIB = 1024, 1024 * 1024
+SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
+LANES = ("tapeline", "bare", "bare copy")
+TIMEOUT = 60.0
+
+
+class Lane(NamedTuple):
+    """One way of moving arrays there and a sign back."""
+
+    send: Callable[[np.ndarray[Any, Any]], None]
+    receive: Callable[[], int]
+
+
+def open_lanes(directory: Path, me: str, other: str) -> tuple[dict[str, Lane], Callable[[], None]]:
+    """Connects this process (`me`) with the other one, in every way."""
+    transport = open_transport("ipc", directory)
+    inbox = transport.bind(f"ipc://{directory}/tapeline-{me}")
+    context = zmq.Context()
+    pulls, pushes = {}, {}
+    for name in LANES[1:]:
+        pulls[name] = context.socket(zmq.PULL)
+        pulls[name].setsockopt(zmq.RCVHWM, 0)
+        pulls[name].setsockopt(zmq.RCVTIMEO, int(TIMEOUT * 1000))
+        pulls[name].bind(f"ipc://{directory}/{name.replace(' ', '-')}-{me}")
+        pushes[name] = context.socket(zmq.PUSH)
+        pushes[name].setsockopt(zmq.SNDHWM, 0)
+        pushes[name].connect(f"ipc://{directory}/{name.replace(' ', '-')}-{other}")
+    outbox = transport.connect(f"ipc://{directory}/tapeline-{other}", TIMEOUT)
+
+    def send(array: np.ndarray[Any, Any]) -> None:
+        outbox.send(Message("activation", step=1000, stage=1, source=0, tensor="dense_1/output", array=array))
+
+    def receive() -> int:
+        array = inbox.receive(TIMEOUT).array
+        assert array is not None
+        return array.nbytes
+
+    def bare_send(array: np.ndarray[Any, Any]) -> None:
+        pushes["bare"].send(array, copy=array.nbytes < 64 * KIB)
+
+    def bare_receive() -> int:
+        return len(pulls["bare"].recv(copy=False).buffer)
+
+    lanes = {
+        "tapeline": Lane(send, receive),
+        "bare": Lane(bare_send, bare_receive),
+        "bare copy": Lane(pushes["bare copy"].send, lambda: len(pulls["bare copy"].recv())),
+    }
+
+    def close() -> None:
+        transport.close()
+        context.destroy(linger=0)
+
+    return lanes, close
+
+
+def sample(nbytes: int) -> np.ndarray[Any, Any]:
+    array = np.ones(nbytes // 4, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+def serve(directory: Path) -> None:
+    """The other process: does what each line on stdin says, until stdin ends."""
+    lanes, close = open_lanes(directory, "peer", "main")
+    small = sample(KIB)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        lane_name, mode, count = json.loads(line)
+        lane = lanes[lane_name]
+        if mode == "echo":
+            for _ in range(count):
+                lane.receive()
+                lane.send(small)
+        else:
+            for _ in range(count):
+                lane.receive()
+            lane.send(small)
+    close()
+
+
+def measure(rounds: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Returns one row a size: nbytes, unit, and for each lane its median; ratios of tapeline's speed to the others."""
+    with tempfile.TemporaryDirectory(prefix="tapeline-bench-") as name:
+        directory = Path(name)
+        command = [sys.executable, __file__, "--serve", name]
+        peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert peer.stdin is not None and peer.stdout is not None
+        try:
+            lanes, close = open_lanes(directory, "main", "peer")
+            assert peer.stdout.readline() == "ready\n"
+
+            def order(lane: str, mode: str, count: int) -> None:
+                assert peer.stdin is not None
+                peer.stdin.write(json.dumps([lane, mode, count]) + "\n")
+                peer.stdin.flush()
+
+            def latency(lane: str, count: int = 400) -> float:
+                array, (send, receive) = sample(KIB), lanes[lane]
+                order(lane, "echo", count)
+                send(array), receive()  # the peer has its order now
+                start = time.perf_counter()
+                for _ in range(count - 1):
+                    send(array)
+                    receive()
+                return (time.perf_counter() - start) / (count - 1) / 2 * 1e6
+
+            def throughput(lane: str, nbytes: int) -> float:
+                array, (send, receive) = sample(nbytes), lanes[lane]
+                count = max(4, 64 * MIB // nbytes)
+                order(lane, "burst", count)
+                start = time.perf_counter()
+                for _ in range(count):
+                    send(array)
+                receive()
+                return count * nbytes / (time.perf_counter() - start) / 1e9
+
+            rows = [row(KIB, "us", rounds, latency, lambda ours, bare: bare / ours)]
+            for nbytes in sizes:
+
+                def one(lane: str, nbytes: int = nbytes) -> float:
+                    return throughput(lane, nbytes)
+
+                rows.append(row(nbytes, "GB/s", rounds, one, lambda ours, bare: ours / bare))
+            close()
+        finally:
+            peer.stdin.close()
+            peer.wait(timeout=TIMEOUT)
+            peer.stdout.close()
+    return rows
+
+
+def row(
+    nbytes: int,
+    unit: str,
+    rounds: int,
+    run: Callable[[str], float],
+    speed_ratio: Callable[[float, float], float],
+) -> dict[str, Any]:
+    for lane in LANES:
+        run(lane)  # warm-up
+    taken: dict[str, list[float]] = {lane: [] for lane in LANES}
+    for number in range(rounds):
+        for lane in LANES[number % 3 :] + LANES[: number % 3]:
+            taken[lane].append(run(lane))
+    result: dict[str, Any] = {"bytes": nbytes, "unit": unit}
+    for lane in LANES:
+        result[lane] = statistics.median(taken[lane])
+    for lane in LANES[1:]:
+        ratios = [speed_ratio(ours, bare) for ours, bare in zip(taken["tapeline"], taken[lane], strict=True)]
+        result[f"speed to {lane}"] = statistics.median(ratios)
+    return result
+
+
+def show(rows: list[dict[str, Any]], rounds: int) -> None:
+    table = Table(title=f"ipc between two processes, medians of {rounds} rounds")
+    table.add_column("message")
+    for lane in LANES:
+        table.add_column(lane, justify="right")
+    for lane in LANES[1:]:
+        table.add_column(f"speed to {lane}", justify="right")
+    for entry in rows:
+        size = f"{entry['bytes'] // MIB} MiB" if entry["bytes"] >= MIB else f"{entry['bytes'] // KIB} KiB one way"
+        table.add_row(
+            size,
+            *(f"{entry[lane]:.2f} {entry['unit']}" for lane in LANES),
+            *(f"{entry[f'speed to {lane}']:.2f}x" for lane in LANES[1:]),
+        )
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measures the ipc transport beside bare pyzmq in the same run.",
+        epilog="example: python benchmarks/transport.py --rounds 20",
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="rounds a figure, of which the median counts")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve)
+        return
+    rows = measure(arguments.rounds, SIZES)
+    if arguments.json:
+        print(json.dumps({"rounds": arguments.rounds, "rows": rows}, indent=2))
+    else:
+        show(rows, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
