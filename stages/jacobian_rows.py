@@ -1,0 +1,163 @@
+"""Contract dL/dOut with a Jacobian, whole or in blocks of rows that stay within a memory limit.
+
+Why: only the product dL/dOut * dOut/dW is wanted, and it is a sum over the rows of the Jacobian (one row an output
+element). So the rows can be made a block at a time and thrown away:
+
+    dL/dW = sum over blocks of  dL/dOut[block] * (dOut/dW)[block, :]
+
+The whole Jacobian comes from `GradientTape.jacobian` and `batch_jacobian`; the blocks from vectorising one row over the
+indices of a block. Both give the same numbers up to the order of summation, which makes each a check of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stages.jacobian_memory import MemoryLimitExceeded, readable_bytes, row_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contraction:
+    """One output tensor of a recorded segment, to be differentiated by several sources.
+
+    Attributes:
+        tape: the persistent tape that recorded `output`.
+        output: (batch, ...) or any shape.
+        output_gradient: dL/dOut, shape and dtype of `output`.
+        sources: variables or inputs that `output` depends on.
+        per_sample: the sources are inputs and samples are independent: one block of the Jacobian a sample.
+        where: what is being differentiated, for messages.
+    """
+
+    tape: Any
+    output: Any
+    output_gradient: Any
+    sources: list[Any]
+    per_sample: bool
+    where: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of the Jacobian: output elements, of one sample if `per_sample`."""
+        elements = int(self.output.shape.num_elements())
+        return elements // max(int(self.output.shape[0]), 1) if self.per_sample else elements
+
+
+def contract_whole(work: Contraction) -> list[Any]:
+    """Evaluate the whole Jacobian and contract it. Returns dL/dSource for every source, in the source's dtype."""
+    if work.rows == 0:
+        return [tf.zeros_like(source) for source in work.sources]
+    if not work.per_sample:
+        jacobians = work.tape.jacobian(work.output, work.sources)
+        rank = work.output.shape.rank
+        return [tf.tensordot(tf.cast(work.output_gradient, j.dtype), j, axes=rank) for j in jacobians]
+    if any(tensor.shape.rank < 2 for tensor in [work.output, *work.sources]):
+        return contract_blocked(work, None)[0]  # `batch_jacobian` wants a feature axis; the rows do not
+    batch = int(work.output.shape[0])
+    gradients = []
+    for source in work.sources:
+        jacobian = work.tape.batch_jacobian(work.output, source)
+        seeds = tf.cast(tf.reshape(work.output_gradient, (batch, -1)), jacobian.dtype)
+        product = tf.einsum("br,brc->bc", seeds, tf.reshape(jacobian, (batch, work.rows, -1)))
+        gradients.append(tf.reshape(product, source.shape))
+    return gradients
+
+
+def contract_blocked(work: Contraction, limit: int | None) -> tuple[list[Any], int]:
+    """Evaluate and contract the Jacobian in blocks of rows.
+
+    Args:
+        work: what to contract.
+        limit: bytes that a block may take; every tensor that it makes on the way is counted. None for no limit.
+
+    Returns:
+        dL/dSource for every source, and the number of blocks.
+
+    Raises:
+        MemoryLimitExceeded: not even one row fits. Nothing has been evaluated.
+    """
+    if work.rows == 0:
+        return [tf.zeros_like(source) for source in work.sources], 0
+    row = _row_function(work)
+    length = work.rows if limit is None else rows_that_fit(work, row, limit)
+    count = -(-work.rows // length)
+    block = tf.function(_block_function(work, row), autograph=False)
+    totals: list[Any] | None = None
+    # Blocks of nearly equal length: at most two lengths, so at most two traces.
+    for indices in np.array_split(np.arange(work.rows, dtype=np.int32), count):
+        parts = block(tf.constant(indices))
+        totals = parts if totals is None else [total + part for total, part in zip(totals, parts, strict=True)]
+    assert totals is not None
+    return totals, count
+
+
+def rows_that_fit(work: Contraction, row: Callable[[Any], list[Any]], limit: int) -> int:
+    """Count the rows that a block may have, from a trace of one row. Raises if not even one fits."""
+    graph = tf.function(row, autograph=False).get_concrete_function(tf.TensorSpec((), tf.int32)).graph
+    width = sum(int(source.shape.num_elements()) * int(source.dtype.size) for source in work.sources)
+    # A vectorised matrix product leaves the row in another order of axes, and it is transposed: a second copy of it.
+    one = row_bytes(graph) + width
+    # The running sum, and the block's own contribution to it.
+    fixed = 2 * width
+    length = (limit - fixed) // one
+    if length < 1:
+        raise MemoryLimitExceeded(
+            f"{work.where}: one row of the Jacobian takes {readable_bytes(one + fixed)}, more than memory_limit = "
+            f"{readable_bytes(limit)}; raise memory_limit to at least {one + fixed} bytes, cut the segment into "
+            "smaller ones, or use the hand-off (Stage), which needs no Jacobian",
+            one + fixed,
+            limit,
+        )
+    return min(length, work.rows)
+
+
+def _row_function(work: Contraction) -> Callable[[Any], list[Any]]:
+    """Make the function from a row's index to that row of every source's Jacobian."""
+
+    def row(index: Any) -> list[Any]:
+        seed = tf.one_hot(index, work.rows, dtype=work.output.dtype)
+        if work.per_sample:
+            seed = tf.broadcast_to(seed, (int(work.output.shape[0]), work.rows))
+        found = work.tape.gradient(work.output, work.sources, output_gradients=tf.reshape(seed, work.output.shape))
+        return [dense(gradient) for gradient in found]
+
+    return row
+
+
+def _block_function(work: Contraction, row: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    """Make the function from a block's indices to the block's share of every dL/dSource."""
+    batch = int(work.output.shape[0]) if work.per_sample else 1
+    gradient = tf.reshape(work.output_gradient, (batch, work.rows))
+
+    def block(indices: Any) -> list[Any]:
+        parts = []
+        length = int(indices.shape[0])
+        chosen = tf.gather(gradient, indices, axis=1)
+        for rows, source in zip(tf.vectorized_map(row, indices), work.sources, strict=True):
+            seeds = tf.cast(chosen, rows.dtype)
+            product = tf.einsum("br,rbc->bc", seeds, tf.reshape(rows, (length, batch, -1)))
+            parts.append(tf.reshape(product, source.shape))
+        return parts
+
+    return block
+
+
+def dense(gradient: Any) -> Any:
+    """A gradient as one dense tensor; rows that an embedding's gradient lists twice are added up."""
+    if isinstance(gradient, tf.IndexedSlices):
+        count = tf.cast(gradient.dense_shape[0], tf.int32)
+        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, count)
+    return gradient
+
+
+def connected(work: Contraction) -> list[bool]:
+    """Tell which sources the output depends on at all, at the price of one backward pass."""
+    if not work.sources:
+        return []
+    found = work.tape.gradient(work.output, work.sources, output_gradients=work.output_gradient)
+    return [gradient is not None for gradient in found]
