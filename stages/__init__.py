@@ -14,12 +14,18 @@ _HOME = {
     "Segment": "stages.segment",
     # the chain rule with full Jacobians
     "chain_rule": "stages.jacobian",
+    "jacobian_bytes": "stages.jacobian",
+    "MemoryLimitExceeded": "stages.jacobian",
     # what a worker can do
     "Action": "stages.actions",
     "Kind": "stages.actions",
     "Wiring": "stages.actions",
     "chain": "stages.actions",
     "dependencies": "stages.actions",
+    # errors
+    "HandoffError": "stages.errors",
+    "SegmentError": "stages.errors",
+    "StageError": "stages.errors",
 }
 
 __all__ = sorted(_HOME)

@@ -1,8 +1,10 @@
 """Forward only: the plan for evaluation and prediction, in which no tape is opened.
 
-worker 0 │ F0 F1 F2 F3 ·  ·
-worker 1 │ ·  F0 F1 F2 F3 ·
-worker 2 │ ·  ·  F0 F1 F2 F3
+It is not in the registry of schedules, as it cannot train; whatever the schedule, evaluation uses this plan.
+
+    worker 0 │ F0 F1 F2 F3 ·  ·
+    worker 1 │ ·  F0 F1 F2 F3 ·
+    worker 2 │ ·  ·  F0 F1 F2 F3
 """
 
 from __future__ import annotations

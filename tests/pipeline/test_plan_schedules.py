@@ -38,14 +38,20 @@ def test_every_worker_idles_p_minus_1_forwards_and_backwards(schedule, cost):
 def test_windows_shrink_the_bubble_to_that_of_one_window(schedule, cost):
     for stages, microbatches, windows in product(STAGES, MICROBATCHES, WINDOWS):
         timeline = simulate(schedule(stages, microbatches, windows=windows), cost)
+        slots = microbatches * windows + stages - 1
         assert timeline.idle == ((stages - 1) * (cost.forward + cost.backward),) * stages
+        assert timeline.step_time == slots * (cost.forward + cost.backward)
+        assert timeline.bubble == pytest.approx((stages - 1) / slots, abs=1e-15)
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 def test_forward_only_idles_p_minus_1_forwards(cost):
     for stages, microbatches, windows in product(STAGES, MICROBATCHES, WINDOWS):
         timeline = simulate(validate(forward_only(stages, microbatches, windows=windows)), cost)
+        slots = microbatches * windows + stages - 1
         assert timeline.idle == ((stages - 1) * cost.forward,) * stages
+        assert timeline.step_time == slots * cost.forward
+        assert timeline.bubble == pytest.approx((stages - 1) / slots, abs=1e-15)
         assert timeline.peak_in_flight == (0,) * stages
 
 
