@@ -59,6 +59,7 @@ class Inbox(Closeable, Protocol):
     """Where one process receives everything."""
 
     address: str
+    closed: bool
 
     def receive(self, timeout: float | None = None, watch: Sequence[Watchable] = ()) -> Message:
         """Waits for the next message.
@@ -80,6 +81,7 @@ class Outbox(Closeable, Protocol):
     """The way to one other process."""
 
     address: str
+    closed: bool
 
     def send(self, message: Message, timeout: float | None = None) -> None:
         """Hands one message over; see rule 3 for its array.
@@ -111,6 +113,7 @@ class Transport(Closeable, Protocol):
             AddressInUse: somebody receives there.
             BadAddress: it is not an address of this transport.
             NotLoopback: it could be reached from other hosts.
+            ChannelClosed: the transport is closed.
         """
 
     def connect(self, address: str, timeout: float | None = None) -> Outbox:
@@ -118,5 +121,5 @@ class Transport(Closeable, Protocol):
 
         Raises:
             TransportTimeout: nobody receives at the address within `timeout` seconds.
-            BadAddress, NotLoopback: as for `bind`.
+            BadAddress, NotLoopback, ChannelClosed: as for `bind`.
         """

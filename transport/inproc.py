@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from transport import codec
-from transport.channel import Closeable, Inbox, Outbox, Transport, Watchable
+from transport.channel import Inbox, Outbox, Transport, Watchable
 from transport.errors import AddressInUse, BadAddress, ChannelClosed, PeerLost, TransportTimeout, Watched
 from transport.limits import DEFAULT_LIMITS, Limits
 from transport.message import Message
@@ -35,8 +35,8 @@ class InprocInbox(Inbox):
         self.address = address
         self._limits = limits
         self._queue: deque[tuple[bytes, codec.Raw | None]] = deque()
-        self._lock = threading.Lock()  # guards `_closed` and the eventfd's life against senders in other threads
-        self._closed = False
+        self._lock = threading.Lock()  # guards `closed` and the eventfd's life against senders in other threads
+        self.closed = False
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._watch: Sequence[Watchable] = ()
         self._sources: dict[int, Watchable] = {}
@@ -46,7 +46,7 @@ class InprocInbox(Inbox):
     def put(self, header: bytes, raw: codec.Raw | None) -> bool:
         """Queues one message's frames, which the inbox takes over. False when the inbox is closed."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return False
             self._queue.append((header, raw))
             os.eventfd_write(self._event, 1)
@@ -58,7 +58,7 @@ class InprocInbox(Inbox):
             self._prepare(watch)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self._closed:
+            if self.closed:
                 raise ChannelClosed(f"the inbox {self.address} is closed")
             try:
                 header_frame, raw = self._queue.popleft()
@@ -73,9 +73,9 @@ class InprocInbox(Inbox):
             if _inboxes.get(self.address) is self:
                 del _inboxes[self.address]
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
+            self.closed = True
             self._queue.clear()
             os.eventfd_write(self._event, 1)  # wakes a receiver; the descriptor itself goes with the last user
 
@@ -107,21 +107,29 @@ class InprocOutbox(Outbox):
 
     def __init__(self, inbox: InprocInbox, limits: Limits) -> None:
         self.address = inbox.address
-        self._inbox: InprocInbox | None = inbox
+        self.closed = False
+        self._lost = False
+        self._inbox = inbox
         self._limits = limits
 
     def send(self, message: Message, timeout: float | None = None) -> None:
         """See `Outbox.send`."""
-        if self._inbox is None:
+        if self._lost:
+            raise self._gone(message)
+        if self.closed:
             raise ChannelClosed(f"the outbox to {self.address} is closed")
         header, *raws = codec.encode(message, self._limits)
         raw = codec.copied(raws[0]) if raws else None
         if not self._inbox.put(header, raw):
-            raise PeerLost(f"the receiver at {self.address} is gone; {message} was not sent")
+            self._lost = self.closed = True
+            raise self._gone(message)
 
     def close(self) -> None:
         """See `Outbox`."""
-        self._inbox = None
+        self.closed = True
+
+    def _gone(self, message: Message) -> PeerLost:
+        return PeerLost(f"the receiver at {self.address} is gone; {message} was not sent")
 
 
 class InprocTransport(Transport):
@@ -131,33 +139,42 @@ class InprocTransport(Transport):
 
     def __init__(self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._open: list[Closeable] = []
+        self._open: list[Inbox | Outbox] | None = []
 
     def bind(self, address: str | None = None) -> InprocInbox:
         """See `Transport.bind`."""
+        channels = self._channels()
         name = f"{_SCHEME}{next(_numbers)}" if address is None else _checked(address)
         with _changed:
             if name in _inboxes:
                 raise AddressInUse(f"{name} already has an inbox in this process; close it or use another name")
             inbox = _inboxes[name] = InprocInbox(name, self._limits)
             _changed.notify_all()
-        self._open.append(inbox)
+        channels.append(inbox)
         return inbox
 
     def connect(self, address: str, timeout: float | None = None) -> InprocOutbox:
         """See `Transport.connect`."""
+        channels = self._channels()
         name = _checked(address)
         with _changed:
             if not _changed.wait_for(lambda: name in _inboxes, timeout):
                 raise TransportTimeout(f"nobody receives at {name} in this process after {timeout} s")
             outbox = InprocOutbox(_inboxes[name], self._limits)
-        self._open.append(outbox)
+        channels.append(outbox)
         return outbox
 
     def close(self) -> None:
         """Closes every inbox and outbox of this transport."""
-        while self._open:
-            self._open.pop().close()
+        channels, self._open = self._open or [], None
+        for channel in reversed(channels):
+            channel.close()
+
+    def _channels(self) -> list[Inbox | Outbox]:
+        if self._open is None:
+            raise ChannelClosed("the inproc transport is closed")
+        self._open = [channel for channel in self._open if not channel.closed]
+        return self._open
 
 
 def _checked(address: str) -> str:

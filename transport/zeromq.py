@@ -14,18 +14,19 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket as socketlib
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from transport import codec, endpoints
 from transport.buffers import aligned_empty
-from transport.channel import Closeable, Inbox, Outbox, Transport, Watchable
+from transport.channel import Inbox, Outbox, Transport, Watchable
 from transport.errors import (
     BadAddress,
     ChannelClosed,
@@ -54,6 +55,7 @@ _FAILED: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _NOTHING: Final = bytearray()
+_UNBIND_MILLISECONDS: Final = 1000
 
 
 class ZeromqInbox(Inbox):
@@ -61,10 +63,11 @@ class ZeromqInbox(Inbox):
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, limits: Limits, file: Path | None) -> None:
         self.address = address
+        self.closed = False
         self._limits = limits
         self._file = file
         self._pid = os.getpid()
-        self._socket: zmq.Socket[bytes] | None = socket
+        self._socket = socket
         self._inside = False  # a message was begun and not read to its end
         self._watch: Sequence[Watchable] = ()
         self._sources: dict[int, Watchable] = {}
@@ -74,7 +77,7 @@ class ZeromqInbox(Inbox):
     def receive(self, timeout: float | None = None, watch: Sequence[Watchable] = ()) -> Message:
         """See `Inbox.receive`."""
         socket = self._socket
-        if socket is None:
+        if self.closed:
             raise ChannelClosed(f"the inbox {self.address} is closed")
         if watch is not self._watch:
             self._prepare(watch)
@@ -104,13 +107,17 @@ class ZeromqInbox(Inbox):
         return codec.assemble(header, raw)
 
     def close(self) -> None:
-        """See `Inbox`. The socket file is gone when this returns."""
-        socket, self._socket = self._socket, None
-        if socket is None or self._pid != os.getpid():
+        """See `Inbox`. The address is free and the socket file gone when this returns."""
+        if self.closed or self._pid != os.getpid():  # a forked copy must not touch what its parent uses
             return
+        self.closed = True
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-        socket.close(linger=0)
+        with self._socket.get_monitor_socket(int(zmq.EVENT_CLOSED)) as monitor:
+            self._socket.unbind(cast(bytes, self._socket.last_endpoint))
+            monitor.poll(_UNBIND_MILLISECONDS)  # ZeroMQ closes the listening descriptor in its own thread
+            self._socket.disable_monitor()
+        self._socket.close(linger=0)
 
     def _prepare(self, watch: Sequence[Watchable]) -> None:
         self._poller = zmq.Poller()
@@ -143,14 +150,15 @@ class ZeromqOutbox(Outbox):
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, limits: Limits) -> None:
         self.address = address
+        self.closed = False
         self._limits = limits
-        self._socket: zmq.Socket[bytes] | None = socket
+        self._socket = socket
         self._lost = False
 
     def send(self, message: Message, timeout: float | None = None) -> None:
         """See `Outbox.send`."""
         socket = self._socket
-        if socket is None:
+        if self.closed:
             raise self._gone(message)
         frames = codec.encode(message, self._limits)
         try:
@@ -170,9 +178,8 @@ class ZeromqOutbox(Outbox):
 
     def close(self) -> None:
         """See `Outbox`. Goes on delivering in the background for at most `LINGER_SECONDS`."""
-        socket, self._socket = self._socket, None
-        if socket is not None:
-            socket.close()
+        self.closed = True
+        self._socket.close()
 
     def _gone(self, message: Message) -> PeerLost | ChannelClosed:
         if self._lost:
@@ -187,17 +194,18 @@ class ZeromqTransport(Transport):
         self._limits = limits
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pid = os.getpid()
-        self._open: list[Closeable] = []
+        self._open: list[Inbox | Outbox] = []
 
     def connect(self, address: str, timeout: float | None = None) -> ZeromqOutbox:
         """See `Transport.connect`. Returns after the handshake: the socket file is not needed any more."""
+        self._require_open()
         self._check(address)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             socket, failure = self._try_connect(address, deadline)
             if socket is not None:
                 outbox = ZeromqOutbox(socket, address, self._limits)
-                self._open.append(outbox)
+                self._keep(outbox)
                 return outbox
             if deadline is not None and time.monotonic() + _RETRY_SECONDS > deadline:
                 raise TransportTimeout(
@@ -217,13 +225,21 @@ class ZeromqTransport(Transport):
     def _check(self, address: str) -> None:
         raise NotImplementedError
 
-    def _listen(self, descriptor: int, address: str, file: Path | None) -> ZeromqInbox:
+    def _require_open(self) -> None:
+        if self._context.closed:
+            raise ChannelClosed(f"the {self.scheme} transport is closed")
+
+    def _keep(self, channel: Inbox | Outbox) -> None:
+        self._open = [one for one in self._open if not one.closed]
+        self._open.append(channel)
+
+    def _receive_from(self, listener: socketlib.socket, address: str, file: Path | None) -> ZeromqInbox:
         socket = self._socket(zmq.PULL)
         socket.setsockopt(zmq.MAXMSGSIZE, max(self._limits.max_bytes, self._limits.max_header_bytes))
-        socket.setsockopt(zmq.USE_FD, descriptor)
+        socket.setsockopt(zmq.USE_FD, listener.detach())
         socket.bind(address)
         inbox = ZeromqInbox(socket, address, self._limits, file)
-        self._open.append(inbox)
+        self._keep(inbox)
         return inbox
 
     def _try_connect(self, address: str, deadline: float | None) -> tuple[zmq.Socket[bytes] | None, str]:
@@ -247,8 +263,6 @@ class ZeromqTransport(Transport):
         return (socket if connected else None), failure
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        if self._context.closed:
-            raise ChannelClosed(f"the {self.scheme} transport is closed")
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
@@ -271,12 +285,13 @@ class IpcTransport(ZeromqTransport):
 
     def bind(self, address: str | None = None) -> ZeromqInbox:
         """See `Transport.bind`. Without an address, the socket file gets a fresh name in the directory."""
+        self._require_open()
         if address is None:
             if self._directory is None:
                 self._directory = self._own_directory = Path(tempfile.mkdtemp(prefix="tapeline-"))
             address = endpoints.free_ipc_address(self._directory)
         listener = endpoints.listen_ipc(address)
-        return self._listen(listener.detach(), address, endpoints.ipc_path(address))
+        return self._receive_from(listener, address, endpoints.ipc_path(address))
 
     def close(self) -> None:
         """Closes every channel and removes the directory if it was made here."""
@@ -296,8 +311,9 @@ class TcpTransport(ZeromqTransport):
 
     def bind(self, address: str | None = None) -> ZeromqInbox:
         """See `Transport.bind`. Without an address, a free port of 127.0.0.1."""
+        self._require_open()
         listener, real = endpoints.listen_tcp("tcp://127.0.0.1:0" if address is None else address)
-        return self._listen(listener.detach(), real, None)
+        return self._receive_from(listener, real, None)
 
     def _check(self, address: str) -> None:
         _, port = endpoints.tcp_host_port(address)
