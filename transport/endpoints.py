@@ -12,12 +12,32 @@ import ipaddress
 import secrets
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from transport.errors import AddressInUse, BadAddress, NotLoopback
 
 _MAX_PATH: Final = 107  # sizeof(sockaddr_un.sun_path) - 1
 _BACKLOG: Final = 256
+
+
+class SocketFile(NamedTuple):
+    """The file of one listening socket, told from another that took its name since."""
+
+    path: Path
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> SocketFile:
+        """Identifies the file that is there now."""
+        status = path.lstat()
+        return cls(path, status.st_dev, status.st_ino)
+
+    def remove(self) -> None:
+        """Removes the file unless it is gone or another one."""
+        with contextlib.suppress(FileNotFoundError):
+            if SocketFile.of(self.path) == self:
+                self.path.unlink()
 
 
 def ipc_path(address: str) -> Path:
@@ -62,8 +82,8 @@ def tcp_host_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def listen_ipc(address: str) -> socket.socket:
-    """A listening local socket; its file is readable and writable for the owner only.
+def listen_ipc(address: str) -> tuple[socket.socket, SocketFile]:
+    """A listening local socket and its file, which only the owner can use.
 
     A file that a killed process left behind is replaced; one with a live receiver is not.
     """
@@ -77,13 +97,14 @@ def listen_ipc(address: str) -> socket.socket:
                 raise BadAddress(f"cannot receive at {address}: {error.strerror}") from error
             _remove_stale(path, address)
             listener.bind(str(path))
+        file = SocketFile.of(path)
         path.chmod(0o600)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except BaseException:
         listener.close()
         raise
-    return listener
+    return listener, file
 
 
 def listen_tcp(address: str) -> tuple[socket.socket, str]:
@@ -114,6 +135,8 @@ def free_ipc_address(directory: Path) -> str:
 
 
 def _remove_stale(path: Path, address: str) -> None:
+    if not path.is_socket():  # a plain file refuses connections too
+        raise AddressInUse(f"{path} exists and is not a socket; choose another name")
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         probe.setblocking(False)
         try:
@@ -121,6 +144,6 @@ def _remove_stale(path: Path, address: str) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
-        except OSError as error:  # full backlog, not a socket, no permission: not ours to remove
+        except OSError as error:  # full backlog, no permission: not ours to remove
             raise AddressInUse(f"{address} is in use ({error.strerror}); choose another name") from error
     raise AddressInUse(f"{address} already has a receiver; close it or choose another name")

@@ -61,7 +61,9 @@ _UNBIND_MILLISECONDS: Final = 1000
 class ZeromqInbox(Inbox):
     """The receiving end; see `Inbox`."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str, limits: Limits, file: Path | None) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], address: str, limits: Limits, file: endpoints.SocketFile | None
+    ) -> None:
         self.address = address
         self.closed = False
         self._limits = limits
@@ -112,7 +114,7 @@ class ZeromqInbox(Inbox):
             return
         self.closed = True
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            self._file.remove()
         with self._socket.get_monitor_socket(int(zmq.EVENT_CLOSED)) as monitor:
             self._socket.unbind(cast(bytes, self._socket.last_endpoint))
             monitor.poll(_UNBIND_MILLISECONDS)  # ZeroMQ closes the listening descriptor in its own thread
@@ -233,7 +235,7 @@ class ZeromqTransport(Transport):
         self._open = [one for one in self._open if not one.closed]
         self._open.append(channel)
 
-    def _receive_from(self, listener: socketlib.socket, address: str, file: Path | None) -> ZeromqInbox:
+    def _receive_from(self, listener: socketlib.socket, address: str, file: endpoints.SocketFile | None) -> ZeromqInbox:
         socket = self._socket(zmq.PULL)
         socket.setsockopt(zmq.MAXMSGSIZE, max(self._limits.max_bytes, self._limits.max_header_bytes))
         socket.setsockopt(zmq.USE_FD, listener.detach())
@@ -290,8 +292,8 @@ class IpcTransport(ZeromqTransport):
             if self._directory is None:
                 self._directory = self._own_directory = Path(tempfile.mkdtemp(prefix="tapeline-"))
             address = endpoints.free_ipc_address(self._directory)
-        listener = endpoints.listen_ipc(address)
-        return self._receive_from(listener, address, endpoints.ipc_path(address))
+        listener, file = endpoints.listen_ipc(address)
+        return self._receive_from(listener, address, file)
 
     def close(self) -> None:
         """Closes every channel and removes the directory if it was made here."""
