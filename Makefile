@@ -12,21 +12,25 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.project-installed
 PEER  := .venv-peer
-# A build with no compiler, no prompt and no package that the lock does not name.
 PIP   := -m pip --disable-pip-version-check --no-input
 # The user's own PYTHONPATH or an active environment must not leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
+# An environment knows the folder it was built in: in a moved or copied tree it is built anew.
+MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment test lint format demo soak bench peer lock clean distclean
+.PHONY: help environment test lint format demo soak bench peer lock clean distclean moved
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 environment: $(READY) ## build .venv, with the `tapeline` command
 
-$(VENV)/.locked: requirements.lock
+moved:
+
+$(VENV)/.locked: requirements.lock $(MOVED)
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "make: no '$(PYTHON)' here; install Python 3.11, 3.12 or 3.13, or say: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("make: needs Python 3.11, 3.12 or 3.13; " + sys.executable + " is " + sys.version.split()[0] + "; say: make PYTHON=/path/to/python3.12")'
@@ -35,6 +39,7 @@ $(VENV)/.locked: requirements.lock
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) install -qq --only-binary :all: --require-hashes -r requirements.lock
+	@echo "$(CURDIR)" > $(VENV)/.folder
 	@touch $@
 
 $(READY): $(VENV)/.locked pyproject.toml

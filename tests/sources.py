@@ -20,15 +20,15 @@ def repository_files() -> list[Path]:
         )
         paths = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
-        hidden = {".venv", ".venv-peer", "__pycache__", "artifacts", "build", "dist"}
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(
-                part in hidden or part.endswith(("_cache", ".egg-info")) for part in path.relative_to(ROOT).parts
-            )
-        ]
+        paths = [path for path in ROOT.rglob("*") if not any(map(generated, path.relative_to(ROOT).parts))]
     return sorted(path for path in paths if path.is_file())
+
+
+def generated(part: str) -> bool:
+    """Whether a file or folder called ``part`` is one that tools make; near enough to what .gitignore says."""
+    if part.startswith("."):
+        return part not in {".ci", ".gitignore"}
+    return part in {"__pycache__", "artifacts", "build", "dist"} or part.endswith(".egg-info")
 
 
 def modules(*packages: str) -> list[Path]:

@@ -60,9 +60,16 @@ def direction_faults(source: str, package: str) -> Iterator[str]:
     forbidden = (set(PACKAGES) | OUTSIDE) - ALLOWED[home]
     if home == "transport":
         forbidden |= TENSORFLOW
-    for line, name in imported(ast.parse(source), package):
+    tree = ast.parse(source)
+    for line, name in imported(tree, package):
         if name.split(".")[0] in forbidden:
             yield f"line {line}: {home} imports {name}"
+    # Tables of lazy exports and "module:function" entries import by a string.
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            dotted = re.fullmatch(r"(\w+)(?:\.\w+)+(?::\w+)?|(\w+):\w+", node.value)
+            if dotted and (dotted[1] or dotted[2]) in forbidden:
+                yield f"line {node.lineno}: {home} names {node.value}"
 
 
 def unsafe_faults(source: str, package: str) -> Iterator[str]:
@@ -115,7 +122,9 @@ def test_all_three_packages_have_sources() -> None:
         ("transport", "from keras import layers"),
         ("stages", "from pipeline import plan"),
         ("stages.deep", "from ..pipeline import x\nfrom pipeline.plan import Plan"),
-        ("stages", "import importlib\nimportlib.import_module('pipeline.plan')"),
+        ("stages", "import importlib\nimportlib.import_module('pipeline')"),
+        ("stages", "HOME = {'Plan': 'pipeline.plan'}"),
+        ("stages", "entry = 'pipeline.launch.local:run'"),
         ("stages", "__import__('pipeline')"),
         ("stages", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan"),
         ("pipeline", "from tests.sources import ROOT"),
