@@ -53,11 +53,19 @@ def contract_whole(work: Contraction) -> list[Any]:
     if work.rows == 0:
         return [tf.zeros_like(source) for source in work.sources]
     if not work.per_sample:
-        jacobians = work.tape.jacobian(work.output, work.sources)
-        rank = work.output.shape.rank
-        return [tf.tensordot(tf.cast(work.output_gradient, j.dtype), j, axes=rank) for j in jacobians]
+        return _run_once(lambda: _contract_dependent(work))
     if any(tensor.shape.rank < 2 for tensor in [work.output, *work.sources]):
         return contract_blocked(work, None)[0]  # `batch_jacobian` wants a feature axis; the rows do not
+    return _run_once(lambda: _contract_per_sample(work))
+
+
+def _contract_dependent(work: Contraction) -> list[Any]:
+    jacobians = work.tape.jacobian(work.output, work.sources)
+    rank = work.output.shape.rank
+    return [tf.tensordot(tf.cast(work.output_gradient, j.dtype), j, axes=rank) for j in jacobians]
+
+
+def _contract_per_sample(work: Contraction) -> list[Any]:
     batch = int(work.output.shape[0])
     gradients = []
     for source in work.sources:
@@ -66,6 +74,12 @@ def contract_whole(work: Contraction) -> list[Any]:
         product = tf.einsum("br,brc->bc", seeds, tf.reshape(jacobian, (batch, work.rows, -1)))
         gradients.append(tf.reshape(product, source.shape))
     return gradients
+
+
+def _run_once(function: Callable[[], list[Any]]) -> list[Any]:
+    """Trace a function and run it: TensorFlow traces a Jacobian in any case, and in here does not warn that it did."""
+    found: list[Any] = tf.function(function, autograph=False).get_concrete_function()()
+    return found
 
 
 def contract_blocked(work: Contraction, limit: int | None) -> tuple[list[Any], int]:
@@ -87,10 +101,13 @@ def contract_blocked(work: Contraction, limit: int | None) -> tuple[list[Any], i
     length = work.rows if limit is None else rows_that_fit(work, row, limit)
     count = -(-work.rows // length)
     block = tf.function(_block_function(work, row), autograph=False)
+    traced: dict[int, Any] = {}
     totals: list[Any] | None = None
     # Blocks of nearly equal length: at most two lengths, so at most two traces.
     for indices in np.array_split(np.arange(work.rows, dtype=np.int32), count):
-        parts = block(tf.constant(indices))
+        if len(indices) not in traced:
+            traced[len(indices)] = block.get_concrete_function(tf.TensorSpec(indices.shape, tf.int32))
+        parts = traced[len(indices)](tf.constant(indices))
         totals = parts if totals is None else [total + part for total, part in zip(totals, parts, strict=True)]
     assert totals is not None
     return totals, count
