@@ -8,7 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Fault", "MicrobatchError", "PipelineError", "PlanError", "ScheduleError", "TimelineError"]
+__all__ = [
+    "CheckpointError",
+    "CompileError",
+    "DataError",
+    "Fault",
+    "MicrobatchError",
+    "PipelineClosedError",
+    "PipelineError",
+    "PlanError",
+    "ScheduleError",
+    "SplitError",
+    "StalledError",
+    "TimelineError",
+    "VerificationError",
+    "WiringError",
+    "WorkerDiedError",
+    "WorkerError",
+]
 
 
 class PipelineError(Exception):
@@ -67,3 +84,58 @@ class PlanError(PipelineError, ValueError):
 
     def __reduce__(self) -> tuple[type[PlanError], tuple[str, tuple[Fault, ...]]]:
         return type(self), (self.name, self.faults)
+
+
+class WiringError(PipelineError, ValueError):
+    """Segments whose names or tensors do not fit together."""
+
+
+class SplitError(PipelineError, ValueError):
+    """A model that cannot be cut, or not there."""
+
+
+class CompileError(PipelineError, ValueError):
+    """A call of `compile` that cannot be carried out, or one that is missing."""
+
+
+class DataError(PipelineError, ValueError):
+    """A batch that does not fit the model: wrong shapes, wrong dtypes, different lengths."""
+
+
+class CheckpointError(PipelineError, ValueError):
+    """A checkpoint that is not there, is not whole, or belongs to another model."""
+
+
+class VerificationError(PipelineError, AssertionError):
+    """A verification found a difference above its tolerance."""
+
+
+class PipelineClosedError(PipelineError, RuntimeError):
+    """The pipeline's workers are gone; the message says since when and why."""
+
+
+class WorkerError(PipelineError, RuntimeError):
+    """Code that ran in a worker raised: a builder, a layer, a loss.
+
+    Attributes:
+        stage: the stage's name.
+        action: what it was doing, in words; "" outside a step.
+        step: the step's number, or -1.
+        kind: the name of the exception's class in the worker.
+        worker_traceback: the worker's traceback as text.
+    """
+
+    def __init__(
+        self, message: str, *, stage: str, action: str = "", step: int = -1, kind: str = "", worker_traceback: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.stage, self.action, self.step, self.kind = stage, action, step, kind
+        self.worker_traceback = worker_traceback
+
+
+class WorkerDiedError(WorkerError):
+    """A worker's process ended, or was ended, without a word."""
+
+
+class StalledError(PipelineError, TimeoutError):
+    """Every worker waits and nobody runs; the message says who waits for what."""

@@ -45,6 +45,8 @@ def direct(function: Callable[..., Sequence[Any]], signature: Sequence[Any]) -> 
     captured = list(concrete.captured_inputs)
     dtypes = [output.dtype for output in concrete.outputs]
     call = tf.raw_ops.StatefulPartitionedCall
+    if not dtypes:
+        return lambda *tensors: [] if call(args=[*tensors, *captured], Tout=[], f=concrete) is None else []
 
     def run(*tensors: Any) -> list[Any]:
         result: list[Any] = call(args=[*tensors, *captured], Tout=dtypes, f=concrete)

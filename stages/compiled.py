@@ -36,9 +36,16 @@ def _scalar(value: float) -> Any:
 
 @dataclass
 class _Layout:
-    """What a trace learned of a function: dtypes of inputs and outputs, own losses or not, which gradients exist."""
+    """What a trace learned of a function.
 
-    inputs: tuple[Any, ...] = ()
+    Attributes:
+        wanted: Which inputs are differentiated.
+        outputs: Dtypes of the outputs.
+        own: Whether the part has losses of its own.
+        gradients: For each wanted input, whether a gradient exists.
+    """
+
+    wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
     own: bool = False
     gradients: tuple[bool, ...] = ()
@@ -101,7 +108,7 @@ class CompiledTapes:
         run, layout = self._function("fused", arguments, lambda *a: self._trace_fused(len(inputs), *a))
         loss, own, *gradients = run(*arguments, _scalar(objective.weight), _scalar(share))
         differentiable = iter(gradients)
-        found = spread(layout.inputs, [next(differentiable) if there else None for there in layout.gradients])
+        found = spread(layout.wanted, [next(differentiable) if there else None for there in layout.gradients])
         self._open[key] = _Open(None, (), (), None, found)
         return Opened(None, (), own if layout.own else None, loss)
 
@@ -133,7 +140,7 @@ class CompiledTapes:
             seeds.append(opened.share)
         found = iter(opened.pair.backward(*opened.kept, *seeds))
         layout = opened.pair.layout
-        return spread(layout.inputs, [next(found) if there else None for there in layout.gradients])
+        return spread(layout.wanted, [next(found) if there else None for there in layout.gradients])
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables; None for a variable that no objective reaches."""
@@ -225,10 +232,10 @@ class CompiledTapes:
 
     def _taped(self, inputs: Sequence[Any], layout: _Layout) -> tuple[list[Any], Sequence[Any], Callable[..., Any]]:
         """Run the part under a tape: outputs, own losses, and the function from seeds to gradients."""
+        layout.wanted = self.part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            sources = watch(tape, inputs, self._variables)
+            sources = watch(tape, inputs, layout.wanted, self._variables)
             _, outputs, own = self.part.call(inputs, training=True)
-        layout.inputs = tuple(tensor.dtype for tensor in inputs)
         layout.outputs, layout.own = tuple(tensor.dtype for tensor in outputs), bool(own)
         targets = [tensor for tensor in outputs if is_differentiable(tensor.dtype)]
 
@@ -257,15 +264,16 @@ class CompiledTapes:
             *tensors, weight, share = arguments
             inputs, (target, *sample_weight) = tensors[:count], tensors[count:]
             weights = sample_weight[0] if sample_weight else None
+            layout.wanted = self.part.wanted(inputs)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                sources = watch(tape, inputs, self._variables)
+                sources = watch(tape, inputs, layout.wanted, self._variables)
                 structure, _, own = self.part.call(inputs, training=True)
                 value = head.value(target, structure, weights)
                 loss = value * tf.cast(weight, value.dtype)
             head.update(target, structure, weights)
             seeds = [tf.ones_like(loss), *(tf.cast(share, term.dtype) for term in own)]
             found = [dense(g) for g in tape.gradient([loss, *own], sources, output_gradients=seeds)]
-            layout.inputs, layout.own = tuple(tensor.dtype for tensor in inputs), bool(own)
+            layout.own = bool(own)
             total = tf.add_n(own) * share if own else tf.zeros(())
             return [loss, total, *self._finish(found, layout)]
 

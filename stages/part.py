@@ -22,11 +22,14 @@ class Part:
     Args:
         model: A Keras model, or a built layer, with any nesting of inputs and outputs.
         name: The stage's name, for messages.
+        input_gradients: Which inputs (in flat order) to differentiate; None: all that can be. Integers and booleans
+            never are.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, input_gradients: Sequence[bool] | None = None) -> None:
         self.model = model
         self.name = name
+        self._input_gradients = input_gradients
         self._pack = _packer(model)
 
     @property
@@ -47,6 +50,11 @@ class Part:
         outputs = self.model(self._pack(inputs), training=training)
         own = tuple(tf.reduce_sum(tf.cast(loss, keras.config.floatx())) for loss in self.model.losses)
         return outputs, flatten(outputs), own
+
+    def wanted(self, inputs: Sequence[Any]) -> tuple[bool, ...]:
+        """Which of these inputs get a gradient."""
+        asked = self._input_gradients or (self._input_gradients is None,) * len(inputs)
+        return tuple(yes and is_differentiable(tensor.dtype) for tensor, yes in zip(inputs, asked, strict=True))
 
     def expected_inputs(self) -> list[Any] | None:
         """Symbolic inputs of the model in flat order (dtype, shape), or None if it does not know them."""
@@ -81,19 +89,19 @@ def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:
     return lambda tensors: keras.tree.pack_sequence_as(structure, list(tensors))
 
 
-def watch(tape: Any, inputs: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Watch what can have a gradient and return it: differentiable inputs first, then the variables."""
-    sources = [tensor for tensor in inputs if is_differentiable(tensor.dtype)]
+def watch(tape: Any, inputs: Sequence[Any], wanted: Sequence[bool], variables: Sequence[Any]) -> list[Any]:
+    """Watch what gradients are wanted for and return it: the wanted inputs first, then the variables."""
+    sources = [tensor for tensor, yes in zip(inputs, wanted, strict=True) if yes]
     sources += [variable.value for variable in variables]
     for source in sources:
         tape.watch(source)
     return sources
 
 
-def spread(dtypes: Sequence[Any], found: Sequence[Any | None]) -> tuple[Any | None, ...]:
-    """Gradients of the differentiable inputs back at their places, None for the others."""
+def spread(wanted: Sequence[bool], found: Sequence[Any | None]) -> tuple[Any | None, ...]:
+    """Gradients of the wanted inputs back at their places, None for the others."""
     gradients = iter(found)
-    return tuple(next(gradients) if is_differentiable(dtype) else None for dtype in dtypes)
+    return tuple(next(gradients) if yes else None for yes in wanted)
 
 
 class States:

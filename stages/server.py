@@ -218,10 +218,10 @@ class _Server:
         child, report = self._children.pop(descriptor)
         self._poll.unregister(descriptor)
         _, status = os.waitpid(child, 0)
+        os.close(descriptor)
         with contextlib.suppress(BrokenPipeError):
             os.write(report, str(os.waitstatus_to_exitcode(status)).encode())
-        os.close(report)
-        os.close(descriptor)
+        os.close(report)  # last: to the driver this is the end of it
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:

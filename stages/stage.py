@@ -38,6 +38,8 @@ class Stage:
         run_eagerly: True: one `tf.GradientTape` per microbatch, bit-identical to one tape over the whole model.
             False: compiled functions, within 1e-6 of the largest gradient.
         recompute: Keep only inputs between forward and backward, and compute the forward pass again.
+        input_gradients: Which inputs (in flat order) to differentiate; None: all that can be.
+        head: A ready objective in place of `loss`.
 
     Example:
         >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
@@ -55,6 +57,7 @@ class Stage:
         loss: Any = None,
         run_eagerly: bool = True,
         recompute: bool = False,
+        input_gradients: Sequence[bool] | None = None,
         head: Head | None = None,
     ) -> None:
         if not isinstance(model, keras.Layer):
@@ -68,7 +71,7 @@ class Stage:
         self.model = model
         self.head = head if head is not None or loss is None else Head(loss)
         self.run_eagerly = run_eagerly
-        self._part = Part(model, self.name)
+        self._part = Part(model, self.name, input_gradients)
         kind = EagerTapes if run_eagerly else CompiledTapes
         self._tapes: Tapes = kind(self._part, self.head, recompute)
         self._opened: dict[Key, Opened] = {}

@@ -86,7 +86,7 @@ class _Record:
     """One open tape: what to differentiate, with which fixed seeds, with respect to what."""
 
     tape: Any
-    inputs: tuple[Any, ...]
+    wanted: tuple[bool, ...]
     sources: list[Any]
     outputs: tuple[Any, ...]
     targets: list[Any]
@@ -140,8 +140,9 @@ class EagerTapes:
     def _run(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
         variables = self._part.trainable_variables
         loss = None
+        wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            sources = watch(tape, inputs, variables)
+            sources = watch(tape, inputs, wanted, variables)
             structure, outputs, own = self._part.call(inputs, training=True)
             if objective is not None:
                 loss = self._loss(structure, objective)
@@ -149,7 +150,7 @@ class EagerTapes:
         if loss is not None and objective is not None and self._head is not None:
             targets, seeds = [loss, *targets], [tf.ones_like(loss), *seeds]
             self._head.update(objective.target, structure, objective.sample_weight)
-        self._open[key] = _Record(tape, tuple(inputs), sources, outputs if loss is None else (), targets, seeds)
+        self._open[key] = _Record(tape, wanted, sources, outputs if loss is None else (), targets, seeds)
         return Opened(structure, outputs, _weighted_sum(own, share), loss)
 
     def _loss(self, prediction: Any, objective: Objective) -> Any:
@@ -170,9 +171,9 @@ class EagerTapes:
         found: list[Any | None] = [None] * len(record.sources)
         if targets:
             found = record.tape.gradient(targets, record.sources, output_gradients=seeds)
-        inputs = sum(1 for tensor in record.inputs if is_differentiable(tensor.dtype))
+        inputs = sum(record.wanted)
         self._sum.add(key.microbatch, [dense(gradient) for gradient in found[inputs:]])
-        return spread([tensor.dtype for tensor in record.inputs], [dense(gradient) for gradient in found[:inputs]])
+        return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
 
     def _record(self, key: Key) -> _Record:
         """Take the open tape of a forward pass, running it again where only its inputs were kept."""

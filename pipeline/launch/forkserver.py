@@ -51,6 +51,9 @@ _BOOT = (
     "import os, sys; sys.path.insert(0, sys.argv[1]); from stages.server import main; "
     "os._exit(main(int(sys.argv[2]), int(sys.argv[3])))"
 )
+_END_TIMEOUT = 2.0
+"""Seconds that an ending server has to be gone."""
+
 _TAIL_LINES = 20
 _TAIL_BYTES = 4000
 
@@ -174,8 +177,10 @@ class ForkServer:
 
     def exit_reason(self) -> str:
         """Return why the process ended, in one line; "running" while it runs."""
-        code = self._keeper.exit_code(1.0) if self._keeper is not None and not self.alive() else None
-        return "running" if code is None else describe_exit(code)
+        if self.alive():
+            return "running"
+        code = self._keeper.exit_code(_END_TIMEOUT) if self._keeper is not None else None
+        return "unknown" if code is None else describe_exit(code)
 
     def close(self) -> None:
         """End the server and its workers and wait for that. Idempotent."""
@@ -185,9 +190,9 @@ class ForkServer:
             if self._ready:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)  # works even if another process has a copy of the socket
-                self._keeper.exit_code(2.0)
+                self._keeper.exit_code(_END_TIMEOUT)
             self._keeper.kill()
-            self._keeper.exit_code(5.0)
+            self._keeper.exit_code(_END_TIMEOUT)
             self._socket.close()
             self._socket = None
             self._keeper.sentinel.close()
@@ -236,7 +241,7 @@ class ForkServer:
             raise self._gone()
         reply: dict[str, Any] = json.loads(data)
         if "failed" in reply:
-            self._keeper.exit_code(1.0)
+            self._keeper.exit_code(_END_TIMEOUT)
             raise LaunchError(
                 f"the fork server could not import {', '.join(self._preload)}: {reply['failed']}{self._quote()}\n"
                 f"Workers need these imports to succeed in {sys.executable}"
@@ -246,6 +251,8 @@ class ForkServer:
 
     def _gone(self) -> ServerGoneError:
         doing = "" if self._ready else f" while it imported {', '.join(self._preload)}"
+        if self._keeper is not None:
+            self._keeper.exit_code(_END_TIMEOUT)  # its socket closes a moment before it is gone
         return ServerGoneError(f"the fork server died{doing}: {self.exit_reason()}{self._quote()}")
 
     def _quote(self) -> str:

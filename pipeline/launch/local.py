@@ -180,10 +180,14 @@ class LocalWorker:
     def _exit_code(self) -> int | None:
         """Return the code that the server reports, or None if the server was not there to see it."""
         deadline = time.monotonic() + _REPORT_TIMEOUT
-        if readable([self._report.fileno()], remaining(deadline)):
-            text = os.read(self._report.fileno(), 16)
-            if text:
-                return int(text)
+        report = b""
+        while readable([self._report.fileno()], remaining(deadline)):
+            part = os.read(self._report.fileno(), 16)
+            if not part:
+                break
+            report += part
+        if report:
+            return int(report)
         with contextlib.suppress(ChildProcessError):  # as process 1 of a container we inherit the server's orphans
             ended = os.waitid(os.P_PIDFD, self._pidfd.fileno(), os.WEXITED | os.WNOHANG)
             if ended is not None:

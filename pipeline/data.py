@@ -1,0 +1,153 @@
+"""From what a user passes as x, y and weights to the arrays that travel, checked against what the stages take.
+
+Every fault of the data is found here, in the user's process, before a worker hears of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from pipeline.driver import Batch
+from pipeline.errors import DataError
+from pipeline.microbatch import microbatch_sizes
+from stages.tensors import compatible, flatten
+
+InputSpec = tuple[str, tuple[int | None, ...]]
+"""dtype and shape with None for free dimensions."""
+
+
+def make_batch(
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    inputs: Mapping[str, InputSpec | None],
+    microbatches: int,
+    needs_target: bool,
+) -> Batch:
+    """One batch, converted, checked and cut.
+
+    Args:
+        x: Array or tensor (n, ...), or a list or dict of them in the order of the pipeline's inputs.
+        y: Targets (n, ...), or None where the mode needs none.
+        sample_weight: (n,) or the shape of the loss's elements, or None.
+        inputs: The pipeline's inputs by name, with what they take, where that is known.
+        microbatches: How many are wanted.
+        needs_target: Whether there is a loss to compute.
+
+    Raises:
+        DataError: Everything that does not fit.
+    """
+    arrays = _inputs(x, inputs)
+    size = next(iter(arrays.values())).shape[0]
+    target = weight = None
+    if needs_target:
+        target = _target(y, size)
+        weight = _weight(sample_weight, size)
+    return Batch(arrays, target, weight, microbatch_sizes(size, microbatches))
+
+
+def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray[Any, Any]:
+    """Keras's meaning of `class_weight`: each sample weighs what its class does, 1 where the class is not named.
+
+    Args:
+        y: Class numbers (n,) or (n, 1), or one-hot rows (n, classes).
+        class_weight: {class: weight}.
+
+    Returns:
+        float32 (n,).
+    """
+    labels = np.asarray(y)
+    if labels.ndim > 1:
+        labels = np.argmax(labels, axis=-1) if labels.shape[-1] != 1 else labels[..., 0]
+    return np.array([class_weight.get(int(label), 1.0) for label in np.round(labels)], dtype=keras.config.floatx())
+
+
+def to_numpy(value: Any, what: str) -> np.ndarray[Any, Any]:
+    """An array of numbers.
+
+    Raises:
+        DataError: Text, objects, or rows of different lengths.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"{what} must be an array of numbers; its rows differ in shape ({error})") from error
+    if array.dtype.kind not in "biufc" and array.dtype.name not in _EXTENDED:
+        raise DataError(f"{what} must be an array of numbers, received dtype {array.dtype}")
+    return array
+
+
+_EXTENDED = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+
+
+def _inputs(x: Any, inputs: Mapping[str, InputSpec | None]) -> dict[str, np.ndarray[Any, Any]]:
+    if isinstance(x, Mapping) and set(x) == set(inputs):
+        leaves: Sequence[Any] = [x[name] for name in inputs]
+    else:
+        leaves = flatten(x) if isinstance(x, list | tuple | Mapping) and not _is_rows(x, len(inputs)) else [x]
+    if len(leaves) != len(inputs):
+        raise DataError(
+            f"the pipeline takes {len(inputs)} input(s) ({', '.join(inputs)}), x has {len(leaves)}; pass them as a list "
+            "in this order or as a dict by these names"
+        )
+    arrays = {name: _input(leaf, name, spec) for (name, spec), leaf in zip(inputs.items(), leaves, strict=True)}
+    sizes = {name: array.shape[0] for name, array in arrays.items()}
+    if len(set(sizes.values())) != 1:
+        raise DataError(f"all inputs must have the same number of samples, received {sizes}")
+    if not all(sizes.values()):
+        raise DataError("x has no samples; a step needs at least one")
+    return arrays
+
+
+def _is_rows(x: Any, count: int) -> bool:
+    """Whether a list is one array written as Python rows, not a list of input arrays."""
+    return count == 1 and isinstance(x, list | tuple) and len(x) > 0 and not hasattr(x[0], "shape")
+
+
+def _input(leaf: Any, name: str, spec: InputSpec | None) -> np.ndarray[Any, Any]:
+    array = to_numpy(leaf, f"x ({name!r})")
+    if array.ndim == 0:
+        raise DataError(f"x ({name!r}) must have the samples as its first axis, received a scalar")
+    if spec is None:
+        return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+    dtype, shape = spec
+    wanted = shape[1:]
+    if not compatible(array.shape[1:], wanted):
+        if wanted == (*array.shape[1:], 1):
+            array = array[..., None]  # as Keras does
+        else:
+            raise DataError(
+                f"x ({name!r}) must have the shape {('n', *wanted)} (None is any size), received {array.shape}"
+            )
+    return array if array.dtype.name == dtype else array.astype(dtype)
+
+
+def _target(y: Any, size: int) -> np.ndarray[Any, Any]:
+    if y is None:
+        raise DataError("y is missing: the loss compares predictions with targets")
+    leaves = flatten(y) if isinstance(y, Mapping) else [y]
+    if len(leaves) != 1:
+        raise DataError(f"y must be one array of targets, received {len(leaves)}")
+    array = to_numpy(leaves[0], "y")
+    if array.ndim == 0 or array.shape[0] != size:
+        raise DataError(
+            f"y must have one target per sample: expected {size}, received {array.shape[0] if array.ndim else 'a scalar'}"
+        )
+    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def _weight(sample_weight: Any, size: int) -> np.ndarray[Any, Any] | None:
+    if sample_weight is None:
+        return None
+    array = to_numpy(sample_weight, "sample_weight")
+    if array.ndim == 0 or array.shape[0] != size:
+        raise DataError(
+            f"sample_weight must have one weight per sample: expected {size}, received "
+            f"{array.shape[0] if array.ndim else 'a scalar'}"
+        )
+    return array.astype(keras.config.floatx())

@@ -1,0 +1,81 @@
+"""Say in words what workers were doing: from their status boards, their reports, their exit.
+
+A board outlives its worker, so even a killed one is described by what it wrote down before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import WorkerDiedError, WorkerError
+from pipeline.launch import WorkerHandle
+from stages.actions import Action, Kind
+from stages.hosted import StageSpec
+from stages.program import BUILDING, IDLE, RUNNING, WAITING
+from transport.message import DRIVER
+
+_CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."
+
+
+def stalled(boards: Sequence[Sequence[int]]) -> bool:
+    """Whether no worker runs or builds, and at least one waits for another."""
+    phases = {board[0] for board in boards}
+    return phases <= {WAITING, IDLE} and WAITING in phases
+
+
+def describe_worker(handle: WorkerHandle, specs: Sequence[StageSpec]) -> str:
+    """One line: the worker's stage, its step, what it does or waits for."""
+    phase, step, kind, stage, microbatch, window, source, done = (int(slot) for slot in handle.board)
+    names = {spec.index: spec.name for spec in specs}
+    name = names.get(stage, handle.name)
+    if phase == BUILDING:
+        return f"stage {name!r} builds its model"
+    if phase == IDLE:
+        return f"stage {handle.name!r} waits for the driver"
+    action = Action(Kind(kind), stage, microbatch, window)
+    doing = f"step {step}, {action.describe()} (action {done + 1} of its program)"
+    if phase == RUNNING:
+        return f"stage {name!r} runs {doing}"
+    whom = "the driver" if source == DRIVER else f"stage {source}"
+    return f"stage {name!r} waits for {whom} to begin {doing}"
+
+
+def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> WorkerDiedError:
+    """The error of a worker that ended without a report."""
+    phase, step, kind, stage, microbatch, window, _, _ = (int(slot) for slot in handle.board)
+    names = {spec.index: spec.name for spec in specs}
+    name = names.get(stage, specs[0].name)
+    action = ""
+    if phase in (WAITING, RUNNING):
+        action = Action(Kind(kind), stage, microbatch, window).describe()
+    where = f" in step {step}, {action}" if action else ""
+    if phase == BUILDING:
+        where = " while it built its model"
+    reason = handle.exit_reason()
+    return WorkerDiedError(
+        f"the worker of stage {name!r} is gone{where}: {reason}. The other workers were stopped. {_CHECKPOINT}\n{others}",
+        stage=name,
+        action=action,
+        step=step if action else -1,
+        worker_traceback=reason,
+    )
+
+
+def failed(report: Mapping[str, Any]) -> WorkerError:
+    """The error of a worker that reported an exception."""
+    where = f" in step {report['step']}, {report['action']}" if report["action"] else ""
+    if report["building"]:
+        where = " while it built its model"
+    text = (
+        f"stage {report['stage']!r} failed{where}: {report['type']}: {report['message']}\n"
+        f"--- traceback of the worker ---\n{report['traceback'].rstrip()}\n--- end of the worker's traceback ---"
+    )
+    return WorkerError(
+        text,
+        stage=report["stage"],
+        action=report["action"],
+        step=report["step"],
+        kind=report["type"],
+        worker_traceback=report["traceback"],
+    )

@@ -1,0 +1,107 @@
+"""Wire segments by the names of their tensors: equal names are connected.
+
+    Segment(..., outputs=("h",))  ──h──►  Segment(..., inputs=("h",))
+
+A chain needs no names: each segment takes what the one before it gives. A name that several segments take is sent to
+each of them. A name that nobody gives is an input of the pipeline; one that nobody takes is an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import WiringError
+from stages.actions import Wiring
+from stages.segment import Segment, names_of
+from transport.message import DRIVER
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Who gives what to whom.
+
+    Attributes:
+        names: The stages' names.
+        takes: For each stage its inputs as (tensor name, producing stage, or DRIVER).
+        gives: For each stage its outputs as (tensor name, consuming stages ascending).
+        inputs: Names of the pipeline's inputs, in the order of the stages that take them.
+        outputs: (tensor name, stage) of the pipeline's outputs.
+    """
+
+    names: tuple[str, ...]
+    takes: tuple[tuple[tuple[str, int], ...], ...]
+    gives: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[tuple[str, int], ...]
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return len(self.names)
+
+    def upstream(self) -> Wiring:
+        """For each stage the stages it takes tensors from; what plans are checked against."""
+        return Wiring({i: sorted({s for _, s in takes if s != DRIVER}) for i, takes in enumerate(self.takes)})
+
+    @property
+    def last(self) -> int:
+        """The stage that gives the pipeline's output and has the loss."""
+        return self.outputs[0][1]
+
+
+def wire(segments: Sequence[Segment]) -> Wires:
+    """Connect segments by name.
+
+    Raises:
+        WiringError: A name that two segments give, a cycle, or a pipeline without an output; all faults together.
+    """
+    names = names_of(segments)
+    inputs, outputs = _named(segments)
+    faults: list[str] = []
+    producer: dict[str, int] = {}
+    for i, given in enumerate(outputs):
+        for name in given:
+            if name in producer:
+                faults.append(f"{name!r} is given by both {names[producer[name]]!r} and {names[i]!r}")
+            producer[name] = i
+    takes = tuple(tuple((name, producer.get(name, DRIVER)) for name in taken) for taken in inputs)
+    for i, taken in enumerate(takes):
+        for name, source in taken:
+            if source >= i:
+                faults.append(
+                    f"stage {names[i]!r} takes {name!r} from {names[source]!r}, which does not come before it; "
+                    "list the segments in the order of the data flow"
+                )
+    gives = tuple(
+        tuple((name, tuple(j for j, taken in enumerate(inputs) if name in taken)) for name in given)
+        for given in outputs
+    )
+    finals = tuple((name, i) for i, given in enumerate(gives) for name, consumers in given if not consumers)
+    if len({stage for _, stage in finals}) != 1 and not faults:
+        faults.append(
+            "the outputs that nobody takes must be of one stage, found "
+            + (", ".join(f"{name!r} of {names[stage]!r}" for name, stage in finals) or "none")
+        )
+    if faults:
+        raise WiringError("the segments cannot be wired: " + "; ".join(faults))
+    free = tuple(dict.fromkeys(name for taken in takes for name, source in taken if source == DRIVER))
+    return Wires(names, takes, gives, free, finals)
+
+
+def _named(segments: Sequence[Segment]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Input and output names of every segment; those of a chain are made up."""
+    inputs, outputs = [], []
+    before: tuple[str, ...] = ()
+    for i, segment in enumerate(segments):
+        default = before if i else _count("x", segment, "inputs")
+        inputs.append(segment.inputs or default)
+        before = segment.outputs or _count(f"y{i}", segment, "outputs")
+        outputs.append(before)
+    return inputs, outputs
+
+
+def _count(stem: str, segment: Segment, what: str) -> tuple[str, ...]:
+    """As many names as the model has tensors; one where it is only built in the worker."""
+    tensors = getattr(segment.model, what, None) or [None]
+    return (stem,) if len(tensors) == 1 else tuple(f"{stem}_{i}" for i in range(len(tensors)))

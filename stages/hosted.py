@@ -1,0 +1,143 @@
+"""A stage as a worker hosts it: the `Stage`, where its tensors come from and go to, its optimizer.
+
+What a worker is told about a stage is plain data (`StageSpec`), written by the driver, read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from stages import snapshot
+from stages.errors import SegmentError
+from stages.loss import Head
+from stages.recipes import Recipe, create
+from stages.segment import build_model
+from stages.stage import Stage
+from transport.message import DRIVER
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a worker is told about one stage.
+
+    Attributes:
+        index: The stage's number.
+        name: Its name.
+        segment: How to build it (`Segment.recipe`).
+        inputs: (tensor name, producing stage or DRIVER) in the order of the model's inputs.
+        outputs: (tensor name, consuming stages ascending) in the order of the model's outputs.
+        head: The objective, for the stage that has it.
+        optimizer: The optimizer, or None.
+        run_eagerly: Eager tapes or compiled functions.
+        recompute: Keep inputs only, compute the forward pass again in backward.
+        seed: For the builder's initialisers; None leaves the process's own.
+    """
+
+    index: int
+    name: str
+    segment: Recipe
+    inputs: Sequence[tuple[str, int]]
+    outputs: Sequence[tuple[str, Sequence[int]]]
+    head: Recipe = None
+    optimizer: Recipe = None
+    run_eagerly: bool = False
+    recompute: bool = False
+    seed: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> StageSpec:
+        """From JSON."""
+        return cls(**data)
+
+
+class HostedStage:
+    """A built stage with its surroundings."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self.spec = spec
+        if spec.seed is not None:
+            keras.utils.set_random_seed(spec.seed)
+        model = build_model(spec.segment, spec.name)
+        self.head = None if spec.head is None else Head.from_recipe(spec.head)
+        self.stage = Stage(
+            model,
+            spec.name,
+            run_eagerly=spec.run_eagerly,
+            recompute=spec.recompute,
+            input_gradients=[source != DRIVER for _, source in spec.inputs],
+            head=self.head,
+        )
+        self._check_arity()
+        self.optimizer: Any = None
+        if spec.optimizer is not None:
+            self.optimizer = create(spec.optimizer)
+            self.optimizer.build(self.stage.trainable_variables)
+
+    def _check_arity(self) -> None:
+        """Refuse a segment whose names do not match its model."""
+        for label, names in (("input", self.spec.inputs), ("output", self.spec.outputs)):
+            tensors = getattr(self.stage.model, f"{label}s", None)
+            if tensors is not None and len(tensors) != len(names):
+                raise SegmentError(
+                    f"stage {self.spec.name!r}: the segment names {len(names)} {label}(s) "
+                    f"({', '.join(name for name, _ in names)}), its model has {len(tensors)}"
+                )
+
+    def variables(self, what: str) -> list[Any]:
+        """The variables that a name stands for.
+
+        Args:
+            what: ``model`` (all of the model's, seed states included), ``weights`` (what Keras's `get_weights` gives),
+                ``optimizer``, ``metrics``, or ``states`` (what a forward pass changes by itself).
+        """
+        model = self.stage.model
+        found = {
+            "model": lambda: model.variables,
+            "weights": lambda: model.weights,
+            "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
+            "metrics": lambda: [] if self.head is None else self.head.variables,
+            "states": lambda: model.non_trainable_variables,
+        }
+        return list(found[what]())
+
+    def describe(self) -> dict[str, Any]:
+        """What the driver should know of the built stage: names, shapes, dtypes, slots."""
+        model, trainable = self.stage.model, self.stage.trainable_variables
+        index = {id(variable): i for i, variable in enumerate(trainable)}
+        variables = self.variables("model")
+        weights = {id(weight) for weight in model.weights}
+        return {
+            "variables": [
+                [name, variable.dtype, list(variable.shape), index.get(id(variable), -1), id(variable) in weights]
+                for name, variable in zip(snapshot.unique_names(variables), variables, strict=True)
+            ],
+            "slots": [list(slot) for slot in snapshot.optimizer_slots(self.optimizer, trainable)]
+            if self.optimizer is not None
+            else [],
+            "inputs": _tensor_specs(getattr(model, "inputs", None)),
+            "outputs": _tensor_specs(getattr(model, "outputs", None)),
+        }
+
+    def squared_norm(self) -> float:
+        """Sum of squares of the accumulated gradients, for clipping by the norm over all stages."""
+        return float(sum(np.sum(np.square(g, dtype=np.float32)) for g in self.gradients() if g is not None))
+
+    def gradients(self) -> list[np.ndarray[Any, Any] | None]:
+        """Accumulated gradients in the order of the trainable variables."""
+        return [None if g is None else np.array(g) for g in self.stage.accumulated()]
+
+
+def _tensor_specs(tensors: Sequence[Any] | None) -> list[Any] | None:
+    """(dtype, shape with None) of symbolic tensors."""
+    if tensors is None:
+        return None
+    return [[keras.backend.standardize_dtype(tensor.dtype), list(tensor.shape)] for tensor in tensors]

@@ -1,0 +1,293 @@
+"""A worker: one process (or thread) that hosts stages and does what the driver says.
+
+    driver ── command 1, 2, 3 ... ──► worker ── replies, losses, errors ──► driver
+                                        ▲  │ activations, gradients
+                                        │  ▼
+                                   neighbouring workers
+
+Rules:
+
+1. Commands are numbered; the worker does them in order and answers each with one reply of the same number, except
+   ``apply`` and ``discard``, which need no answer.
+2. An exception is reported once, with its traceback, the stage and the action; after that the worker only waits for
+   the end. It never continues with a half-done step.
+3. ``apply(step)`` updates the variables of all its stages, at most once a step.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stages import snapshot
+from stages.actions import Action, from_array
+from stages.errors import HandoffError
+from stages.hosted import HostedStage, StageSpec
+from stages.program import BUILDING, IDLE, Links, Program, StepOrder, Stopped
+from transport.channel import Outbox
+from transport.errors import TransportError
+from transport.mailbox import Mailbox
+from transport.message import DRIVER, Key, Message
+from transport.registry import open_transport
+
+CONNECT_SECONDS = 30.0
+"""How long a neighbour may take to accept a connection."""
+_TRACEBACK_CHARACTERS = 12000
+
+
+def main(spec: Mapping[str, Any], board: np.ndarray[Any, Any]) -> None:
+    """Entry of a worker.
+
+    Args:
+        spec: Plain data: ``worker`` (its number), ``incarnation``, ``transport`` (scheme), ``directory`` (for socket
+            files), ``driver`` (address), ``stages`` (list of `StageSpec.plain`), ``own_process``.
+        board: Status board, int64 of shape (8,).
+    """
+    serve(Worker, spec, board)
+
+
+def serve(kind: type[Worker], spec: Mapping[str, Any], board: np.ndarray[Any, Any]) -> None:
+    """Open the ways in and out and let a worker of this kind serve until the run ends."""
+    transport = open_transport(spec["transport"], spec["directory"])
+    with transport, transport.bind(None) as inbox, transport.connect(spec["driver"], CONNECT_SECONDS) as driver:
+        worker = kind(spec, board, Mailbox(inbox, incarnation=spec["incarnation"]), driver, transport.connect)
+        worker.greet(inbox.address)
+        worker.serve()
+
+
+class Worker:
+    """The state of a worker; see the module for the protocol."""
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        board: np.ndarray[Any, Any],
+        mailbox: Mailbox,
+        driver: Outbox,
+        connect: Callable[[str, float], Outbox],
+    ) -> None:
+        self.number: int = spec["worker"]
+        self.incarnation: int = spec["incarnation"]
+        self.specs = [StageSpec.of(stage) for stage in spec["stages"]]
+        self.own_process: bool = spec["own_process"]
+        self.board, self.mailbox, self.driver, self._connect = board, mailbox, driver, connect
+        self.hosted: dict[int, HostedStage] = {}
+        self.plans: dict[int, list[Action]] = {}
+        self._outboxes: dict[int, Outbox] = {DRIVER: driver}
+        self._program: Program | None = None
+        self._stepped: set[str] = set()
+        self._applied = -1
+        self._commands: dict[str, Callable[[int, Any], Any]] = {
+            "connect": self._do_connect,
+            "build": self._do_build,
+            "plan": self._do_plan,
+            "step": self._do_step,
+            "apply": self._do_apply,
+            "discard": self._do_discard,
+            "get": self._do_get,
+            "set": self._do_set,
+            "call": self._do_call,
+        }
+
+    def greet(self, address: str) -> None:
+        """Tell the driver where this worker's inbox is."""
+        self._tell("hello", 0, {"address": address})
+
+    def serve(self) -> None:
+        """Do commands until the driver ends the run."""
+        number = 0
+        try:
+            while True:
+                number += 1
+                message = self._take(Key("command", number, self._place()))
+                order: Any = message.value
+                answer = self._commands[order["do"]](number, order)
+                if answer is not None:
+                    self._tell("reply", number, answer)
+        except Stopped:
+            pass
+        except TransportError as error:
+            self._report(number, error)
+        except Exception as error:
+            self._report(number, error)
+            self._wait_for_the_end()
+        finally:
+            for outbox in self._outboxes.values():
+                outbox.close()
+
+    def _place(self) -> int:
+        return self.specs[0].index
+
+    def _take(self, key: Key) -> Message:
+        message = self.mailbox.take((key,))
+        if message.kind == "stop":
+            raise Stopped
+        return message
+
+    def _tell(self, kind: str, number: int, value: Any, array: np.ndarray[Any, Any] | None = None) -> None:
+        self.driver.send(
+            Message(kind, self.incarnation, number, DRIVER, self._place(), value=value, array=array), CONNECT_SECONDS
+        )
+
+    def _send(self, message: Message) -> None:
+        self._outboxes[message.stage].send(message, CONNECT_SECONDS)
+
+    def _do_connect(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Open a way to every process that hosts a stage this worker sends to."""
+        opened: dict[str, Outbox] = {}
+        for stage, address in order["peers"].items():
+            if address not in opened:
+                opened[address] = self._connect(address, CONNECT_SECONDS)
+            self._outboxes[int(stage)] = opened[address]
+        return {}
+
+    def _do_build(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        self.board[0] = BUILDING
+        for spec in self.specs:
+            self.board[3] = spec.index
+            self.hosted[spec.index] = HostedStage(spec)
+        self.board[0] = IDLE
+        if self.own_process:
+            gc.freeze()
+        return {str(index): hosted.describe() for index, hosted in self.hosted.items()}
+
+    def _do_plan(self, number: int, order: Mapping[str, Any]) -> None:
+        array = self._take(Key("plan", number, self._place())).array
+        assert array is not None
+        self.plans[order["plan"]] = list(from_array(array))
+
+    def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        what = StepOrder(
+            order["step"], order["mode"], tuple(order["sizes"]), order["sample_weight"], order.get("trace", False)
+        )
+        links = Links(self._take, self._send, self.incarnation, self.board)
+        before = self._states() if what.mode == "gradients" else None
+        self._program = Program(what, self.plans[order["plan"]], self.hosted, links)
+        answer: dict[str, Any] = self._program.run()
+        if order["norms"]:
+            answer["squared_norm"] = sum(hosted.squared_norm() for hosted in self.hosted.values())
+        if before is not None:
+            self._restore(before)
+        elif what.mode != "predict":
+            answer["metrics"] = self._metrics()
+        if what.trace:
+            answer["spans"] = [list(span) for span in self._program.spans]
+        self._program = None
+        self.mailbox.clear(what.step + 1)
+        if self.own_process and what.mode not in self._stepped:
+            self._stepped.add(what.mode)
+            gc.freeze()
+        return answer
+
+    def _states(self) -> dict[int, list[list[np.ndarray[Any, Any]]]]:
+        kinds = ("states", "metrics")
+        return {i: [snapshot.read(hosted.variables(kind)) for kind in kinds] for i, hosted in self.hosted.items()}
+
+    def _restore(self, before: Mapping[int, Sequence[Sequence[np.ndarray[Any, Any]]]]) -> None:
+        for i, (states, metrics) in before.items():
+            snapshot.write(self.hosted[i].variables("states"), states, "states")
+            current = self.hosted[i].variables("metrics")
+            if metrics:
+                snapshot.write(current, metrics, "metrics")
+            elif (head := self.hosted[i].head) is not None:
+                head.reset()
+
+    def _metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for hosted in self.hosted.values():
+            if hosted.head is not None and hosted.head.has_metrics:
+                found |= hosted.head.results()
+        return found
+
+    def _do_apply(self, number: int, order: Mapping[str, Any]) -> None:
+        if order["step"] <= self._applied:
+            return
+        self._applied = order["step"]
+        for hosted in self.hosted.values():
+            rate = order.get("learning_rate")
+            if rate is not None:
+                hosted.optimizer.learning_rate = rate
+            hosted.stage.apply(hosted.optimizer, order.get("scale"))
+
+    def _do_discard(self, number: int, order: Mapping[str, Any]) -> None:
+        for hosted in self.hosted.values():
+            hosted.stage.zero_gradients()
+
+    def _do_get(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        counts = {}
+        for index, hosted in self.hosted.items():
+            if order["what"] == "gradients":
+                values: Sequence[Any] = self._gradients_of(index)
+            else:
+                values = snapshot.read(hosted.variables(order["what"]))
+            counts[str(index)] = len(values)
+            for i, value in enumerate(values):
+                message = Message("variable", self.incarnation, number, DRIVER, index, microbatch=i, array=value)
+                self.driver.send(message, CONNECT_SECONDS)
+        return {"counts": counts}
+
+    def _gradients_of(self, index: int) -> list[np.ndarray[Any, Any] | None]:
+        return self.hosted[index].gradients()
+
+    def _do_set(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        for index, count in order["counts"].items():
+            hosted = self.hosted[int(index)]
+            arrays = [self._take(Key("variable", number, int(index), microbatch=i)).array for i in range(count)]
+            values = [array for array in arrays if array is not None]
+            snapshot.write(hosted.variables(order["what"]), values, f"stage {hosted.spec.name!r}")
+        return {}
+
+    def _do_call(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Small services on every hosted stage."""
+        for hosted in self.hosted.values():
+            if order["name"] == "reset_metrics":
+                if hosted.head is not None:
+                    hosted.head.reset()
+            elif order["name"] == "finalize":
+                if hosted.optimizer is not None:
+                    hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)
+            else:
+                raise HandoffError(f"unknown service {order['name']!r}")
+        return {}
+
+    def _report(self, number: int, error: Exception) -> None:
+        """Tell the driver what happened, as far as the driver is still there (rule 2)."""
+        action = self._program.current if self._program is not None else None
+        spec = next((s for s in self.specs if action is not None and s.index == action.stage), None)
+        if spec is None:
+            built = len(self.hosted)
+            spec = self.specs[min(built, len(self.specs) - 1)]
+        text = "".join(traceback.format_exception(error))
+        value = {
+            "stage": spec.name,
+            "index": spec.index,
+            "step": self._program.order.step if self._program is not None else -1,
+            "action": action.describe() if action is not None else "",
+            "type": type(error).__name__,
+            "message": str(error)[:_TRACEBACK_CHARACTERS],
+            "traceback": text[-_TRACEBACK_CHARACTERS:],
+            "building": not self.hosted,
+            "time": time.time(),
+        }
+        try:
+            self._tell("error", number, value)
+        except TransportError:
+            traceback.print_exc()
+
+    def _wait_for_the_end(self) -> None:
+        """Hold on to nothing but the inbox, until the driver says stop (or the process is ended)."""
+        self.hosted.clear()
+        self._program = None
+        try:
+            while self.mailbox.receive().kind != "stop":
+                pass
+        except TransportError:
+            pass
+
+
+__all__ = ["Worker", "main", "serve"]
