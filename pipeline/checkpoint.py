@@ -82,7 +82,8 @@ class Slots:
             source = self.shared if variable < 0 else self.of_variable.get((stage, variable), {})
             if name not in source:
                 raise CheckpointError(
-                    f"the checkpoint has no optimizer slot {name!r} for stage {stage}; it was saved with another optimizer"
+                    f"the checkpoint has no optimizer slot {name!r} for stage {stage}: "
+                    "it was saved with another optimizer"
                 )
             found.append(source[name])
         return found

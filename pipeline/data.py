@@ -92,8 +92,8 @@ def _inputs(x: Any, inputs: Mapping[str, InputSpec | None]) -> dict[str, np.ndar
         leaves = flatten(x) if isinstance(x, list | tuple | Mapping) and not _is_rows(x, len(inputs)) else [x]
     if len(leaves) != len(inputs):
         raise DataError(
-            f"the pipeline takes {len(inputs)} input(s) ({', '.join(inputs)}), x has {len(leaves)}; pass them as a list "
-            "in this order or as a dict by these names"
+            f"the pipeline takes {len(inputs)} input(s) ({', '.join(inputs)}), x has {len(leaves)}; pass them as a "
+            "list in this order or as a dict by these names"
         )
     arrays = {name: _input(leaf, name, spec) for (name, spec), leaf in zip(inputs.items(), leaves, strict=True)}
     sizes = {name: array.shape[0] for name, array in arrays.items()}
@@ -136,7 +136,8 @@ def _target(y: Any, size: int) -> np.ndarray[Any, Any]:
     array = to_numpy(leaves[0], "y")
     if array.ndim == 0 or array.shape[0] != size:
         raise DataError(
-            f"y must have one target per sample: expected {size}, received {array.shape[0] if array.ndim else 'a scalar'}"
+            f"y must have one target per sample: expected {size}, received "
+            f"{array.shape[0] if array.ndim else 'a scalar'}"
         )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 

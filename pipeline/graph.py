@@ -77,7 +77,7 @@ class Graph:
     def tensor_names(self) -> dict[int, str]:
         """A name for every tensor: that of its layer, numbered where a layer makes several or is called again."""
         names = {tensor: str(self.symbols[tensor].name) for tensor in self.inputs}
-        seen: dict[str, int] = {name: 1 for name in names.values()}
+        seen: dict[str, int] = dict.fromkeys(names.values(), 1)
         for call in self.calls:
             for tensor in call.makes:
                 count = seen[call.name] = seen.get(call.name, 0) + 1
@@ -167,7 +167,8 @@ class _Reader:
 def _is_plain_call(node: Any) -> bool:
     """Whether a nested model is called with tensors only, so that its inside can stand in its place."""
     options = {key: value for key, value in node.arguments.kwargs.items() if value is not None}
-    return not options and len(node.input_tensors) == len(_functional(node.operation).inputs)
+    inner = _functional(node.operation)
+    return inner is not None and not options and len(node.input_tensors) == len(inner.inputs)
 
 
 def _slots(arguments: Any, numbers: Mapping[int, int]) -> Any:
@@ -201,8 +202,8 @@ def _why_not(model: Any) -> str:
     if isinstance(model, keras.Sequential):
         return f"the Sequential model {model.name!r} is not built; begin it with keras.Input(shape)"
     return (
-        f"the model {model.name!r} ({kind}) is subclassed: its call() is Python, so where it could be cut is not known. "
-        "Write its parts as functions and give them as segments:\n"
+        f"the model {model.name!r} ({kind}) is subclassed: its call() is Python, so where it could be cut is not "
+        "known. Write its parts as functions and give them as segments:\n"
         "    # my_parts.py\n"
         "    def bottom(): return keras.Sequential([keras.Input((32,)), keras.layers.Dense(64)])\n"
         "    def top(): return keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])\n"

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import keras
 import numpy as np
 
 from pipeline import checkpoint, merging
@@ -305,7 +304,7 @@ class Pipeline:
                 eager, 1e-6 when compiled.
 
         Returns:
-            The report; ``report.ok`` is the verdict, ``print(report)`` the table, ``report.raise_if_failed()`` for tests.
+            The report: ``report.ok`` is the verdict, ``print(report)`` the table; tests call ``raise_if_failed()``.
         """
         compiled = self._needs_compile("verify")
         batch = self._batch(x, y, sample_weight, needs_target=compiled.has_loss)

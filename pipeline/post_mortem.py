@@ -54,7 +54,8 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
         where = " while it built its model"
     reason = handle.exit_reason()
     return WorkerDiedError(
-        f"the worker of stage {name!r} is gone{where}: {reason}. The other workers were stopped. {_CHECKPOINT}\n{others}",
+        f"the worker of stage {name!r} is gone{where}: {reason}. The other workers were stopped. "
+        f"{_CHECKPOINT}\n{others}",
         stage=name,
         action=action,
         step=step if action else -1,

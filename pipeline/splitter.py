@@ -3,8 +3,8 @@
     calls   c0 c1 c2 | c3 c4 | c5 c6 c7
     stage        0   |   1   |     2
 
-A cut lies between two calls of the model's order. Whatever is alive there, skip connections included, goes straight from
-the stage that makes it to every stage that reads it.
+A cut lies between two calls of the model's order. Whatever is alive there, skip connections included, goes straight
+from the stage that makes it to every stage that reads it.
 """
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def _refuse_shared_layers(parts: Sequence[Sequence[Call]]) -> None:
                 continue
             if home.setdefault(id(call.operation), i) != i:
                 raise SplitError(
-                    f"the layer {call.name!r} is used in the stages {home[id(call.operation)]} and {i}: each would train "
-                    "its own copy of the weights. Cut elsewhere, so that all its uses are in one stage"
+                    f"the layer {call.name!r} is used in the stages {home[id(call.operation)]} and {i}: each would "
+                    "train its own copy of the weights. Cut elsewhere, so that all its uses are in one stage"
                 )

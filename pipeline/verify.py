@@ -146,7 +146,7 @@ class Report:
             style = None if row.ok else "bold red"
             table.add_row(
                 row.name,
-                "×".join(map(str, row.shape)) or "scalar",
+                "x".join(map(str, row.shape)) or "scalar",
                 f"{row.norm:.4g}",
                 f"{row.difference:.2e}",
                 f"{row.relative:.1e}",

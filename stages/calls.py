@@ -46,7 +46,12 @@ def direct(function: Callable[..., Sequence[Any]], signature: Sequence[Any]) -> 
     dtypes = [output.dtype for output in concrete.outputs]
     call = tf.raw_ops.StatefulPartitionedCall
     if not dtypes:
-        return lambda *tensors: [] if call(args=[*tensors, *captured], Tout=[], f=concrete) is None else []
+
+        def run_for_effect(*tensors: Any) -> list[Any]:
+            call(args=[*tensors, *captured], Tout=[], f=concrete)
+            return []
+
+        return run_for_effect
 
     def run(*tensors: Any) -> list[Any]:
         result: list[Any] = call(args=[*tensors, *captured], Tout=dtypes, f=concrete)

@@ -171,7 +171,7 @@ class CompiledTapes:
     def _prepare(self) -> None:
         """Make the accumulators, anew if the set of trainable variables has changed."""
         variables = tuple(self.part.trainable_variables)
-        if len(variables) == len(self._variables) and all(a is b for a, b in zip(variables, self._variables)):
+        if [id(variable) for variable in variables] == [id(variable) for variable in self._variables]:
             return
         self._variables = variables
         self._functions.clear()

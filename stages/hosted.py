@@ -5,7 +5,7 @@ What a worker is told about a stage is plain data (`StageSpec`), written by the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class HostedStage:
                 ``optimizer``, ``metrics``, or ``states`` (what a forward pass changes by itself).
         """
         model = self.stage.model
-        found = {
+        found: dict[str, Callable[[], Any]] = {
             "model": lambda: model.variables,
             "weights": lambda: model.weights,
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,

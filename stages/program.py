@@ -25,7 +25,7 @@ from stages.tensors import to_array, to_tensor
 from transport.message import DRIVER, Key, Message
 
 IDLE, WAITING, RUNNING, BUILDING = range(4)
-"""Phases on the status board: (phase, step, kind, stage, microbatch, window, source of what is awaited, actions done)."""
+"""Phases on the status board: (phase, step, kind, stage, microbatch, window, source awaited, actions done)."""
 
 
 @dataclass(frozen=True)

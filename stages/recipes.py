@@ -1,7 +1,7 @@
 """Describe a model, loss, metric or optimizer as plain data, and make it again in another process.
 
-A worker is a fresh process: it gets recipes, not objects. A recipe is JSON: Keras's own configuration for Keras objects,
-``module:name`` for functions. It reaches a worker from its own parent at launch, never over a wire; nothing is pickled
+A worker is a fresh process: it gets recipes, not objects. A recipe is JSON: Keras's own configuration for Keras
+objects, ``module:name`` for functions. It reaches a worker from its own parent at launch, never over a wire; nothing is pickled
 and no code is carried, so whatever a recipe names must be importable by the worker.
 """
 

@@ -66,19 +66,26 @@ class Objective:
 class Tapes(Protocol):
     """Open tapes and accumulated gradients of one part; see the module's drawing."""
 
-    def forward(self, key: Key, inputs: Sequence[Any], share: float) -> Opened: ...
+    def forward(self, key: Key, inputs: Sequence[Any], share: float) -> Opened:
+        """Run the part in training; its tape stays open under `key`."""
 
-    def objective(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective) -> Opened: ...
+    def objective(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective) -> Opened:
+        """The same with the loss on the tape; the metrics count the microbatch."""
 
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened: ...
+    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
+        """Run the part for evaluation: no tape, `training=False`."""
 
-    def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]: ...
+    def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+        """Close the tape: accumulate dL/dvariables, return dL/dinputs."""
 
-    def gradients(self) -> list[Any | None]: ...
+    def gradients(self) -> list[Any | None]:
+        """Accumulated dL/dvariables in the order of the trainable variables; None where none exists."""
 
-    def apply(self, optimizer: Any, scale: float | None) -> None: ...
+    def apply(self, optimizer: Any, scale: float | None) -> None:
+        """One update from the accumulated gradients (times `scale`), which are then cleared."""
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Drop open tapes and sums."""
 
 
 @dataclass(frozen=True, slots=True)
