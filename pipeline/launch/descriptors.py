@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import time
@@ -13,11 +14,15 @@ class Descriptor:
     """An open file descriptor that is closed with its owner, at the latest by garbage collection.
 
     Args:
-        number: the descriptor; from now on this object's.
+        number: the descriptor; from now on this object's. One of 0, 1 and 2 is exchanged for a higher one.
     """
 
     def __init__(self, number: int) -> None:
         self._number = number
+        if 0 <= number <= 2:
+            # a user who closed stdout must not have it be a socket of ours from now on
+            self._number = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+            os.close(number)
 
     def fileno(self) -> int:
         """Return the descriptor.
@@ -33,6 +38,11 @@ class Descriptor:
     def closed(self) -> bool:
         """Whether it is closed."""
         return self._number < 0
+
+    def detach(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        number, self._number = self._number, -1
+        return number
 
     def close(self) -> None:
         """Close it. Idempotent."""

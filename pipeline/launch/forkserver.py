@@ -51,6 +51,8 @@ _BOOT = (
     "import os, sys; sys.path.insert(0, sys.argv[1]); from stages.server import main; "
     "os._exit(main(int(sys.argv[2]), int(sys.argv[3])))"
 )
+_MAX_REPLY = 1 << 16
+
 _END_TIMEOUT = 2.0
 """Seconds that an ending server has to be gone."""
 
@@ -107,7 +109,7 @@ class ForkServer:
                 f"worker processes need Linux, this is {sys.platform!r}; "
                 "use transport='inproc' to run the stages as threads"
             )
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = map(_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         self._output = Descriptor(os.memfd_create("tapeline-server-output"))
         with theirs:
             number = theirs.fileno()
@@ -166,11 +168,16 @@ class ForkServer:
                 f"worker {job['name']!r}: its spec must be plain data that JSON can hold (dict with str keys, list, "
                 f"str, int, float, bool, None): {error}"
             ) from error
-        with Descriptor(os.memfd_create("tapeline-job")) as task, Descriptor(SharedBoard.create_memory()) as memory:
+        with (
+            _output_of(1) as stdout,
+            _output_of(2) as stderr,
+            Descriptor(os.memfd_create("tapeline-job")) as task,
+            Descriptor(SharedBoard.create_memory()) as memory,
+        ):
             _write_all(task.fileno(), text)
             gate_out, gate_in = map(Descriptor, os.pipe())
             report_out, report_in = map(Descriptor, os.pipe())
-            with gate_out, report_in, _output_of(1) as stdout, _output_of(2) as stderr:
+            with gate_out, report_in:
                 travelling = [task, memory, gate_out, report_in, stdout, stderr]
                 pid, pidfd = self._request_fork([each.fileno() for each in travelling], time.monotonic() + timeout)
             return Launched(pid, pidfd, report_out, gate_in, SharedBoard(memory.fileno()))
@@ -211,10 +218,8 @@ class ForkServer:
             number = next(self._numbers)
             if self._socket is None:
                 raise ServerGoneError("the fork server is closed")
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is ending: the wait below finds why
                 _send(self._socket, {"launch": number}, descriptors)
-            except (BrokenPipeError, ConnectionResetError):
-                raise self._gone() from None
             while True:
                 reply, received = self._next_reply(deadline)
                 if reply.get("launched") == number:
@@ -230,12 +235,12 @@ class ForkServer:
         if not ready:
             doing = "start a worker" if self._ready else f"import {', '.join(self._preload)}"
             raise LaunchError(f"the fork server (process {self.pid}) did not {doing} in time{self._quote()}")
-        try:
-            data, numbers, _, _ = socket.recv_fds(
-                self._socket, 1 << 16, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
-        except (BlockingIOError, ConnectionResetError):
-            data, numbers = b"", []
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        data, numbers = b"", []
+        for _ in range(2):  # the reset comes before what the server said last
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                data, numbers, _, _ = socket.recv_fds(self._socket, _MAX_REPLY, 1, flags)
+                break
         descriptors = [Descriptor(number) for number in numbers]
         if not data:
             raise self._gone()
@@ -283,6 +288,11 @@ def _output_of(number: int) -> Descriptor:
         return Descriptor(os.dup(number))
     except OSError:
         return Descriptor(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+
+
+def _above_stdio(connection: socket.socket) -> socket.socket:
+    """Return the socket under a descriptor that is not 0, 1 or 2, whatever the user has closed."""
+    return socket.socket(fileno=Descriptor(connection.detach()).detach())
 
 
 def _send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
