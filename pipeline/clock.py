@@ -81,7 +81,7 @@ def run(
                 start = max(start, ended[needed] + delay(needed, action))
             else:
                 free[worker] = start + duration(action)
-                ended.setdefault(action, free[worker])
+                ended[action] = free[worker]
                 ticks.append(Tick(worker, action, start, free[worker]))
                 position[worker] += 1
                 ready.extend(waiting.pop(action, ()))

@@ -148,6 +148,11 @@ def test_microbatches_out_of_order_are_reported(row, message):
     assert text.startswith(message)
 
 
+def test_microbatches_ascend_within_each_window_so_that_windows_may_lead():
+    row = "F0.0 F0.1 F0.0/1 F0.1/1 B0.0/1 B0.1/1 B0.0 B0.1"
+    assert validate(Plan("windows lead", 1, 2, programs(row), windows=2))
+
+
 def test_input_halves_may_come_in_any_order():
     assert validate(Plan("free", 1, 2, programs("F0.0 F0.1 I0.1 I0.0 W0.0 W0.1")))
 
@@ -166,6 +171,15 @@ def test_a_whole_backward_beside_its_halves_is_reported():
 def test_a_backward_without_training_is_reported():
     plan = edited(forward_only(2, 1), 1, lambda program: program.append(act("B1.0")))
     assert found(plan) == [("kind", "worker 1 has B1.0, but a plan without training has only forwards")]
+
+
+def test_a_backward_without_training_is_one_fault_wherever_it_stands():
+    plan = Plan("forward only", 1, 1, programs("B0.0 F0.0"), training=False)
+    assert [rule for rule, _ in found(plan)] == ["kind"]
+
+
+def test_a_whole_backward_beside_one_half_misses_nothing():
+    assert [rule for rule, _ in found(Plan("both", 1, 1, programs("F0.0 B0.0 I0.0")))] == ["kind"]
 
 
 def test_forwards_without_backwards_are_reported_when_training():

@@ -69,8 +69,8 @@ def test_stages_on_one_worker_need_no_transfer():
 
 def test_an_input_half_lets_the_next_stage_start_before_the_weight_half():
     halves = ((Action(F, 0, 0), Action(B, 0, 0)), (Action(F, 1, 0), Action(I, 1, 0), Action(W, 1, 0)))
-    timeline = simulate(Plan("zero bubble", 2, 1, halves), Cost(1, 1, 1))
-    assert times(timeline) == {"F0.0": (0, 1), "F1.0": (1, 2), "I1.0": (2, 3), "W1.0": (3, 4), "B0.0": (3, 5)}
+    timeline = simulate(Plan("zero bubble", 2, 1, halves), Cost(1, 2, 3))
+    assert times(timeline) == {"F0.0": (0, 1), "F1.0": (1, 2), "I1.0": (2, 4), "W1.0": (4, 7), "B0.0": (4, 9)}
 
 
 def test_the_slowest_stage_sets_the_pace():

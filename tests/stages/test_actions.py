@@ -68,6 +68,7 @@ def test_a_wiring_is_a_mapping_that_knows_its_inverse():
     assert [wiring.downstream(stage) for stage in range(5)] == [(1, 3), (2, 3), (), (), ()]
     assert [wiring.upstream(stage) for stage in range(5)] == [(), (0,), (1,), (0, 1), ()]
     assert Wiring.of(wiring) is wiring
+    assert Wiring({1: (0, 0)}).downstream(0) == (1,)
     assert chain(3) == {0: (), 1: (0,), 2: (1,)}
     assert chain(1) == {0: ()}
 
