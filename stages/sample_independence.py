@@ -11,7 +11,7 @@ of different samples is separated at least once in each direction: 2 * ceil(log2
     batch of 4      S = {0, 1}  {2, 3}  {0, 2}  {1, 3}
 
 Rules:
-1. Seeds are random, not ones: BatchNormalization sends a constant gradient back as exactly zero.
+1. Seeds are random, not ones: outputs whose sum is constant (a softmax, a normalisation) answer ones with zero.
 2. "No gradient" means exactly zero. A dependence too small to matter costs memory, never correctness; NaN counts as a
    dependence.
 3. What is tested are the entries that `batch_jacobian` would drop or add up wrongly, at this point, so "independent" is

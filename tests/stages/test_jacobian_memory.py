@@ -181,7 +181,33 @@ def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
     ]
     assert length * 40 * 30 * 4 in sizes  # the block of the Jacobian itself
     assert max(sizes) <= limit
-    assert length == 600 or 2 * length * row_bytes(graph) / length > limit  # and no smaller than it need be
+    assert length == 600 or 2 * row_bytes(graph) > limit  # and no smaller than it need be
+
+
+def test_the_limit_counts_the_row_twice_and_the_sum_twice() -> None:
+    """A row and its transposed copy; the running sum and the block's contribution to it."""
+    work = recorded_dense(600)
+    row = jacobian_rows._row_function(work)
+    with pytest.raises(MemoryLimitExceeded) as refused:
+        jacobian_rows.rows_that_fit(work, row, 1)
+    needed = refused.value.needed
+    width = 40 * 30 * 4
+    one = row_bytes(tf.function(row).get_concrete_function(tf.TensorSpec((), tf.int32)).graph)
+    assert one > width and needed == one + 3 * width
+    assert jacobian_rows.rows_that_fit(work, row, needed) == 1
+    assert jacobian_rows.rows_that_fit(work, row, needed + one + width) == 2
+
+
+def test_tensors_inside_called_functions_are_counted() -> None:
+    def plain(x: Any) -> Any:
+        return tf.sin(x) * 2.0
+
+    called = tf.function(plain)
+    spec = tf.TensorSpec((100,), tf.float32)
+    inline = row_bytes(tf.function(plain).get_concrete_function(spec).graph)
+    nested = row_bytes(tf.function(lambda x: called(x)).get_concrete_function(spec).graph)
+    assert inline >= 800  # sin and the product
+    assert nested >= inline
 
 
 MEASURE = """

@@ -53,6 +53,7 @@ DEPENDENT: dict[str, Any] = {
     "first sample to all": lambda x: x + x[:1],
     "last sample from its neighbour": lambda x: tf.concat([x[:-1], x[-1:] + x[-2:-1]], axis=0),
     "attention over the batch": lambda x: tf.nn.softmax(x @ tf.transpose(x)) @ x,
+    "whose sum is constant": lambda x: tf.concat([tf.reverse(x, [0]), -tf.reverse(x, [0])], axis=1),
     "transposed": lambda x: tf.transpose(x[:, : x.shape[0]]),
 }
 
