@@ -6,7 +6,22 @@ Names are imported when first used, so that code which only plans (`stages.actio
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names once more, for type checkers and editors
+    from stages.actions import Action as Action
+    from stages.actions import Kind as Kind
+    from stages.actions import Wiring as Wiring
+    from stages.actions import chain as chain
+    from stages.actions import dependencies as dependencies
+    from stages.errors import HandoffError as HandoffError
+    from stages.errors import SegmentError as SegmentError
+    from stages.errors import StageError as StageError
+    from stages.jacobian import MemoryLimitExceeded as MemoryLimitExceeded
+    from stages.jacobian import chain_rule as chain_rule
+    from stages.jacobian import jacobian_bytes as jacobian_bytes
+    from stages.segment import Segment as Segment
+    from stages.stage import Stage as Stage
 
 _HOME = {
     # the hand-off

@@ -1,8 +1,10 @@
 """Planning needs no TensorFlow, and the packages import their names only when they are used."""
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +65,14 @@ def test_every_exported_name_is_what_its_module_calls_so(package):
     assert set(package.__all__) <= set(dir(package))
     for name, home in package._HOME.items():
         assert getattr(package, name) is getattr(importlib.import_module(home), name)
+
+
+@pytest.mark.parametrize("package", [pipeline, stages])
+def test_type_checkers_see_the_same_names_from_the_same_modules(package):
+    tree = ast.parse(Path(package.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {alias.asname: statement.module for statement in block.body for alias in statement.names}
+    assert seen == package._HOME
 
 
 @pytest.mark.parametrize("package", [pipeline, stages])
