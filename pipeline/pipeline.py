@@ -323,19 +323,24 @@ class Pipeline:
             self._by_name(gradients), self._by_name(expected), ours.loss, theirs.loss, allowed, self._headline()
         )
 
-    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None) -> Timeline:
-        """Train on one batch and return when each worker did what, in seconds from the first action."""
+    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
+        """When each worker did what in a step without its update, in seconds; the median of several steps.
+
+        Nothing is applied, and no state is changed. In compiled mode the last stage's forward box holds its loss and
+        backward too: they are one function.
+
+        Args:
+            x: As in `train_on_batch`, like `y` and `sample_weight`.
+            repeats: How many steps to measure, after one that is not counted.
+        """
         compiled = self._needs_compile("timeline")
-        result, size = self.train_step(x, y, sample_weight, trace=True)
-        plan = self._plan(min(self.microbatches, size), training=True)
-        begin = min(start for spans in result.spans for start, _ in spans)
-        spans = [
-            Span(worker, action, start - begin, end - begin)
-            for worker, (program, spans) in enumerate(zip(plan.programs, result.spans, strict=True))
-            for action, (start, end) in zip(program, spans, strict=True)
-        ]
-        note = "" if compiled.run_eagerly else "; the last stage runs forward, loss and backward as one function"
-        return Timeline(tuple(spans), workers=plan.workers, name=f"{plan.name}, measured{note}")
+        batch = self._batch(x, y, sample_weight, needs_target=compiled.has_loss)
+        plan = self._plan(len(batch.sizes), training=True)
+        driver, found = self._running(), []
+        for _ in range(repeats + 1):
+            found.append(_timeline(plan, driver.run(plan, "gradients", batch, trace=True).spans))
+            driver.discard()
+        return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, stage after stage, as `keras.Model.get_weights`."""
@@ -519,6 +524,16 @@ class Pipeline:
             self._trainer = Trainer(self, self.optimizer)
         self._running()
         return self._trainer
+
+
+def _timeline(plan: Plan, measured: Sequence[Sequence[tuple[float, float]]]) -> Timeline:
+    """The measured spans of a plan's actions."""
+    spans = tuple(
+        Span(worker, action, start, end)
+        for worker, (program, times) in enumerate(zip(plan.programs, measured, strict=True))
+        for action, (start, end) in zip(program, times, strict=True)
+    )
+    return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured")
 
 
 def _as_list(logs: Mapping[str, float]) -> Any:

@@ -1,0 +1,150 @@
+"""The command line: `tapeline demo`, `verify`, `plan`, `bench`.
+
+Every command imports what it needs when it runs, so that `--help` and `plan` never load TensorFlow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Without the program's name; default: those of the process.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if something was found wrong, 2 for a wrong call.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        parser.print_help()
+        return 2
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from pipeline.errors import PipelineError
+
+    try:
+        run: Callable[[argparse.Namespace], int] = given.run
+        return run(given)
+    except PipelineError as error:
+        print(f"tapeline {given.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tapeline",
+        description=_ABOUT,
+        epilog="example:\n  tapeline demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    demo = _command(
+        commands, "demo", _demo, "train a CNN on handwritten digits in three processes, verify it, draw a step",
+        "tapeline demo --epochs 5 --output /tmp/digits",
+    )  # fmt: skip
+    demo.add_argument("--epochs", type=_positive, default=10, help="passes over the training digits (default 10)")
+    demo.add_argument("--seed", type=int, default=0, help="for weights, dropout and shuffling (default 0)")
+    demo.add_argument("--output", type=Path, default=Path("artifacts/demo"), help="folder for report and picture")
+    verify = _command(
+        commands, "verify", _verify, "compare a pipeline's gradients with one tape",
+        "tapeline verify my_model:make     # make() returns (pipeline, x, y)",
+    )  # fmt: skip
+    verify.add_argument("what", metavar="module:function", help="a function that returns (pipeline, x, y)")
+    verify.add_argument("--json", type=Path, help="write the report there")
+    plan = _command(
+        commands, "plan", _plan, "draw the plan of a schedule", "tapeline plan --stages 4 --microbatches 8"
+    )  # fmt: skip
+    plan.add_argument("--schedule", default="1f1b", help="gpipe or 1f1b (default 1f1b)")
+    plan.add_argument("--stages", type=_positive, default=3)
+    plan.add_argument("--microbatches", type=_positive, default=8)
+    bench = _command(
+        commands, "bench", _bench, "measure step times on this machine, against one process",
+        "tapeline bench --width 512 --microbatch 64",
+    )  # fmt: skip
+    bench.add_argument("--width", type=_positive, action="append", help="width N of 6 x Dense(N); may be repeated")
+    bench.add_argument("--microbatch", type=_positive, action="append", help="samples a microbatch; one per width")
+    bench.add_argument("--stages", type=_positive, default=2)
+    bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default 20)")
+    bench.add_argument("--json", type=Path, help="write the figures there")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, received {text}")
+    return value
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from pipeline.demo import run
+
+    return run(given.output, given.epochs, given.seed)
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    make = _import(given.what)
+    pipe, *batch = make()
+    with pipe:
+        report = pipe.verify(*batch)
+    Console().print(report.table())
+    if given.json is not None:
+        given.json.write_text(report.to_json(), encoding="utf-8")
+    return 0 if report.ok else 1
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from pipeline.schedules import build_plan
+
+    print(build_plan(given.schedule, given.stages, given.microbatches).text())
+    return 0
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from pipeline.bench import run
+
+    widths = given.width or [64, 512, 1024]
+    sizes = given.microbatch or [{64: 32, 512: 64}.get(width, 128) for width in widths]
+    return run(list(zip(widths, sizes, strict=True)), given.stages, given.steps, given.json)
+
+
+def _import(what: str) -> Callable[[], Any]:
+    """The function that `module:function` names; modules of the current folder can be named."""
+    from pipeline.errors import PipelineError
+
+    module, _, name = what.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PipelineError(
+            f"cannot find {what!r}: expected module:function, such as my_model:make ({error})"
+        ) from error
+    return found
