@@ -166,7 +166,7 @@ def load(
         old = segments
         segments = split_model(model, stages, at)
         slots = _moved(slots, [s.model for s in old] if manifest["original"] else _part_models(model, old), segments)
-        model_values = {i: [np.array(v.value) for v in s.model.variables] for i, s in enumerate(segments)}
+        model_values = {i: [v.value.numpy() for v in s.model.variables] for i, s in enumerate(segments)}
     pipe = kind(segments, **{**saved, **options})
     pipe._original = model
     pipe._pending = State(model=model_values, slots=slots)

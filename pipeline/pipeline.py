@@ -436,7 +436,7 @@ class Pipeline:
         if pending is None:
             pending = checkpoint.State(
                 model={
-                    i: [np.array(variable.value) for variable in segment.model.variables]
+                    i: [variable.value.numpy() for variable in segment.model.variables]
                     for i, segment in enumerate(self.segments)
                     if segment.model is not None
                 }

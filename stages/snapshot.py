@@ -57,7 +57,7 @@ def _slot(name: str, stems: Sequence[tuple[str, int]]) -> Slot:
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Copies of the variables' values."""
-    return [np.array(variable.value) for variable in variables]
+    return [variable.value.numpy() for variable in variables]
 
 
 def write(variables: Sequence[Any], values: Sequence[np.ndarray[Any, Any]], where: str) -> None:
