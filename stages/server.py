@@ -186,7 +186,8 @@ class _Server:
                 raise OSError("the server has no free file descriptors (see `ulimit -n`)")
             given = Descriptors(*descriptors)
             child, pidfd = self._fork(given)
-            self._children[pidfd] = (child, os.dup(given.report))
+            self._children[pidfd] = (child, given.report)
+            descriptors.remove(given.report)  # kept until the child ends
             self._poll.register(pidfd, select.POLLIN)
             _send(self._connection, {"launched": number, "pid": child}, (pidfd,))
         except (OSError, PreloadError) as error:

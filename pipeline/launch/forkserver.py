@@ -34,7 +34,7 @@ from stages.origin import ROOT
 
 __all__ = ["DEFAULTS", "PRELOAD", "ForkServer", "Launched"]
 
-PRELOAD = ("tensorflow", "keras", "stages", "transport")
+PRELOAD = ("tensorflow", "keras", "stages.worker")
 """What the server imports before it forks."""
 
 DEFAULTS: Mapping[str, str] = {

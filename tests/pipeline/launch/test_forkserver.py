@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 
@@ -168,22 +169,31 @@ def test_interrupted_launch_leaves_no_worker_and_a_usable_server(light_server, l
     assert open_files() == before
 
 
-def test_fork_without_free_descriptors_is_refused(light_server):
-    import resource
-
+def test_server_without_free_descriptors_refuses_and_recovers(light_server):
     light_server.wait_ready()
-    limits = resource.prlimit(light_server.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(light_server.pid, resource.RLIMIT_NOFILE, (8, limits[1]))
-    try:
-        with pytest.raises(LaunchError, match="could not start a worker: OSError"):
-            light_server.launch(job("returns"))
-    finally:
-        resource.prlimit(light_server.pid, resource.RLIMIT_NOFILE, limits)
+    pid, limits = light_server.pid, resource.prlimit(light_server.pid, resource.RLIMIT_NOFILE)
+    idle = open_files(pid)
+    refused = 0
+    for free in range(12):  # so that it fails while receiving, at the pidfd and at the copy of the report pipe
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(idle) + free, limits[1]))
+        try:
+            launched = light_server.launch(job("returns"))
+        except LaunchError as error:
+            assert "could not start a worker: OSError" in str(error)
+            refused += 1
+        else:
+            launched.gate.close()
+            while os.read(launched.report.fileno(), 16):
+                pass
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert children(pid) == []
+    assert 0 < refused < 12
     with LocalLauncher(lambda: light_server) as launcher:
         worker = launcher.launch("w", "launch_entries:returns", {})
         assert worker.join(30)
         assert worker.exit_reason() == "exit status 0"
-    assert children(light_server.pid) == []
+    assert open_files(pid) == idle
 
 
 def test_killed_server_takes_its_workers_along_and_a_new_one_is_started(shared, line, watched):

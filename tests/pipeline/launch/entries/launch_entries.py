@@ -108,11 +108,22 @@ def trains(spec, board):
             float(tf.random.uniform(())),
             float(keras.random.uniform(())),
         ],
-        optional=[name in sys.modules for name in ("sklearn", "matplotlib")],
     )
 
 
 def imports_optional(spec, board):
-    import matplotlib
+    import importlib
 
-    tell(spec, version=matplotlib.__version__)
+    names = ("matplotlib", "sklearn")
+    loaded = [name for name in names if name in sys.modules]
+    importable = []
+    for name in names:
+        try:
+            importable.append(importlib.import_module(name).__name__)
+        except ModuleNotFoundError:
+            continue
+    tell(spec, loaded=loaded, importable=importable)
+
+
+def waits_for_event(spec, board):
+    spec["event"].wait()
