@@ -1,4 +1,4 @@
-"""Start workers, tell them what to do, hear what they say, notice when they die.
+"""Tell workers what to do and hear what they say.
 
     driver ── numbered commands ──► every worker
     driver ◄── one reply each ───── every worker        (activations never pass through here)
@@ -6,42 +6,25 @@
 Rules:
 
 1. Commands go to all workers with one number; a command that is answered is answered by all.
-2. Every wait also watches the workers' processes. The first death or reported exception ends the run: all workers are
-   stopped, and one error names the stage, the step and the action.
+2. Whatever goes wrong ends the run: `Crew` starts the workers, watches them in every wait, and ends them.
 3. A step is never left half done: Ctrl-C waits for its end; a second one closes the pipeline.
-4. After `close`, whatever the reason, no process, socket file or shared memory of the run remains.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineClosedError, StalledError, WorkerDiedError, WorkerError
+from pipeline.crew import LOOK_SECONDS, Crew
 from pipeline.interrupts import deferred_interrupts
-from pipeline.launch import Launcher, LocalLauncher, ThreadLauncher, WorkerHandle
 from pipeline.plan import Plan
-from pipeline.post_mortem import describe_worker, died, failed, stalled
 from stages.actions import to_array
 from stages.hosted import StageSpec
-from transport.errors import ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
-from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
-from transport.registry import open_transport
-
-START_SECONDS = 120.0
-"""How long a worker may take until it can be talked to; a cold start imports TensorFlow."""
-_LOOK_SECONDS = 5.0
-"""How often a long wait looks whether anybody still runs."""
-_STOP_SECONDS = 2.0
-"""How long a worker may take to leave by itself."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +72,7 @@ class Driver:
         transport: ``"inproc"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
         entry: What a worker runs, ``"module:function"``.
         incarnation: Stamped on every message.
+        look_seconds: How often a long wait looks whether anybody still runs.
     """
 
     def __init__(
@@ -99,35 +83,25 @@ class Driver:
         transport: str = "ipc",
         entry: str = "stages.worker:main",
         incarnation: int = 0,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        self.placement = tuple(tuple(specs) for specs in placement)
         self.incarnation = incarnation
         self.scheme = transport.partition("://")[0]
         self.descriptions: dict[int, dict[str, Any]] = {}
-        self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
-        self._closed_because: str | None = None
         self._number = 0
         self._step = 0
         self._plans: dict[tuple[str, int], tuple[int, Plan]] = {}
-        self._handles: list[WorkerHandle] = []
-        self._outboxes: list[Any] = []
-        scheme = self.scheme
-        self._directory = tempfile.mkdtemp(prefix="tapeline-") if scheme == "ipc" else None
-        self._launcher: Launcher = ThreadLauncher() if scheme == "inproc" else LocalLauncher()
-        self._transport = None
-        try:
-            with self._ending_on_failure():
-                self._transport = open_transport(scheme, self._directory)
-                self._inbox = self._transport.bind(transport if "://" in transport else None)
-                self._mailbox = Mailbox(self._inbox, incarnation=incarnation)
-                self._start(scheme, threads, entry)
-        finally:
-            self._remove_directory()  # every connection stands: the socket files are not needed any more
+        self._crew = Crew(placement, incarnation, look_seconds)
+        self.placement = self._crew.placement
+        self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
+        with self._crew.ending_on_failure():
+            self._crew.start(transport, threads, entry)
+            self._connect_and_build()
 
     @property
     def closed(self) -> bool:
         """Whether the workers are gone."""
-        return self._closed_because is not None
+        return self._crew.closed_because is not None
 
     @property
     def specs(self) -> dict[int, StageSpec]:
@@ -137,33 +111,15 @@ class Driver:
     @property
     def pids(self) -> list[int | None]:
         """The workers' process ids; None for threads."""
-        return [handle.pid for handle in self._handles]
+        return self._crew.pids
 
-    def _start(self, scheme: str, threads: int, entry: str) -> None:
-        for number, specs in enumerate(self.placement):
-            spec = {
-                "worker": number,
-                "incarnation": self.incarnation,
-                "transport": scheme,
-                "directory": self._directory,
-                "driver": self._inbox.address,
-                "stages": [stage.plain() for stage in specs],
-                "own_process": scheme != "inproc",
-            }
-            name = "+".join(stage.name for stage in specs)
-            self._handles.append(self._launcher.launch(name, entry, spec, threads))
-        self._mailbox.watch = [handle.sentinel for handle in self._handles]
-        addresses = [
-            self._await(Key("hello", 0, DRIVER, self._place(w)), START_SECONDS).value["address"]  # type: ignore[index,call-overload]
-            for w in range(len(self._handles))
-        ]
-        assert self._transport is not None
-        self._outboxes = [self._transport.connect(str(address), START_SECONDS) for address in addresses]
-        peers = {str(stage): addresses[w] for stage, w in self._worker_of.items()}
-        self._tell_all("connect", lambda w: {"peers": {s: peers[s] for s in self._neighbours(w)}})
+    def _connect_and_build(self) -> None:
+        addresses = {str(stage): self._crew.addresses[w] for stage, w in self._worker_of.items()}
+        self._tell_all("connect", lambda w: {"peers": {stage: addresses[stage] for stage in self._neighbours(w)}})
         connected = self._number
         self._tell_all("build")
         self._replies(connected)
+        self._crew.all_connected()
         for answer in self._replies(self._number):
             self.descriptions |= {int(index): description for index, description in answer.items()}
 
@@ -185,7 +141,7 @@ class Driver:
             trace: Whether to return when each action began and ended.
             norms: Whether to return the squared norm of all gradients.
         """
-        with self._ending_on_failure(), deferred_interrupts():
+        with self._crew.ending_on_failure(), deferred_interrupts():
             identity = self._announce(plan)
             self._step += 1
             value = {
@@ -210,34 +166,34 @@ class Driver:
 
     def apply(self, learning_rate: float | None = None, scale: float | None = None) -> None:
         """Let every stage update its variables from the step just run. Returns at once; order is kept."""
-        with self._ending_on_failure():
+        with self._crew.ending_on_failure():
             self._tell_all("apply", lambda _: {"step": self._step, "learning_rate": learning_rate, "scale": scale})
 
     def discard(self) -> None:
         """Forget the gradients of the step just run."""
-        with self._ending_on_failure():
+        with self._crew.ending_on_failure():
             self._tell_all("discard")
 
     def get(self, what: str) -> dict[int, list[np.ndarray[Any, Any] | None]]:
         """Read variables or gradients of every stage; see `HostedStage.variables` for the names."""
-        with self._ending_on_failure(), deferred_interrupts():
+        with self._crew.ending_on_failure(), deferred_interrupts():
             self._tell_all("get", lambda _: {"what": what})
             number = self._number
             found: dict[int, list[np.ndarray[Any, Any] | None]] = {}
             for answer in self._replies(number):
                 for index, count in answer["counts"].items():
                     keys = [Key("variable", number, DRIVER, int(index), microbatch=i) for i in range(count)]
-                    found[int(index)] = [self._await(key).array for key in keys]
+                    found[int(index)] = [self._crew.wait(key).array for key in keys]
             return dict(sorted(found.items()))
 
     def set(self, what: str, values: Mapping[int, Sequence[np.ndarray[Any, Any]]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
-        with self._ending_on_failure(), deferred_interrupts():
+        with self._crew.ending_on_failure(), deferred_interrupts():
             number = self._number + 1
             for index, arrays in values.items():
                 for i, array in enumerate(arrays):
                     message = Message("variable", self.incarnation, number, index, microbatch=i, array=np.array(array))
-                    self._send(self._worker_of[index], message)
+                    self._crew.send(self._worker_of[index], message)
             counts = {index: len(arrays) for index, arrays in values.items()}
             self._tell_all(
                 "set",
@@ -250,34 +206,13 @@ class Driver:
 
     def call(self, name: str) -> None:
         """A small service in every stage: ``reset_metrics`` or ``finalize``."""
-        with self._ending_on_failure(), deferred_interrupts():
+        with self._crew.ending_on_failure(), deferred_interrupts():
             self._tell_all("call", lambda _: {"name": name})
             self._replies(self._number)
 
     def close(self, because: str = "close() was called") -> None:
         """End every worker and free everything. Idempotent."""
-        if self._closed_because is not None:
-            return
-        self._closed_because = because
-        for outbox, specs in zip(self._outboxes, self.placement, strict=False):
-            try:
-                outbox.send(Message("stop", self.incarnation, stage=specs[0].index), _STOP_SECONDS)
-            except TransportError:
-                continue
-        deadline = time.monotonic() + (_STOP_SECONDS if self._outboxes else 0.0)
-        for handle in self._handles:
-            handle.join(max(0.0, deadline - time.monotonic()))
-        self._launcher.close()
-        if self._transport is not None:
-            self._transport.close()
-        self._remove_directory()
-
-    def _remove_directory(self) -> None:
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _place(self, worker: int) -> int:
-        return self.placement[worker][0].index
+        self._crew.close(because)
 
     def _announce(self, plan: Plan) -> int:
         """Send a plan the first time it is used; return its number."""
@@ -292,8 +227,8 @@ class Driver:
         for worker, specs in enumerate(self.placement):
             mine = {spec.index for spec in specs}
             actions = [action for program in plan.programs for action in program if action.stage in mine]
-            message = Message("plan", self.incarnation, number, self._place(worker), array=to_array(actions))
-            self._send(worker, message)
+            message = Message("plan", self.incarnation, number, self._crew.place(worker), array=to_array(actions))
+            self._crew.send(worker, message)
         return identity
 
     def _feed(self, mode: str, batch: Batch) -> None:
@@ -310,7 +245,7 @@ class Driver:
                         self._send_data(worker, spec.index, "sample_weight", "", batch.sample_weight)
 
     def _send_data(self, worker: int, stage: int, kind: str, name: str, array: np.ndarray[Any, Any]) -> None:
-        self._send(worker, Message(kind, self.incarnation, self._step, stage, DRIVER, name, array=array))
+        self._crew.send(worker, Message(kind, self.incarnation, self._step, stage, DRIVER, name, array=array))
 
     def _outputs(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
         found = {}
@@ -318,7 +253,7 @@ class Driver:
             for name, consumers in spec.outputs:
                 if not consumers:
                     keys = [Key("output", self._step, DRIVER, spec.index, name, k) for k in range(len(batch.sizes))]
-                    parts = [self._await(key).array for key in keys]
+                    parts = [self._crew.wait(key).array for key in keys]
                     found[name] = np.concatenate([part for part in parts if part is not None])
         return found
 
@@ -333,113 +268,17 @@ class Driver:
         return float(total)
 
     def _tell_all(self, do: str, value: Any = None) -> None:
-        self._check_open()
+        self._crew.check_open()
         self._number += 1
         for worker in range(len(self.placement)):
             order = {"do": do, **(value(worker) if value is not None else {})}
-            message = Message("command", self.incarnation, self._number, self._place(worker), value=order)
-            self._send(worker, message)
-
-    def _send(self, worker: int, message: Message) -> None:
-        self._check_open()
-        self._outboxes[worker].send(message)
+            stage = self._crew.place(worker)
+            self._crew.send(worker, Message("command", self.incarnation, self._number, stage, value=order))
 
     def _replies(self, number: int) -> list[dict[str, Any]]:
         """The workers' answers to command `number`, in the order of the workers."""
-        keys = [Key("reply", number, DRIVER, self._place(w)) for w in range(len(self.placement))]
-        return [self._await(key).value for key in keys]  # type: ignore[misc]
-
-    def _check_open(self) -> None:
-        if self._closed_because is not None:
-            raise PipelineClosedError(
-                f"this pipeline's workers are gone ({self._closed_because}); make a new Pipeline, or "
-                "Pipeline.load(...) the last checkpoint"
-            )
-
-    def _await(self, key: Key, timeout: float | None = None) -> Message:
-        """Wait for one message; raise what a worker reports, or its death (rule 2)."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        before = None
-        while True:
-            try:
-                message = self._mailbox.take((key,), _LOOK_SECONDS)
-            except TransportTimeout:
-                boards = [handle.board.tolist() for handle in self._handles]
-                if boards == before and stalled(boards):
-                    raise StalledError(self._who_waits("every worker waits and nobody runs")) from None
-                before = boards
-                if deadline is not None and time.monotonic() > deadline:
-                    raise StalledError(self._who_waits(f"no answer within {timeout:.0f} s")) from None
-                continue
-            if message.kind != "error":
-                return message
-            raise self._explain(message.value)
-
-    def _explain(self, report: Any) -> WorkerError:
-        """The error of a worker's report; when it only lost its neighbour, that of the neighbour."""
-        if report["type"] in (PeerLost.__name__, ChannelClosed.__name__):
-            dead = self._dead_worker(wait=1.0)
-            if dead is not None:
-                return died(self._handles[dead], self.placement[dead], self._who_waits(""))
-        return failed(report)
-
-    def _reported(self) -> Any | None:
-        """The first exception that a worker has reported and nobody has read yet."""
-        self._mailbox.watch = ()
-        try:
-            while True:
-                message = self._mailbox.receive(0.0)
-                if message.kind == "error":
-                    return message.value
-        except TransportError:
-            return None
-
-    def _dead_worker(self, wait: float) -> int | None:
-        deadline = time.monotonic() + wait
-        while True:
-            for number, handle in enumerate(self._handles):
-                if handle.join(0.0):
-                    return number
-            if time.monotonic() > deadline:
-                return None
-            self._handles[0].join(0.02)
-
-    def _who_waits(self, why: str) -> str:
-        lines = [
-            f"  {describe_worker(handle, specs)}" for handle, specs in zip(self._handles, self.placement, strict=True)
-        ]
-        return "\n".join([why, *lines]) if why else "\n".join(lines)
-
-    def _ending_on_failure(self) -> _EndOnFailure:
-        return _EndOnFailure(self)
-
-
-class _EndOnFailure:
-    """Close the driver when anything escapes, and turn what the transport noticed into what it means."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        driver = self._driver
-        if error is None or isinstance(error, PipelineClosedError):
-            return
-        meaning: BaseException | None = None
-        if isinstance(error, Watched | PeerLost):
-            dead = driver._dead_worker(wait=1.0)
-            report = driver._reported()
-            if report is not None:
-                meaning = failed(report)
-            elif dead is not None:
-                meaning = died(driver._handles[dead], driver.placement[dead], driver._who_waits(""))
-        driver.close(
-            f"{type(meaning or error).__name__}: {str(meaning or error).splitlines()[0]}" if str(error) else ""
-        )
-        if meaning is not None:
-            raise meaning from None
+        keys = [Key("reply", number, DRIVER, self._crew.place(w)) for w in range(len(self.placement))]
+        return [self._crew.wait(key).value for key in keys]  # type: ignore[misc]
 
 
 def default_threads(workers: int) -> int:
@@ -447,4 +286,4 @@ def default_threads(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-__all__ = ["Batch", "Driver", "StepResult", "WorkerDiedError", "WorkerError", "default_threads"]
+__all__ = ["Batch", "Driver", "StepResult", "default_threads"]

@@ -22,17 +22,17 @@ def deferred_interrupts() -> Iterator[None]:
     if before is None or before == signal.SIG_IGN:
         yield
         return
-    waiting: list[tuple[int, Any]] = []
+    waiting: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if waiting:
             raise KeyboardInterrupt
-        waiting.append((number, frame))
+        waiting.append(number)
 
     signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if waiting and callable(before):
-        before(*waiting[0])
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
