@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
+    from pipeline.callbacks import PipelineCheckpoint as PipelineCheckpoint
     from pipeline.errors import CheckpointError as CheckpointError
     from pipeline.errors import CompileError as CompileError
     from pipeline.errors import DataError as DataError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
 _HOME = {
     # training
     "Pipeline": "pipeline.pipeline",
+    "PipelineCheckpoint": "pipeline.callbacks",
     "Segment": "stages.segment",
     # plans
     "SCHEDULES": "pipeline.schedules",

@@ -15,78 +15,31 @@ Rules:
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import CheckpointError
+from pipeline.merging import merge
 from pipeline.splitter import split_model
+from pipeline.state import Slots, State
+from pipeline.wiring import wire
 from stages.recipes import create, describe
 from stages.segment import Segment
-from stages.snapshot import Slot
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
 FORMAT = "tapeline checkpoint"
 VERSION = 1
-Arrays = Mapping[int, Sequence[np.ndarray[Any, Any]]]
-
-
-@dataclass
-class State:
-    """Values that fresh workers start from: for each stage its model's and its optimizer's variables, in order.
-
-    `slots` holds optimizer values by what they belong to, for stages whose optimizers are not built yet.
-    """
-
-    model: dict[int, list[np.ndarray[Any, Any]]] = field(default_factory=dict)
-    optimizer: dict[int, list[np.ndarray[Any, Any]]] = field(default_factory=dict)
-    slots: Slots | None = None
-
-    def optimizer_for(self, descriptions: Mapping[int, Mapping[str, Any]]) -> dict[int, list[np.ndarray[Any, Any]]]:
-        """The optimizer values in the order of workers that describe themselves so."""
-        if self.slots is None:
-            return self.optimizer
-        return {i: self.slots.ordered(i, description["slots"]) for i, description in descriptions.items()}
-
-
-@dataclass
-class Slots:
-    """Optimizer values by variable and slot name.
-
-    Attributes:
-        of_variable: {(stage, index of its trainable variable): {slot name: value}}.
-        shared: {name: value} of the optimizer's own (iterations, learning rate), equal in every stage.
-    """
-
-    of_variable: dict[tuple[int, int], dict[str, np.ndarray[Any, Any]]]
-    shared: dict[str, np.ndarray[Any, Any]]
-
-    def ordered(self, stage: int, wanted: Sequence[Sequence[Any]]) -> list[np.ndarray[Any, Any]]:
-        """The values for a stage's optimizer variables.
-
-        Raises:
-            CheckpointError: A slot is missing, as when another optimizer was saved.
-        """
-        found = []
-        for variable, name in wanted:
-            source = self.shared if variable < 0 else self.of_variable.get((stage, variable), {})
-            if name not in source:
-                raise CheckpointError(
-                    f"the checkpoint has no optimizer slot {name!r} for stage {stage}: "
-                    "it was saved with another optimizer"
-                )
-            found.append(source[name])
-        return found
 
 
 def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
@@ -96,7 +49,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
     if path.exists() and not (path / "manifest.json").exists():
         raise CheckpointError(f"{path} exists and is no checkpoint; choose another name")
     driver = pipe._running()
-    model, optimizer = pipe._values("model"), pipe._values("optimizer")
+    model, optimizer = pipe._session.values("model"), pipe._session.values("optimizer")
     path.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -151,32 +104,40 @@ def load(
     manifest = _read_manifest(path)
     arrays = [_read_arrays(path, entry) for entry in manifest["stages"]]
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
-    model = None if manifest["original"] is None else create(manifest["original"])
-    recut = stages is not None or at is not None
-    segments = _segments(manifest, model)
-    model_values = {i: _part(values, "model") for i, values in enumerate(arrays)}
-    slots = _slots(manifest, arrays)
-    if recut:
-        saved.pop("recompute")
-        if model is None:
-            model = _joined(segments, model_values)
-            _assign(_part_models(model, segments), model_values)
-        else:
-            _assign([segment.model for segment in segments], model_values)
-        old = segments
-        segments = split_model(model, stages, at)
-        slots = _moved(slots, [s.model for s in old] if manifest["original"] else _part_models(model, old), segments)
-        model_values = {i: [v.value.numpy() for v in s.model.variables] for i, s in enumerate(segments)}
+    original = None if manifest["original"] is None else create(manifest["original"])
+    segments = _segments(manifest, original)
+    state = State(
+        {i: _part(values, "model") for i, values in enumerate(arrays)},
+        Slots.of_stages(
+            {i: entry["slots"] for i, entry in enumerate(manifest["stages"])},
+            {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
+        ),
+    )
+    if stages is not None or at is not None:
+        saved.pop("recompute")  # it was one value per stage
+        original, segments, state = _recut(original, segments, state, stages, at)
     pipe = kind(segments, **{**saved, **options})
-    pipe._original = model
-    pipe._pending = State(model=model_values, slots=slots)
-    if manifest["compile"] is not None:
-        pipe.compile(**{name: create(recipe) for name, recipe in manifest["compile"].items()})
-        if pipe.optimizer is not None and "iteration" in slots.shared:
-            pipe.optimizer.iterations.assign(slots.shared["iteration"])
-            if pipe._compiled is not None and pipe._compiled.constant_rate:
-                pipe.optimizer.learning_rate = float(slots.shared["learning_rate"])
+    pipe._begin_from(original, state, manifest["compile"])
     return pipe
+
+
+def _recut(
+    original: Any, segments: Sequence[Segment], state: State, stages: int | None, at: Sequence[str] | None
+) -> tuple[Any, list[Segment], State]:
+    """The whole model with the saved values, cut elsewhere."""
+    assert state.slots is not None
+    if original is None:
+        merged = merge(segments, wire(segments), None, state.model)
+        model, trainable = merged.model, merged.trainable
+    else:
+        model, trainable = original, tuple(tuple(s.model.trainable_variables) for s in segments)
+        for i, segment in enumerate(segments):
+            for variable, value in zip(segment.model.variables, state.model[i], strict=True):
+                variable.assign(value)
+    cut = split_model(model, stages, at)
+    values = {i: [np.array(variable.value) for variable in s.model.variables] for i, s in enumerate(cut)}
+    slots = state.slots.moved(trainable, [segment.model.trainable_variables for segment in cut])
+    return model, cut, State(values, slots)
 
 
 def _segments(manifest: Mapping[str, Any], model: Any) -> list[Segment]:
@@ -192,53 +153,6 @@ def _segments(manifest: Mapping[str, Any], model: Any) -> list[Segment]:
         else:
             found.append(Segment(build=recipe["build"], kwargs=recipe["kwargs"], **names))
     return found
-
-
-def _joined(segments: Sequence[Segment], values: Arrays) -> Any:
-    from pipeline.merging import merge
-    from pipeline.wiring import wire
-
-    return merge(segments, wire(segments), None, values)
-
-
-def _part_models(joined: Any, segments: Sequence[Segment]) -> list[Any]:
-    """The models inside a joined model, in the order of the segments: its layers that are models."""
-    import keras
-
-    return [layer for layer in joined.layers if isinstance(layer, keras.Model)][: len(segments)]
-
-
-def _assign(models: Sequence[Any], values: Arrays) -> None:
-    for i, model in enumerate(models):
-        for variable, value in zip(model.variables, values[i], strict=True):
-            variable.assign(value)
-
-
-def _slots(manifest: Mapping[str, Any], arrays: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> Slots:
-    found = Slots({}, {})
-    for i, (entry, values) in enumerate(zip(manifest["stages"], arrays, strict=True)):
-        for k, slot in enumerate(Slot(*slot) for slot in entry["slots"]):
-            value = values[f"optimizer/{k}"]
-            if slot.variable < 0:
-                found.shared[slot.name] = value
-            else:
-                found.of_variable.setdefault((i, slot.variable), {})[slot.name] = value
-    return found
-
-
-def _moved(slots: Slots, old: Sequence[Any], new: Sequence[Segment]) -> Slots:
-    """Slots under the places that their variables have in other cuts of the same layers."""
-    by_variable = {
-        id(variable): slots.of_variable.get((i, k), {})
-        for i, model in enumerate(old)
-        for k, variable in enumerate(model.trainable_variables)
-    }
-    moved = {
-        (i, k): by_variable[id(variable)]
-        for i, segment in enumerate(new)
-        for k, variable in enumerate(segment.model.trainable_variables)
-    }
-    return Slots(moved, slots.shared)
 
 
 def _part(values: Mapping[str, np.ndarray[Any, Any]], what: str) -> list[np.ndarray[Any, Any]]:
@@ -268,29 +182,42 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _replace(place: Path, path: Path) -> None:
-    """Put a finished folder in its place; an older one is moved aside first and removed last."""
-    aside = None
-    if path.exists():
+    """Put a finished folder in its place. One that is there already is exchanged in one go, then removed (rule 1)."""
+    if not path.exists():
+        place.rename(path)
+    elif _exchange(place, path):
+        shutil.rmtree(place, ignore_errors=True)
+    else:  # a file system without exchange: for a moment only the older one's other name is there
         aside = path.with_name(f".{path.name}-replaced-{os.getpid()}")
         path.rename(aside)
-    place.rename(path)
-    if aside is not None:
+        place.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux: renameat2 with RENAME_EXCHANGE); False where that does not exist."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        manifest: Any = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"there is no checkpoint at {path} (no manifest.json)") from error
     except ValueError as error:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error}") from error
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    said = manifest if isinstance(manifest, dict) else {}
+    if said.get("format") != FORMAT or said.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is not a checkpoint of version {VERSION}: it says {manifest.get('format')!r} version "
-            f"{manifest.get('version')!r}"
+            f"{path} is not a checkpoint of version {VERSION}: it says {said.get('format')!r} version "
+            f"{said.get('version')!r}"
         )
-    return manifest
+    missing = {"original", "cuts", "segments", "options", "compile", "stages"} - set(said)
+    if missing:
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged: it lacks {', '.join(sorted(missing))}")
+    return said
 
 
 def _read_arrays(path: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

@@ -95,6 +95,22 @@ class Compiled:
         )
 
 
+def refuse_options(*, loss_weights: Any, steps_per_execution: int, jit_compile: bool | str) -> None:
+    """Refuse what `keras.Model.compile` takes and a pipeline cannot do, before it is silently something else."""
+    if loss_weights is not None:
+        raise CompileError("loss_weights weigh several losses against each other; a pipeline has one loss")
+    if steps_per_execution != 1:
+        raise CompileError(
+            f"steps_per_execution must be 1, received {steps_per_execution}: a pipeline's step is several processes' "
+            "work; for less overhead a sample, use a larger batch with more microbatches"
+        )
+    if jit_compile not in ("auto", False):
+        raise CompileError(
+            f"jit_compile must be 'auto' or False, received {jit_compile!r}: XLA draws other random numbers than "
+            "TensorFlow, so the pipeline would not be exact"
+        )
+
+
 def _optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, str):
         _known(optimizer, keras.optimizers, "optimizer")
@@ -110,13 +126,22 @@ def _optimizer(optimizer: Any) -> Any:
     return found
 
 
+_SHORT_NAMES = {
+    "loss": ("mse", "mae", "mape", "msle"),
+    "metric": ("mse", "mae", "mape", "msle", "accuracy", "crossentropy"),
+}
+"""Names that Keras knows and does not list."""
+
+
 def _known(name: str, module: Any, what: str) -> None:
     """Refuse a name that Keras does not know, with the nearest ones."""
     try:
         module.get(name)
     except ValueError:
-        names = [n for n in dir(module) if not n.startswith("_") and n not in ("get", "serialize", "deserialize")]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        helpers = ("get", "serialize", "deserialize")
+        names = {n.lower(): n for n in dir(module) if not n.startswith("_") and n not in helpers}
+        names |= {n: n for n in _SHORT_NAMES.get(what, ())}
+        near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)]
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise CompileError(f"Keras knows no {what} called {name!r}{hint}") from None
 

@@ -7,6 +7,7 @@ gives their composition, each segment a model inside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -20,40 +21,69 @@ Values = Mapping[int, Sequence[np.ndarray[Any, Any]]]
 """For each stage the values of its model's variables, in order."""
 
 
-def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, values: Values) -> Any:
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A joined model, and which of its variables belong to which stage.
+
+    Attributes:
+        model: The Keras model; the segments' own models share nothing with it.
+        variables: For each stage the joined model's variables, in the order of the stage's own.
+        trainable: The same, trainable ones only.
+    """
+
+    model: Any
+    variables: tuple[tuple[Any, ...], ...]
+    trainable: tuple[tuple[Any, ...], ...]
+
+    def assign(self, values: Values) -> None:
+        """Give the model a pipeline's values."""
+        for i, variables in enumerate(self.variables):
+            for variable, value in zip(variables, values[i], strict=True):
+                variable.assign(value)
+
+    def values(self) -> dict[int, list[np.ndarray[Any, Any]]]:
+        """The model's values as a pipeline takes them."""
+        return {i: [np.array(variable.value) for variable in part] for i, part in enumerate(self.variables)}
+
+
+def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, values: Values) -> Merged:
     """The joined model with these values; the segments' own models stay as they are."""
-    if original is not None:
-        return _like_original(segments, original, values)
-    return _composed(segments, wires, values)
+    merged = _composed(segments, wires) if original is None else _like_original(segments, original)
+    merged.assign(values)
+    return merged
 
 
-def _like_original(segments: Sequence[Segment], original: Any, values: Values) -> Any:
-    by_variable: dict[int, np.ndarray[Any, Any]] = {}
-    for i, segment in enumerate(segments):
-        for variable, value in zip(segment.model.variables, values[i], strict=True):
-            by_variable[id(variable)] = value
+def _like_original(segments: Sequence[Segment], original: Any) -> Merged:
     model = create(describe(original, f"the model {original.name!r}"))
+    twin: dict[int, Any] = {}
     for theirs, ours in zip(original.variables, model.variables, strict=True):
-        ours.assign(by_variable.get(id(theirs), np.array(theirs.value)))
-    return model
+        ours.assign(theirs.value)
+        twin[id(theirs)] = ours
+    models = [segment.model for segment in segments]
+    return Merged(
+        model,
+        tuple(tuple(twin[id(variable)] for variable in part.variables) for part in models),
+        tuple(tuple(twin[id(variable)] for variable in part.trainable_variables) for part in models),
+    )
 
 
-def _composed(segments: Sequence[Segment], wires: Wires, values: Values) -> Any:
+def _composed(segments: Sequence[Segment], wires: Wires) -> Merged:
     tensors: dict[str, Any] = {}
+    parts = []
     for i, segment in enumerate(segments):
-        model = copy_model(segment)
-        for variable, value in zip(model.variables, values[i], strict=True):
-            variable.assign(value)
-        model.name = wires.names[i]
-        for (name, _), symbol in zip(wires.takes[i], model.inputs, strict=True):
+        part = copy_model(segment)
+        parts.append(part)
+        part.name = wires.names[i]
+        for (name, _), symbol in zip(wires.takes[i], part.inputs, strict=True):
             if name not in tensors:
                 tensors[name] = keras.Input(batch_shape=tuple(symbol.shape), dtype=symbol.dtype, name=name)
         taken = [tensors[name] for name, _ in wires.takes[i]]
-        given = keras.tree.flatten(model(taken[0] if len(taken) == 1 else taken))
+        given = keras.tree.flatten(part(taken[0] if len(taken) == 1 else taken))
         tensors |= {name: tensor for (name, _), tensor in zip(wires.gives[i], given, strict=True)}
     inputs = [tensors[name] for name in wires.inputs]
     outputs = [tensors[name] for name, _ in wires.outputs]
-    return keras.Model(inputs[0] if len(inputs) == 1 else inputs, outputs[0] if len(outputs) == 1 else outputs)
+    model = keras.Model(inputs[0] if len(inputs) == 1 else inputs, outputs[0] if len(outputs) == 1 else outputs)
+    return Merged(model, tuple(tuple(p.variables) for p in parts), tuple(tuple(p.trainable_variables) for p in parts))
 
 
 def copy_model(segment: Segment) -> Any:

@@ -2,7 +2,7 @@
 
 `fit`, `evaluate` and `predict` are Keras's: epochs, data adapters, shuffling, validation, callbacks, history and the
 progress bar come from a Keras model without layers whose steps are steps of the pipeline. What Keras asks of "the
-model" in a callback (weights, saving, the learning rate) is answered by the pipeline.
+model" in a callback (weights, saving, the learning rate, a metric's direction) is answered by the pipeline.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline import keras_files
+from pipeline.callbacks import prepared
+from pipeline.driver import StepResult
+from pipeline.session import Session
+
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
@@ -23,46 +28,92 @@ class Trainer(keras.Model):  # type: ignore[misc]
     """The Keras side of a pipeline: what callbacks know as ``self.model``.
 
     Args:
-        pipe: The pipeline that does the work.
-        optimizer: The optimizer whose learning rate callbacks read and set, or None.
+        pipe: The pipeline, for what callbacks ask of the whole model.
+        session: What does the work.
     """
 
-    def __init__(self, pipe: Pipeline, optimizer: Any) -> None:
+    def __init__(self, pipe: Pipeline, session: Session) -> None:
         super().__init__(name="pipeline")
         self.built = True
-        self.pipe = pipe
+        self.pipe, self.session = pipe, session
         self._total = np.float32(0.0)
         self._samples = np.float32(0.0)
-        self.compile(optimizer=optimizer, run_eagerly=True)
+        self._order: list[str] = []
+        optimizer = pipe.optimizer
+        if optimizer is not None and not optimizer.built:
+            optimizer.build([])  # the variables are the workers'; Keras only asks for the rate and the iterations
+        self.compile(optimizer=optimizer, run_eagerly=True, jit_compile=False)
 
     def call(self, x: Any) -> Any:
         """One forward pass through the workers, in inference mode."""
         return self.pipe.predict_on_batch(x)
 
+    def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """Keras's `fit`, with callbacks that were looked through first."""
+        finalize = bool(getattr(self.optimizer, "use_ema", False))
+        return super().fit(*args, callbacks=prepared(callbacks, self.session, finalize), **kwargs)
+
+    def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
+        """Keras's `evaluate`, its list in Keras's order."""
+        callbacks = prepared(callbacks, self.session, finalize=False)
+        logs = super().evaluate(*args, callbacks=callbacks, return_dict=True, **kwargs)
+        return self.returned(logs, return_dict)
+
+    def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """Keras's `predict`, with callbacks that were looked through first."""
+        return super().predict(*args, callbacks=prepared(callbacks, self.session, finalize=False), **kwargs)
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """One batch: forward, backward, update."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        result, size = self.pipe.train_step(x, y, sample_weight)
-        if self.optimizer is not None:
-            self.optimizer.iterations.assign_add(1)
-        return self.count(result.loss, size, result.metrics)
+        self._see(y)
+        return self._count(*self.session.train(x, y, sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One batch: loss and metrics."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        result, size = self.pipe.test_step(x, y, sample_weight)
-        return self.count(result.loss, size, result.metrics)
+        self._see(y)
+        return self._count(*self.session.test(x, y, sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """One batch: outputs."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return keras.tree.map_structure(tf.convert_to_tensor, self.pipe.predict_on_batch(x))
 
-    def count(self, loss: float | None, size: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    def _count(self, result: StepResult, size: int) -> dict[str, Any]:
         """The logs after one more batch: the mean loss over samples since the last reset, then the metrics."""
-        self._total = np.float32(self._total + np.float32(loss or 0.0) * np.float32(size))
-        self._samples = np.float32(self._samples + size)
-        return {"loss": float(self._total / self._samples), **metrics}
+        self._total = np.float32(self._total + np.float32(result.loss or 0.0) * np.float32(size))
+        self._samples = np.float32(self._samples + np.float32(size))
+        metrics = {n: v if isinstance(v, float) else np.asarray(v, "float32") for n, v in result.metrics.items()}
+        logs = {"loss": float(self._total / self._samples), **metrics}
+        self._order = list(logs)
+        return logs
+
+    def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
+        """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
+        if return_dict:
+            return dict(sorted(logs.items()))
+        values = [logs[name] for name in sorted(logs, key=self._order.index)]
+        return values[0] if len(values) == 1 else values
+
+    @property
+    def metrics(self) -> list[Any]:
+        """What callbacks look a metric's direction up in; the values come from the workers."""
+        compiled = self.session.compiled if hasattr(self, "session") else None
+        return [] if compiled is None else list(compiled.head.judge.metrics)
+
+    def _see(self, target: Any) -> None:
+        """Resolve the metrics' names here too, which needs a target and the shape of the predictions."""
+        compiled = self.session.compiled
+        if compiled is None or not compiled.has_metrics or compiled.head.built or target is None:
+            return
+        outputs = self.session.driver().descriptions[self.session.wires.last]["outputs"]
+        if outputs is not None:
+            dtype, shape = outputs[0]
+            one = tf.convert_to_tensor(target)[:1]
+            free = [*one.shape, *(1 for _ in shape)]
+            sizes = [free[i] if size is None else size for i, size in enumerate(shape)]
+            compiled.head.build(one, tf.zeros([1, *sizes[1:]], dtype), None)
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
@@ -85,16 +136,14 @@ class Trainer(keras.Model):  # type: ignore[misc]
         """A Keras file (``.keras``, the merged model) or a checkpoint of the pipeline (any other name)."""
         path = Path(filepath)
         if path.suffix in (".keras", ".h5"):
-            self.pipe.merge().save(path, overwrite=overwrite, **kwargs)
+            keras_files.save(self.pipe, path, overwrite, **kwargs)
         else:
             self.pipe.save(path, overwrite=overwrite)
 
     def save_weights(self, filepath: Any, overwrite: bool = True) -> None:
-        """The merged model's weights (``.weights.h5``)."""
-        self.pipe.merge().save_weights(filepath, overwrite=overwrite)
+        """The merged model's weights and its optimizer's state (``.weights.h5``)."""
+        keras_files.save_weights(self.pipe, Path(filepath), overwrite)
 
     def load_weights(self, filepath: Any, **kwargs: Any) -> None:
-        """Weights of the merged model (``.weights.h5``) into the stages."""
-        model = self.pipe.merge()
-        model.load_weights(filepath, **kwargs)
-        self.pipe.set_weights(model.get_weights())
+        """A ``.weights.h5`` file into the stages."""
+        keras_files.load_weights(self.pipe, Path(filepath), **kwargs)

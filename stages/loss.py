@@ -81,6 +81,11 @@ class Head:
         self._built = True
 
     @property
+    def built(self) -> bool:
+        """Whether the metrics' variables exist."""
+        return self._built
+
+    @property
     def has_metrics(self) -> bool:
         """Whether there is anything to update besides the loss."""
         return self._counts
@@ -97,10 +102,10 @@ class Head:
         if self.has_metrics:
             self.judge.compute_metrics(None, target, prediction, sample_weight=sample_weight)
 
-    def results(self) -> dict[str, float]:
-        """The metrics' values so far, by name, in Keras's order."""
+    def results(self) -> dict[str, Any]:
+        """The metrics' values so far, by name, in Keras's order: floats, or lists of them (a value per class)."""
         found = self.judge.get_metrics_result()
-        return {name: float(value) for name, value in found.items() if name != "loss"}
+        return {name: np.asarray(value).tolist() for name, value in found.items() if name != "loss"}
 
     def reset(self) -> None:
         """Start counting anew."""

@@ -6,6 +6,7 @@ slots are named by the variable they belong to, so that a checkpoint can be load
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,20 +40,21 @@ def unique_names(variables: Sequence[Any]) -> list[str]:
 def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
     """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`.
 
-    Keras names a slot ``<variable path with _ for />_<slot>``; the longest matching path wins.
+    Keras names a slot ``<variable path with _ for />_<slot>``; the longest matching path wins. Where several variables
+    have one path, the first slot of a name is the first variable's, and so on.
     """
-    stems = sorted(
-        ((variable.path.replace("/", "_") + "_", i) for i, variable in enumerate(trainable)),
-        key=lambda stem: -len(stem[0]),
-    )
-    return [_slot(variable.name, stems) for variable in optimizer.variables]
-
-
-def _slot(name: str, stems: Sequence[tuple[str, int]]) -> Slot:
-    for stem, index in stems:
-        if name.startswith(stem):
-            return Slot(index, name.removeprefix(stem))
-    return Slot(-1, name)
+    stems: dict[str, list[int]] = {}
+    for i, variable in enumerate(trainable):
+        stems.setdefault(variable.path.replace("/", "_") + "_", []).append(i)
+    longest_first = sorted(stems, key=len, reverse=True)
+    seen: Counter[str] = Counter()
+    slots = []
+    for variable in optimizer.variables:
+        name = str(variable.name)
+        stem = next((stem for stem in longest_first if name.startswith(stem)), None)
+        slots.append(Slot(-1, name) if stem is None else Slot(stems[stem][seen[name]], name.removeprefix(stem)))
+        seen[name] += 1
+    return slots
 
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:

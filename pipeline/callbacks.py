@@ -1,0 +1,92 @@
+"""Keras callbacks around a pipeline: those that cannot work are refused before training starts.
+
+A callback sees the pipeline as a Keras model without layers: weights, saving, metrics, learning rate and
+`stop_training` work. What reaches into layers or into the optimizer's own variables would see nothing, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from pipeline.errors import CompileError
+from pipeline.session import Session
+
+
+class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
+    """Keras's ModelCheckpoint, writing checkpoints of the pipeline (see `Pipeline.save`).
+
+    Args:
+        filepath: A folder's name, with Keras's fields: ``"run/epoch-{epoch:02d}"``.
+        **options: As for `keras.callbacks.ModelCheckpoint`: ``monitor``, ``save_best_only``, ``mode``, ``save_freq``.
+
+    Example:
+        >>> pipe.fit(x, y, callbacks=[PipelineCheckpoint("run/best", monitor="val_loss", save_best_only=True)])
+        >>> pipe = Pipeline.load("run/best")
+    """
+
+    def __init__(self, filepath: Any, **options: Any) -> None:
+        if options.get("save_weights_only"):
+            raise CompileError("a checkpoint of a pipeline holds everything; for weights use ModelCheckpoint")
+        super().__init__(f"{filepath}.keras", **options)  # Keras takes no other ending
+        self.filepath = str(filepath)
+
+
+class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
+    """Weights become their moving averages where Keras does it: after the last epoch, before other callbacks end."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Let every stage's optimizer overwrite its variables."""
+        self._session.driver().call("finalize")
+
+
+def prepared(callbacks: Any, session: Session, finalize: bool) -> Any:
+    """The callbacks to give to Keras.
+
+    Args:
+        callbacks: What the user gave: None, one, a list, or a CallbackList.
+        session: The pipeline's.
+        finalize: Whether the optimizer keeps moving averages that replace the weights at the end.
+
+    Raises:
+        CompileError: One of them cannot work on a pipeline.
+    """
+    given = getattr(callbacks, "callbacks", callbacks)
+    flat = keras.tree.flatten(given) if given is not None else []
+    for callback in flat:
+        for kind, cannot in _CANNOT.items():
+            if isinstance(callback, kind) and (why := cannot(callback)):
+                raise CompileError(f"the callback {type(callback).__name__} cannot work on a pipeline: {why}")
+    if not finalize:
+        return callbacks
+    if hasattr(callbacks, "callbacks"):
+        callbacks.callbacks.insert(0, Finalize(session))
+        return callbacks
+    return [Finalize(session), *flat]
+
+
+def _tensorboard(callback: Any) -> str:
+    for name in ("histogram_freq", "embeddings_freq"):
+        if getattr(callback, name, 0):
+            return f"{name} reads layers, which live in the workers; leave it at 0, scalars are written all the same"
+    if getattr(callback, "_start_batch", 0):
+        return "profile_batch would trace this process, where nothing is computed; see Pipeline.timeline(x, y)"
+    return ""
+
+
+_CANNOT: dict[type, Callable[[Any], str]] = {
+    keras.callbacks.TensorBoard: _tensorboard,
+    keras.callbacks.SwapEMAWeights: lambda _: (
+        "it swaps variables of the optimizer, which are the workers'. With use_ema=True the weights become their "
+        "averages at the end of fit, as in Keras"
+    ),
+    keras.callbacks.OrbaxCheckpoint: lambda _: (
+        "it reads the layers' variables itself, and they are the workers'. Use pipeline.PipelineCheckpoint"
+    ),
+}

@@ -1,0 +1,233 @@
+"""The running side of a pipeline: workers started when first needed, the steps they make, the values they hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.compiling import Compiled
+from pipeline.data import InputSpec, make_batch
+from pipeline.driver import Batch, Driver, StepResult
+from pipeline.errors import CompileError, DataError, PipelineClosedError
+from pipeline.interrupts import deferred_interrupts
+from pipeline.plan import Plan
+from pipeline.schedules import build_plan, forward_only
+from pipeline.state import Slots, State, described_slots
+from pipeline.wiring import Wires
+from stages.hosted import StageSpec
+from stages.segment import Segment
+from transport.message import DRIVER
+
+Array = np.ndarray[Any, Any]
+
+
+class Session:
+    """The workers of one pipeline.
+
+    Args:
+        segments: What the stages are built from.
+        wires: How they are connected.
+        microbatches: Into how many parts a batch is cut.
+        schedule: Its name, or the function that makes its plans.
+        transport: As `Driver` takes it.
+        recompute: One value per stage.
+        threads: TensorFlow's threads per worker.
+
+    Attributes:
+        compiled: What `compile` was given; None before.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        wires: Wires,
+        *,
+        microbatches: int,
+        schedule: str | Callable[..., Plan],
+        transport: str,
+        recompute: Sequence[bool],
+        threads: int,
+    ) -> None:
+        self.segments, self.wires = tuple(segments), wires
+        self.microbatches, self.schedule, self.transport = microbatches, schedule, transport
+        self.recompute, self.threads = tuple(recompute), threads
+        self.compiled: Compiled | None = None
+        self._start: State | None = None
+        self._driver: Driver | None = None
+        self._closed = False
+        # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
+        built_here = all(segment.model is not None for segment in self.segments)
+        self._seed = None if built_here or transport.startswith("inproc") else random.getrandbits(31)
+        self.plan(microbatches, training=True)
+
+    def driver(self) -> Driver:
+        """The workers, started if they are not yet."""
+        if self._closed:
+            raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
+        if self._driver is None:
+            specs = [[self._spec(i)] for i in range(len(self.segments))]
+            self._driver = Driver(specs, threads=self.threads, transport=self.transport)
+            self._fill(self._driver)
+        return self._driver
+
+    def recompile(self, compiled: Compiled) -> None:
+        """Go on under other rules: the values stay, the optimizer's too where it is the same object, as in Keras."""
+        same = self.compiled is not None and self.compiled.optimizer is compiled.optimizer
+        if self._driver is not None and not self._driver.closed:
+            self._start = State(self.values("model"), self.slots() if same else None)
+            self.stop("compile() was called")
+        elif self._start is not None and not same:
+            self._start = State(self._start.model)
+        self.compiled = compiled
+
+    def start_from(self, state: State) -> None:
+        """Let workers that are still to be started begin with these values."""
+        self._start = state
+
+    def stop(self, why: str) -> None:
+        """End the workers; they start again when needed."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close(why)
+
+    def close(self) -> None:
+        """End the workers for good. Idempotent."""
+        self._closed = True
+        self.stop("close() was called")
+
+    def train(self, x: Any, y: Any, sample_weight: Any, trace: bool = False) -> tuple[StepResult, int]:
+        """Forward, backward and update of one batch; the result and the number of samples."""
+        compiled = self.needs_compile("training")
+        compiled.needs_optimizer()
+        batch = self.batch(x, y, sample_weight, needs_target=compiled.has_loss)
+        driver = self.driver()
+        with deferred_interrupts():
+            plan = self.plan(len(batch.sizes), training=True)
+            result = driver.run(plan, "train", batch, trace, norms=compiled.global_clipnorm is not None)
+            driver.apply(compiled.learning_rate(), compiled.clip_scale(result.squared_norm))
+            compiled.optimizer.iterations.assign_add(1)
+        return result, sum(batch.sizes)
+
+    def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
+        """Loss and metrics of one batch; the result and the number of samples."""
+        compiled = self.needs_compile("evaluation")
+        batch = self.batch(x, y, sample_weight, needs_target=compiled.has_loss)
+        plan = self.plan(len(batch.sizes), training=False)
+        return self.driver().run(plan, "test", batch), sum(batch.sizes)
+
+    def predict(self, x: Any) -> list[Array]:
+        """The outputs (n, ...) of one batch, in the pipeline's order."""
+        batch = self.batch(x, None, None, needs_target=False)
+        found = self.driver().run(self.plan(len(batch.sizes), training=False), "predict", batch).outputs
+        return [found[name] for name, _ in self.wires.outputs]
+
+    def gradients(self, batch: Batch, driver: Driver | None = None) -> tuple[StepResult, dict[str, Array | None]]:
+        """The result of one batch and its gradients under "<stage>/<variable path>"; nothing is applied."""
+        driver = self.driver() if driver is None else driver
+        result = driver.run(self.plan(len(batch.sizes), training=True), "gradients", batch)
+        gradients = driver.get("gradients")
+        driver.discard()
+        named: dict[str, Array | None] = {}
+        for i, values in gradients.items():
+            variables = self.driver().descriptions[i]["variables"]
+            names = {trainable: name for name, _, _, trainable, _ in variables if trainable >= 0}
+            named |= {f"{self.wires.names[i]}/{names[k]}": value for k, value in enumerate(values)}
+        return result, named
+
+    def one_tape(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
+        """The same by one tape over the joined model, in a process of its own that starts from the same values."""
+        values = self.driver().get("model")
+        specs = [self._spec(i, optimizer=False) for i in range(len(self.segments))]
+        scheme = self.transport.partition("://")[0]
+        reference = Driver([specs], threads=self.threads, transport=scheme, entry="pipeline.reference:main")
+        try:
+            reference.set("model", {i: [v for v in arrays if v is not None] for i, arrays in values.items()})
+            return self.gradients(batch, reference)
+        finally:
+            reference.close()
+
+    def values(self, what: str) -> dict[int, list[Array]]:
+        """Every stage's ``model``, ``weights`` or ``optimizer`` variables, in order."""
+        return {i: [a for a in arrays if a is not None] for i, arrays in self.driver().get(what).items()}
+
+    def slots(self) -> Slots:
+        """The optimizer's values by what they belong to."""
+        return Slots.of_stages(described_slots(self.driver().descriptions), self.values("optimizer"))
+
+    def set_weights(self, weights: Mapping[int, Sequence[Any]]) -> None:
+        """Set every stage's weights, in order.
+
+        Raises:
+            DataError: A shape does not fit; nothing was set.
+        """
+        arrays = {i: [np.asarray(value) for value in part] for i, part in weights.items()}
+        for i, part in arrays.items():
+            described = [entry for entry in self.driver().descriptions[i]["variables"] if entry[4]]
+            for (name, _, shape, _, _), array in zip(described, part, strict=True):
+                if tuple(shape) != array.shape:
+                    raise DataError(
+                        f"stage {self.wires.names[i]!r}: the weight {name!r} has the shape {tuple(shape)}, "
+                        f"received {array.shape}"
+                    )
+        self.driver().set("weights", arrays)
+
+    def plan(self, microbatches: int, training: bool) -> Plan:
+        """The checked plan of a step."""
+        wiring = self.wires.upstream()
+        if not training:
+            return forward_only(len(self.segments), microbatches).validate(wiring)
+        return build_plan(self.schedule, len(self.segments), microbatches, wiring=wiring)
+
+    def batch(self, x: Any, y: Any, sample_weight: Any, needs_target: bool) -> Batch:
+        """One batch, converted, checked and cut."""
+        specs = self._input_specs()
+        return make_batch(x, y, sample_weight, inputs=specs, microbatches=self.microbatches, needs_target=needs_target)
+
+    def needs_compile(self, what: str) -> Compiled:
+        """What `compile` was given.
+
+        Raises:
+            CompileError: It was not called.
+        """
+        if self.compiled is None:
+            raise CompileError(f"{what} needs an optimizer and a loss; call compile(optimizer=..., loss=...) first")
+        return self.compiled
+
+    def _input_specs(self) -> dict[str, InputSpec | None]:
+        """The pipeline's inputs, with what the stages that take them expect."""
+        found: dict[str, InputSpec | None] = dict.fromkeys(self.wires.inputs)
+        for index, description in self.driver().descriptions.items():
+            tensors = description["inputs"]
+            for i, (name, source) in enumerate(self.wires.takes[index]):
+                if source == DRIVER and tensors is not None:
+                    dtype, shape = tensors[i]
+                    found[name] = (dtype, tuple(shape))
+        return found
+
+    def _fill(self, driver: Driver) -> None:
+        """Give fresh workers the values they should start from."""
+        start, self._start = self._start, None
+        if start is None:
+            models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
+            start = State({i: [np.array(variable.value) for variable in m.variables] for i, m in models.items()})
+        driver.set("model", start.model)
+        if start.slots is not None:
+            driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
+
+    def _spec(self, index: int, optimizer: bool = True) -> StageSpec:
+        compiled, segment = self.compiled, self.segments[index]
+        return StageSpec(
+            index=index,
+            name=self.wires.names[index],
+            segment=segment.recipe(),
+            inputs=self.wires.takes[index],
+            outputs=self.wires.gives[index],
+            head=compiled.head_recipe if compiled is not None and index == self.wires.last else None,
+            optimizer=compiled.optimizer_recipe if compiled is not None and optimizer else None,
+            run_eagerly=compiled is not None and compiled.run_eagerly,
+            recompute=self.recompute[index],
+            seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,
+        )
