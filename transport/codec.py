@@ -175,8 +175,8 @@ def assemble(header: Header, raw: Raw | None) -> Message:
     if header.dtype is not None:
         assert raw is not None and raw.nbytes == header.nbytes
         array = np.ndarray(header.shape, header.dtype, raw)
-    _, *envelope = header.fields[:10]
-    return Message(*envelope, array)  # type: ignore[call-arg]
+    f = header.fields  # one by one: twice as fast as unpacking
+    return Message(f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], array)
 
 
 def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:

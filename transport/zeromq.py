@@ -70,7 +70,7 @@ class ZeromqInbox(Inbox):
         self._file = file
         self._pid = os.getpid()
         self._socket = socket
-        self._inside = False  # a message was begun and not read to its end
+        self._inside = False  # a message was begun, and its rest may still have to be skipped
         self._watch: Sequence[Watchable] = ()
         self._sources: dict[int, Watchable] = {}
         self._poller = zmq.Poller()
@@ -83,35 +83,30 @@ class ZeromqInbox(Inbox):
             raise ChannelClosed(f"the inbox {self.address} is closed")
         if watch is not self._watch:
             self._prepare(watch)
-        if self._inside:  # the last call was interrupted, by Ctrl-C for example
+        if self._inside:  # the last message was malformed, or its receipt was interrupted (Ctrl-C)
             self._skip_rest(socket)
         self._wait(socket, timeout)
         self._inside = True
         frame = socket.recv(_NOBLOCK, copy=False)
-        try:
-            header = codec.decode_header(frame.buffer, self._limits)
-            if header.dtype is None:
-                raw, more = None, frame.more
-            elif not frame.more:
+        header = codec.decode_header(frame.buffer, self._limits)
+        raw, more = None, frame.more
+        if header.dtype is not None:
+            if not more:
                 raise MalformedMessage("the header announces an array, and no frame follows")
-            else:
-                raw = aligned_empty(header.nbytes)
-                received = socket.recv_into(raw.data if header.nbytes else _NOTHING, flags=_NOBLOCK)
-                if received != header.nbytes:
-                    raise codec.wrong_size(header, received)
-                more = bool(socket.getsockopt(zmq.RCVMORE))
-            if more:
-                raise MalformedMessage("more frames arrived than the header announces")
-        except MalformedMessage:
-            self._skip_rest(socket)
-            raise
+            raw = aligned_empty(header.nbytes)
+            received = socket.recv_into(raw.data if header.nbytes else _NOTHING, flags=_NOBLOCK)
+            if received != header.nbytes:
+                raise codec.wrong_size(header, received)
+            more = bool(socket.getsockopt(zmq.RCVMORE))
+        if more:
+            raise MalformedMessage("more frames arrived than the header announces")
         self._inside = False
         return codec.assemble(header, raw)
 
     def close(self) -> None:
         """See `Inbox`. The address is free and the socket file gone when this returns."""
-        if self.closed or self._pid != os.getpid():  # a forked copy must not touch what its parent uses
-            return
+        if self.closed or self._pid != os.getpid():  # a forked copy must not remove its parent's file;
+            return  # pyzmq itself leaves a parent's sockets alone
         self.closed = True
         if self._file is not None:
             self._file.remove()
@@ -195,7 +190,6 @@ class ZeromqTransport(Transport):
     def __init__(self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._pid = os.getpid()
         self._open: list[Inbox | Outbox] = []
 
     def connect(self, address: str, timeout: float | None = None) -> ZeromqOutbox:
@@ -218,8 +212,6 @@ class ZeromqTransport(Transport):
 
     def close(self) -> None:
         """Closes every channel of this transport, and waits at most `LINGER_SECONDS` for undelivered messages."""
-        if self._pid != os.getpid():  # a forked copy must not touch what its parent uses
-            return
         while self._open:
             self._open.pop().close()
         self._context.term()
@@ -284,6 +276,7 @@ class IpcTransport(ZeromqTransport):
         super().__init__(directory, limits)
         self._directory = directory
         self._own_directory: Path | None = None
+        self._pid = os.getpid()
 
     def bind(self, address: str | None = None) -> ZeromqInbox:
         """See `Transport.bind`. Without an address, the socket file gets a fresh name in the directory."""

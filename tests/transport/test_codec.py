@@ -176,6 +176,18 @@ def test_what_is_wrong_is_said(header, words):
         decode_header(header)
 
 
+def test_a_list_that_claims_to_be_long_is_not_believed():
+    """Also not many of them, one in the other: MessagePack makes room for a list before it reads what is in it."""
+    for packed in (b"\xdd\x00\xff\xff\xff" + bytes(100), b"\xdd\x00\x01\x00\x00" * 500 + bytes(100)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(MalformedMessage, match="MessagePack"):
+                decode_header(sealed(packed))
+            assert tracemalloc.get_traced_memory()[1] < 100_000
+        finally:
+            tracemalloc.stop()
+
+
 def test_the_good_header_of_these_tests_is_good():
     assert decode_header(sealed(GOOD)).shape == (2, 3)
 
