@@ -29,7 +29,8 @@ from pipeline.post_mortem import describe_worker, died, failed, stalled
 from pipeline.socket_directory import SocketDirectory
 from stages.hosted import StageSpec
 from transport.channel import Outbox, Transport
-from transport.errors import ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
+from transport.endpoints import tcp_host_port
+from transport.errors import BadAddress, ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import open_transport
@@ -261,6 +262,20 @@ def _in_short(error: BaseException) -> str:
     """An error in one line, for whoever asks later why the workers are gone."""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def check_transport(transport: str) -> None:
+    """Refuse a transport that cannot be, before anything is started.
+
+    Raises:
+        BadAddress: An unknown scheme, or an address that is none.
+    """
+    scheme, address, _ = transport.partition("://")
+    open_transport(scheme).close()
+    if address and scheme != "tcp":
+        raise BadAddress(f"only tcp takes an address of one's own, received {transport!r}; say {scheme!r}")
+    if address:
+        tcp_host_port(transport)
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline import checkpoint, merging
 from pipeline.compiling import Compiled, refuse_options
+from pipeline.crew import check_transport
 from pipeline.data import class_weights
 from pipeline.driver import Driver, default_threads
 from pipeline.errors import CompileError, DataError
@@ -49,7 +50,7 @@ class Pipeline:
         threads: TensorFlow's threads per worker; default: the cores shared evenly.
 
     Raises:
-        SegmentError, WiringError, ScheduleError, MicrobatchError: What was given does not fit together.
+        SegmentError, WiringError, ScheduleError, MicrobatchError, BadAddress: What was given does not fit together.
 
     Example:
         >>> pipe = Pipeline([bottom, middle, top], microbatches=8, schedule="1f1b")
@@ -70,6 +71,7 @@ class Pipeline:
         self.schedule = schedule
         self.microbatches = microbatches
         self.transport = "ipc" if transport == "auto" else transport
+        check_transport(self.transport)
         schedule_named(schedule)
         each = (recompute,) * len(self.segments) if isinstance(recompute, bool) else tuple(recompute)
         if len(each) != len(self.segments):

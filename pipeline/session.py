@@ -16,7 +16,7 @@ from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.schedules import build_plan, forward_only
 from pipeline.state import Slots, State, described_slots
-from pipeline.wiring import Wires
+from pipeline.wiring import Wires, check_shapes
 from stages.hosted import StageSpec
 from stages.segment import Segment
 from transport.message import DRIVER
@@ -69,8 +69,14 @@ class Session:
             raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
         if self._driver is None:
             specs = [[self._spec(i)] for i in range(len(self.segments))]
-            self._driver = Driver(specs, threads=self.threads, transport=self.transport)
-            self._fill(self._driver)
+            driver = Driver(specs, threads=self.threads, transport=self.transport)
+            try:
+                check_shapes(self.wires, driver.descriptions)
+                self._fill(driver)
+            except BaseException:  # Ctrl-C too: workers with some of their values are no workers
+                driver.close("they could not be given their values")
+                raise
+            self._driver, self._start = driver, None
         return self._driver
 
     def recompile(self, compiled: Compiled) -> None:
@@ -127,9 +133,10 @@ class Session:
     def gradients(self, batch: Batch, driver: Driver | None = None) -> tuple[StepResult, dict[str, Array | None]]:
         """The result of one batch and its gradients under "<stage>/<variable path>"; nothing is applied."""
         driver = self.driver() if driver is None else driver
-        result = driver.run(self.plan(len(batch.sizes), training=True), "gradients", batch)
-        gradients = driver.get("gradients")
-        driver.discard()
+        with deferred_interrupts():  # or the next update would count these gradients too
+            result = driver.run(self.plan(len(batch.sizes), training=True), "gradients", batch)
+            gradients = driver.get("gradients")
+            driver.discard()
         named: dict[str, Array | None] = {}
         for i, values in gradients.items():
             variables = self.driver().descriptions[i]["variables"]
@@ -209,7 +216,7 @@ class Session:
 
     def _fill(self, driver: Driver) -> None:
         """Give fresh workers the values they should start from."""
-        start, self._start = self._start, None
+        start = self._start
         if start is None:
             models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
             start = State({i: [np.array(variable.value) for variable in m.variables] for i, m in models.items()})

@@ -8,12 +8,14 @@ each of them. A name that nobody gives is an input of the pipeline; one that nob
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import WiringError
 from stages.actions import Wiring
 from stages.segment import Segment, names_of
+from stages.tensors import compatible
 from transport.message import DRIVER
 
 
@@ -83,10 +85,40 @@ def wire(segments: Sequence[Segment]) -> Wires:
             "the outputs that nobody takes must be of one stage, found "
             + (", ".join(f"{name!r} of {names[stage]!r}" for name, stage in finals) or "none")
         )
+    if not segments:
+        faults = ["a pipeline needs at least one segment"]
     if faults:
         raise WiringError("the segments cannot be wired: " + "; ".join(faults))
     free = tuple(dict.fromkeys(name for taken in takes for name, source in taken if source == DRIVER))
     return Wires(names, takes, gives, free, finals)
+
+
+def check_shapes(wires: Wires, stages: Mapping[int, Mapping[str, Any]]) -> None:
+    """Compare what each stage gives with what the next one takes.
+
+    Args:
+        wires: Who gives what to whom.
+        stages: How the built stages describe themselves (`HostedStage.describe`): ``inputs`` and ``outputs`` are lists
+            of (dtype, shape with None for free dimensions), or None for a model that does not tell.
+
+    Raises:
+        WiringError: Tensors that do not fit, all together.
+    """
+    given: dict[str, tuple[int, Sequence[int | None]]] = {}
+    for i, stage in stages.items():
+        for (name, _), (_, shape) in zip(wires.gives[i], stage["outputs"] or (), strict=False):
+            given[name] = (i, shape)
+    faults = []
+    for i, stage in stages.items():
+        for (name, _), (_, wanted) in zip(wires.takes[i], stage["inputs"] or (), strict=False):
+            source, shape = given.get(name, (DRIVER, wanted))
+            if not compatible(shape, wanted):
+                faults.append(
+                    f"stage {wires.names[i]!r} takes {name!r} with the shape {tuple(wanted)} (None is any size), stage "
+                    f"{wires.names[source]!r} gives {tuple(shape)}"
+                )
+    if faults:
+        raise WiringError("the segments do not fit together: " + "; ".join(faults))
 
 
 def _named(segments: Sequence[Segment]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:

@@ -1,8 +1,8 @@
 """Describe a model, loss, metric or optimizer as plain data, and make it again in another process.
 
 A worker is a fresh process: it gets recipes, not objects. A recipe is JSON: Keras's own configuration for Keras
-objects, ``module:name`` for functions. It reaches a worker from its own parent at launch, never over a wire; nothing is pickled
-and no code is carried, so whatever a recipe names must be importable by the worker.
+objects, ``module:name`` for functions. It reaches a worker from its own parent at launch, never over a wire; nothing is
+pickled and no code is carried, so whatever a recipe names must be importable by the worker.
 """
 
 from __future__ import annotations
@@ -133,23 +133,33 @@ def _foreign_modules(config: Any, what: str) -> Iterator[str]:
                 f"{what} contains a lambda, which cannot be sent to a worker without sending code; use a named "
                 "function in a module, or a small Layer subclass"
             )
-        module = config.get("module")
-        if name is not None and "config" in config:
-            if module is None and config.get("registered_name") not in (None, name):
-                module = _module_of_registered(config["registered_name"])
-            if module == "__main__":
-                raise RecipeError(
-                    f"{what} uses the class {name!r} from the main script or notebook, which a worker cannot import; "
-                    f"move it into a module of its own, for example my_layers.py, and `from my_layers import {name}`"
-                )
-            if isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins"):
+        if name is not None and "module" in config and "config" in config:
+            module = _home_of(config, what)
+            if module.split(".")[0] != "keras":
                 yield module
         for item in config.values():
             yield from _foreign_modules(item, what)
 
 
-def _module_of_registered(name: str) -> str | None:
+def _home_of(config: Mapping[str, Any], what: str) -> str:
+    """The module to import before Keras can make what a configuration describes.
+
+    Keras writes a class's module, None for the main script, and for a function only the name it is registered under.
+    """
     import keras
 
-    found = keras.saving.get_registered_object(name)
-    return getattr(found, "__module__", None)
+    kind, name, module = "class", config["class_name"], config["module"] or "__main__"
+    if module == "builtins":
+        kind, name = "function", config["config"]
+        module = getattr(keras.saving.get_registered_object(name), "__module__", None)
+        if module is None:
+            raise RecipeError(
+                f"{what} uses the function {name!r}, which a worker can only find if it is registered: write "
+                "@keras.saving.register_keras_serializable() above its `def`, in a module that can be imported"
+            )
+    if module == "__main__":
+        raise RecipeError(
+            f"{what} uses the {kind} {name!r} from the main script or notebook, which a worker cannot import; "
+            f"move it into a module of its own, for example my_layers.py, and `from my_layers import {name}`"
+        )
+    return str(module)

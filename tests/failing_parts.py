@@ -1,0 +1,111 @@
+"""Parts of models that fail, wait or talk when a test says so; workers import them by name.
+
+A `Trip` is a layer that does nothing until its n-th eager call. Then it does one of these things:
+
+    raise    a ValueError
+    wait     says on the line (a named pipe) that it is there, and waits for a byte through the gate (another one)
+    print    a sentence on stdout and one on stderr
+    nan      turns what passes through it into NaN
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import keras
+import tensorflow as tf
+
+from stages.worker import Worker
+from stages.worker import serve as serve_worker
+
+
+def say(line, **facts):
+    """Tell the test something, with the process and the time."""
+    descriptor = os.open(line, os.O_WRONLY)
+    os.write(descriptor, (json.dumps({"pid": os.getpid(), "time": time.monotonic(), **facts}) + "\n").encode())
+    os.close(descriptor)
+
+
+def wait_at(gate):
+    descriptor = os.open(gate, os.O_RDONLY)
+    os.read(descriptor, 1)
+    os.close(descriptor)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Trip(keras.layers.Layer):
+    """Passes its input on, until its `call_number`-th forward (or backward) call in eager mode."""
+
+    def __init__(self, do="", call_number=1, backward=False, line="", gate="", **kwargs):
+        super().__init__(**kwargs)
+        self.arguments = {"do": do, "call_number": call_number, "backward": backward, "line": line, "gate": gate}
+        self.do, self.call_number, self.backward, self.line, self.gate = self.arguments.values()
+        self.calls = 0
+
+    def get_config(self):
+        return {**super().get_config(), **self.arguments}
+
+    def call(self, x):
+        if not tf.executing_eagerly() or not self.do:
+            return x
+        if not self.backward:
+            return self.trip(x)
+
+        @tf.custom_gradient
+        def identity(x):
+            return tf.identity(x), self.trip
+
+        return identity(x)
+
+    def trip(self, x):
+        self.calls += 1
+        if self.calls != self.call_number:
+            return x
+        if self.do == "nan":
+            return x * float("nan")
+        if self.do == "print":
+            print("said on stdout")
+            print("said on stderr", file=sys.stderr)
+        if self.do == "raise":
+            if self.line:
+                say(self.line)
+            raise ValueError("the layer tripped")
+        if self.do == "wait":
+            say(self.line)
+            wait_at(self.gate)
+        return x
+
+
+def part(inputs=4, units=4, **trip):
+    """A dense layer behind a trip."""
+    return keras.Sequential([keras.Input((inputs,)), Trip(**trip), keras.layers.Dense(units)])
+
+
+def raising_builder(line=""):
+    if line:
+        say(line)
+    raise RuntimeError("the builder gave up")
+
+
+def waiting_builder(line, gate):
+    say(line)
+    wait_at(gate)
+    return part()
+
+
+def careless_builder():
+    return "not a model"
+
+
+def forgetful(spec, board):
+    """Entry of a worker that loses every gradient on its way."""
+    serve_worker(_Forgetful, spec, board)
+
+
+class _Forgetful(Worker):
+    def _send(self, message):
+        if message.kind != "gradient":
+            super()._send(message)
