@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import traceback
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_WORDS", "SLOTS", "SharedBoard"]
+__all__ = ["MAX_WORDS", "SLOTS", "SharedBoard", "words_of"]
 
 SLOTS = 8
 """How many int64 slots a board has; what they mean is between the worker and the driver."""
@@ -26,7 +27,8 @@ MAX_WORDS = 32768
 
 _WORDS_AT = 4096
 _SIZE = _WORDS_AT + MAX_WORDS
-_CUT = b"... (the beginning is cut off)\n"
+_MAX_SUMMARY = 300
+_MAX_TRACEBACK = MAX_WORDS // 4 - 2 * _MAX_SUMMARY  # a character takes up to 4 bytes
 
 
 class SharedBoard:
@@ -54,10 +56,8 @@ class SharedBoard:
         return descriptor
 
     def write_last_words(self, text: str) -> None:
-        """Keep the last `MAX_WORDS` bytes of `text` for the driver; the text comes first, so a kill leaves none."""
-        words = text.encode("utf-8", "replace")
-        if len(words) > MAX_WORDS:
-            words = _CUT + words[len(_CUT) - MAX_WORDS :]
+        """Keep `text`, of which `MAX_WORDS` bytes fit, for the driver. The length is last, so a kill leaves nothing."""
+        words = text.encode("utf-8", "replace")[:MAX_WORDS]
         self._memory[_WORDS_AT : _WORDS_AT + len(words)] = words
         self._length[0] = len(words)
 
@@ -65,3 +65,21 @@ class SharedBoard:
         """Return what the worker wrote last, or "" if it wrote nothing."""
         length = min(max(int(self._length[0]), 0), MAX_WORDS)
         return self._memory[_WORDS_AT : _WORDS_AT + length].decode("utf-8", "replace")
+
+
+def words_of(error: BaseException) -> str:
+    """Say what was raised, in one line, and below it the traceback; whatever is too long loses its middle.
+
+    Returns:
+        Text that fits into the last words of a board, for example "raised ValueError: boom\\nTraceback ...".
+    """
+    summary = "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return f"raised {_shortened(summary, _MAX_SUMMARY)}\n{_shortened(text, _MAX_TRACEBACK)}"
+
+
+def _shortened(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    half = length // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"

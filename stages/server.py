@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
 import select
 import signal
@@ -38,13 +37,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from stages.control import receive, send
 from stages.lifetime import die_with_parent, name_process
 from stages.worker_process import Descriptors, run_worker
 
-__all__ = ["MAX_MESSAGE", "main", "preload"]
-
-MAX_MESSAGE = 1 << 18
-"""Largest message in bytes on the control socket."""
+__all__ = ["main", "preload"]
 
 _NOT_NEEDED = ("sklearn", "matplotlib")
 """What Keras imports if it is installed, for its scikit-learn wrappers and its galleries: half of the import time.
@@ -85,9 +82,9 @@ def main(control: int, parent: int) -> int:
                 preload(request["preload"])
             except BaseException as error:
                 traceback.print_exc()
-                _send(connection, {"failed": _one_line(error)})
+                send(connection, {"failed": _one_line(error)})
                 return 1
-            _send(connection, {"ready": True})
+            send(connection, {"ready": True})
             _Server(connection).serve()
         except (_DriverGoneError, BrokenPipeError, ConnectionResetError):
             pass
@@ -189,9 +186,9 @@ class _Server:
             self._children[pidfd] = (child, given.report)
             descriptors.remove(given.report)  # kept until the child ends
             self._poll.register(pidfd, select.POLLIN)
-            _send(self._connection, {"launched": number, "pid": child}, (pidfd,))
+            send(self._connection, {"launched": number, "pid": child}, (pidfd,))
         except (OSError, PreloadError) as error:
-            _send(self._connection, {"refused": number, "reason": _one_line(error)})
+            send(self._connection, {"refused": number, "reason": _one_line(error)})
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -226,16 +223,10 @@ class _Server:
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    data, descriptors, _, _ = socket.recv_fds(
-        connection, MAX_MESSAGE, len(Descriptors._fields), socket.MSG_CMSG_CLOEXEC
-    )
-    if not data:
+    message, descriptors = receive(connection)
+    if message is None:
         raise _DriverGoneError
-    return json.loads(data), descriptors
-
-
-def _send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-    socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+    return message, descriptors
 
 
 def _one_line(error: BaseException) -> str:

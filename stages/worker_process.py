@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from stages.board import SharedBoard
+from stages.board import SharedBoard, words_of
 from stages.lifetime import die_with_parent, name_process
 from stages.origin import check_origins
 
@@ -85,9 +85,9 @@ def _work(job: dict[str, Any], board: SharedBoard) -> int:
     except SystemExit as leaving:
         return _status_of(leaving)
     except BaseException as error:
-        text = "".join(traceback.format_exception(error))
-        board.write_last_words(text)
-        print(f"worker {job['name']!r} failed:\n{text}", file=sys.stderr, end="")
+        board.write_last_words(words_of(error))
+        print(f"worker {job['name']!r} failed:", file=sys.stderr)
+        traceback.print_exception(error)
         return 1
     finally:
         sys.stdout.flush()

@@ -30,6 +30,7 @@ from pipeline.launch.descriptors import Descriptor, readable, remaining
 from pipeline.launch.errors import LaunchError, ServerGoneError
 from pipeline.launch.keeper import Keeper, python
 from stages.board import SharedBoard
+from stages.control import receive, send
 from stages.origin import ROOT
 
 __all__ = ["DEFAULTS", "PRELOAD", "ForkServer", "Launched"]
@@ -51,8 +52,6 @@ _BOOT = (
     "import os, sys; sys.path.insert(0, sys.argv[1]); from stages.server import main; "
     "os._exit(main(int(sys.argv[2]), int(sys.argv[3])))"
 )
-_MAX_REPLY = 1 << 16
-
 _END_TIMEOUT = 2.0
 """Seconds that an ending server has to be gone."""
 
@@ -116,7 +115,7 @@ class ForkServer:
             try:
                 command = [python(), "-P", "-c", _BOOT, str(ROOT), str(number), str(os.getpid())]
                 self._keeper = Keeper(command, {**DEFAULTS, **os.environ}, [number], self._output.fileno())
-                _send(ours, {"path": import_path(), "preload": self._preload})
+                send(ours, {"path": import_path(), "preload": self._preload})
             except BaseException as error:
                 ours.close()
                 self._output.close()
@@ -219,7 +218,7 @@ class ForkServer:
             if self._socket is None:
                 raise ServerGoneError("the fork server is closed")
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is ending: the wait below finds why
-                _send(self._socket, {"launch": number}, descriptors)
+                send(self._socket, {"launch": number}, descriptors)
             while True:
                 reply, received = self._next_reply(deadline)
                 if reply.get("launched") == number:
@@ -235,16 +234,15 @@ class ForkServer:
         if not ready:
             doing = "start a worker" if self._ready else f"import {', '.join(self._preload)}"
             raise LaunchError(f"the fork server (process {self.pid}) did not {doing} in time{self._quote()}")
-        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        data, numbers = b"", []
+        reply: dict[str, Any] | None = None
+        numbers: list[int] = []
         for _ in range(2):  # the reset comes before what the server said last
             with contextlib.suppress(BlockingIOError, ConnectionResetError):
-                data, numbers, _, _ = socket.recv_fds(self._socket, _MAX_REPLY, 1, flags)
+                reply, numbers = receive(self._socket, socket.MSG_DONTWAIT)
                 break
         descriptors = [Descriptor(number) for number in numbers]
-        if not data:
+        if reply is None:
             raise self._gone()
-        reply: dict[str, Any] = json.loads(data)
         if "failed" in reply:
             self._keeper.exit_code(_END_TIMEOUT)
             raise LaunchError(
@@ -293,10 +291,6 @@ def _output_of(number: int) -> Descriptor:
 def _above_stdio(connection: socket.socket) -> socket.socket:
     """Return the socket under a descriptor that is not 0, 1 or 2, whatever the user has closed."""
     return socket.socket(fileno=Descriptor(connection.detach()).detach())
-
-
-def _send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-    socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

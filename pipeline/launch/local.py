@@ -172,8 +172,7 @@ class LocalWorker:
             if code is None:
                 self._reason = f"ended with its fork server ({self._server.exit_reason()})"
             elif code > 0 and words:
-                summary = words.rstrip().rpartition("\n")[2]
-                self._reason = f"{describe_exit(code)}, raised {summary}\n{words.rstrip()}"
+                self._reason = f"{describe_exit(code)}, {words}"
             else:
                 self._reason = describe_exit(code, self._killed)
 

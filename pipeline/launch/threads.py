@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipeline.launch.base import describe_exit
 from pipeline.launch.descriptors import Descriptor
 from pipeline.launch.local import check_request
-from stages.board import MAX_WORDS, SLOTS
+from stages.board import SLOTS, words_of
 
 __all__ = ["ThreadLauncher", "ThreadWorker"]
 
@@ -124,9 +124,9 @@ class ThreadWorker:
             code = leaving.code
             reason = describe_exit(code if isinstance(code, int) else int(code is not None))
         except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            print(f"worker {self._name!r} failed:\n{text}", file=sys.stderr, end="")
-            reason = f"raised {text.rstrip().rpartition(chr(10))[2]}\n{text.rstrip()[-MAX_WORDS:]}"
+            print(f"worker {self._name!r} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+            reason = words_of(error)
         with self._lock:
             self._reason = reason
             if self._closed:

@@ -39,8 +39,10 @@ def entries(monkeypatch):
 
 @pytest.fixture(scope="module")
 def light_server():
-    server = ForkServer(preload=("stages",))
-    server.start()
+    server = ForkServer(preload=("stages", "numpy.random"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONUNBUFFERED", raising=False)
+        server.start()
     yield server
     server.close()
 

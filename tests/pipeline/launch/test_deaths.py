@@ -157,6 +157,25 @@ def test_orphans_that_a_driver_inherits_are_no_zombies(driver, finish, line):
     assert finish(script) == (0, "")
 
 
+def test_driver_that_ends_normally_waits_for_its_server(driver, finish, line):
+    """Where nobody reaps orphans (a container without an init), it would leave zombies otherwise."""
+    script = driver(
+        """
+        import ctypes, subprocess
+        if len(sys.argv) == 2:
+            assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+            subprocess.run([sys.executable, __file__, line, "inner"], check=True)
+            try: os.waitpid(-1, 0)
+            except ChildProcessError: tell(orphans=0)
+            else: tell(orphans=1)
+        else:
+            LocalLauncher().launch("w", "launch_entries:pauses", {})
+        """
+    )
+    assert line.hear() == {"orphans": 0}
+    assert finish(script) == (0, "")
+
+
 def test_drivers_signal_settings_do_not_matter(driver, finish, line):
     script = driver(
         """

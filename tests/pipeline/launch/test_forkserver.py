@@ -12,7 +12,7 @@ import pytest
 from pipeline.launch import LaunchError, LocalLauncher, forkserver
 from pipeline.launch.errors import ServerGoneError
 from pipeline.launch.local import describe_job
-from tests.pipeline.launch.processes import children, open_files, tasks
+from tests.pipeline.launch.processes import DEADLINE, children, open_files, tasks
 
 
 def module(tmp_path, monkeypatch, name, text):
@@ -72,6 +72,23 @@ def test_failing_import_is_one_error_with_the_end_of_stderr(new_server, tmp_path
     assert "    a hint from C++" in text
     assert "Traceback (most recent call last)" in text
     watched.wait_gone()
+
+
+def test_what_a_server_said_before_it_ended_is_read_after_its_end(new_server, tmp_path, monkeypatch):
+    """The request that it never read makes the kernel report a reset before its last message."""
+    wait = forkserver.readable
+
+    def late(descriptors, timeout):
+        assert wait(descriptors[-1:], DEADLINE), "the server did not end"
+        return wait(descriptors, timeout)
+
+    server = new_server(module(tmp_path, monkeypatch, "broken", "raise ImportError('no good')"))
+    server.start()
+    monkeypatch.setattr(forkserver, "readable", late)
+    with pytest.raises(LaunchError, match="could not import broken: ImportError: no good"):
+        server.launch(job("returns"))
+    with pytest.raises(ServerGoneError, match="died while it imported broken: exit status 1"):
+        server.launch(job("returns"))
 
 
 def test_quoted_stderr_is_bounded(new_server, tmp_path, monkeypatch):
@@ -230,24 +247,27 @@ def test_server_that_dies_just_before_a_launch_is_replaced(shared, monkeypatch):
             assert worker.exit_reason() == "exit status 0"
 
 
-def test_shared_server_is_kept_prestarted_and_shut_down(shared, watched):
+def test_shared_server_is_kept_prestarted_and_shut_down(shared, line, watched):
     shared.prestart()
     server = shared.shared_server()
     shared.prestart()
     assert shared.shared_server() is server
-    watched.hold(server.pid)
-    shared.shutdown()
-    shared.shutdown()
-    watched.wait_gone()
+    with LocalLauncher(shared.shared_server) as launcher:
+        worker = launcher.launch("w", "launch_entries:waits", {"line": line.path})
+        watched.hold(server.pid, line.hear()["pid"])
+        shared.shutdown()
+        shared.shutdown()
+        watched.wait_gone()
+        assert server.exit_reason() == "exit status 0", "it ends its workers itself and waits for them"
+        assert worker.exit_reason() == "killed by SIGKILL (out of memory?)"
     assert shared.shared_server() is not server
 
 
 def test_server_outlives_the_thread_that_started_it(shared, line, watched):
-    thread = threading.Thread(target=shared.prestart)
+    thread = threading.Thread(target=lambda: shared.shared_server().wait_ready())
     thread.start()
     thread.join()
     server = shared.shared_server()
-    server.wait_ready()
     pid = server.pid
     with LocalLauncher(shared.shared_server) as launcher:
         starting = threading.Thread(

@@ -66,8 +66,12 @@ def test_exception_reaches_reason_and_stderr_with_its_traceback(launcher, capfd)
 
 def test_reason_is_bounded(launcher, capfd):
     worker = run(launcher, "raises", size=10 * MAX_WORDS)
-    reason = worker.exit_reason()
-    assert len(reason) < 3 * MAX_WORDS
+    first, second, *_ = worker.exit_reason().splitlines()
+    assert first.startswith("exit status 1, raised ValueError: boomxxx")
+    assert first.endswith("xxx")
+    assert len(first) < 400
+    assert second == "Traceback (most recent call last):"
+    assert len(worker.exit_reason()) <= MAX_WORDS
     assert len(capfd.readouterr().err) > 10 * MAX_WORDS
 
 
@@ -156,6 +160,15 @@ def test_siblings_draw_different_random_numbers(launcher, line):
         launcher.launch("w", "launch_entries:describes_itself", {"line": line.path})
         drawn.extend(line.hear()["random"])
     assert len(set(drawn)) == len(drawn)
+
+
+def test_no_file_of_a_worker_is_inherited_by_a_program_that_the_driver_starts(launcher, line):
+    before = open_files()
+    launcher.launch("w", "launch_entries:waits", {"line": line.path})
+    line.hear()
+    new = [int(name) for name in set(open_files()) - set(before)]
+    assert new
+    assert not any(os.get_inheritable(number) for number in new)
 
 
 def test_nothing_is_left_of_closed_workers(launcher, light_server, line):
