@@ -129,12 +129,9 @@ class ZeromqInbox(Inbox):
         ready = self._poller.poll(milliseconds)
         if not ready:
             raise TransportTimeout(f"no message arrived at {self.address} within {timeout} s")
-        if ready[0][0] is socket:
-            return
-        for source, _ in ready:
-            if source is socket:
-                return
-        raise Watched(self._sources[ready[0][0]])
+        first, _ = ready[0]  # in order of registration: the socket comes before what is watched
+        if first is not socket:
+            raise Watched(self._sources[first])
 
     def _skip_rest(self, socket: zmq.Socket[bytes]) -> None:
         while socket.getsockopt(zmq.RCVMORE):
