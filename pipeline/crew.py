@@ -252,9 +252,8 @@ class Crew:
             self._handles[0].join(0.02)
 
     def _who_waits(self, why: str) -> str:
-        lines = [
-            f"  {describe_worker(handle, specs)}" for handle, specs in zip(self._handles, self.placement, strict=True)
-        ]
+        names = {spec.index: spec.name for specs in self.placement for spec in specs}
+        lines = [f"  {describe_worker(handle, names)}" for handle in self._handles]
         return "\n".join([why, *lines]) if why else "\n".join(lines)
 
 

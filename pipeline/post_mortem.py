@@ -24,32 +24,41 @@ def stalled(boards: Sequence[Sequence[int]]) -> bool:
     return phases <= {WAITING, IDLE} and WAITING in phases
 
 
-def describe_worker(handle: WorkerHandle, specs: Sequence[StageSpec]) -> str:
-    """One line: the worker's stage, its step, what it does or waits for."""
+def describe_worker(handle: WorkerHandle, names: Mapping[int, str]) -> str:
+    """One line: the worker's stage, its step, what it does or waits for.
+
+    Args:
+        handle: The worker.
+        names: The names of all stages.
+    """
     phase, step, kind, stage, microbatch, window, source, done = (int(slot) for slot in handle.board)
-    names = {spec.index: spec.name for spec in specs}
-    name = names.get(stage, handle.name)
-    if phase == BUILDING:
-        return f"stage {name!r} builds its model"
     if phase == IDLE:
         return f"stage {handle.name!r} waits for the driver"
+    name = names[stage]
+    if phase == BUILDING:
+        return f"stage {name!r} builds its model"
     action = Action(Kind(kind), stage, microbatch, window)
     doing = f"step {step}, {action.describe()} (action {done + 1} of its program)"
     if phase == RUNNING:
         return f"stage {name!r} runs {doing}"
-    whom = "the driver" if source == DRIVER else f"stage {source}"
+    whom = "the driver" if source == DRIVER else f"stage {names[source]!r}"
     return f"stage {name!r} waits for {whom} to begin {doing}"
 
 
 def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> WorkerDiedError:
-    """The error of a worker that ended without a report."""
+    """The error of a worker that ended without a report.
+
+    Args:
+        handle: The worker.
+        specs: The stages it hosted.
+        others: What all workers were doing.
+    """
     phase, step, kind, stage, microbatch, window, _, _ = (int(slot) for slot in handle.board)
-    names = {spec.index: spec.name for spec in specs}
-    name = names.get(stage, specs[0].name)
-    action = ""
-    if phase in (WAITING, RUNNING):
-        action = Action(Kind(kind), stage, microbatch, window).describe()
+    name = next((spec.name for spec in specs if spec.index == stage), specs[0].name)
+    action = Action(Kind(kind), stage, microbatch, window).describe() if step and phase != BUILDING else ""
     where = f" in step {step}, {action}" if action else ""
+    if phase == IDLE and action:
+        where = f" after step {step}, {action}"
     if phase == BUILDING:
         where = " while it built its model"
     reason = handle.exit_reason()

@@ -53,7 +53,7 @@ def script(short_folder):
 
 
 @pytest.fixture
-def nothing_left(monkeypatch, short_folder):
+def nothing_left(monkeypatch, short_folder, tmp_path):
     """After the test: no worker, no socket file or directory, no pipe, socket or shared memory more than before.
 
     Tests that fail while pipelines are alive keep them in an exception's traceback, so those must be gone by then.
