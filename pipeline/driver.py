@@ -22,9 +22,12 @@ import numpy as np
 from pipeline.crew import LOOK_SECONDS, Crew
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
+from pipeline.schedules.forward_only import forward_only
 from stages.actions import to_array
 from stages.hosted import StageSpec
 from transport.message import DRIVER, Key, Message
+
+_WITH_LOSS = ("train", "gradients", "test")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,29 @@ class Driver:
         self._crew.all_connected()
         for answer in self._replies(self._number):
             self.descriptions |= {int(index): description for index, description in answer.items()}
+        described = self.descriptions.values()
+        if any(d["masks"] for d in described):
+            self._settle_masks()
+        self._masks_count = any(d["masks"] for d in described) and any(d["mean_loss"] for d in described)
+
+    def _settle_masks(self) -> None:
+        """Give a mask to those consumers only that would find it in one process.
+
+        Attention layers take the mask off the tensor that they read; a later reader of the same tensor, behind a skip
+        connection for instance, finds none.
+        """
+        self._tell_all("strips")
+        strips = {int(i): names for answer in self._replies(self._number) for i, names in answer.items()}
+        pairs = {
+            str(index): [
+                [name, consumer]
+                for name, consumers in spec.outputs
+                for consumer in consumers
+                if any(name in strips[earlier] for earlier in consumers if earlier < consumer)
+            ]
+            for index, spec in self.specs.items()
+        }
+        self._tell_all("unmask", lambda w: {"pairs": {str(s.index): pairs[str(s.index)] for s in self.placement[w]}})
 
     def _neighbours(self, worker: int) -> set[str]:
         """Stages in other workers that this worker sends to: consumers downstream, producers upstream."""
@@ -142,20 +168,9 @@ class Driver:
             norms: Whether to return the squared norm of all gradients.
         """
         with self._crew.ending_on_failure(), deferred_interrupts():
-            identity = self._announce(plan)
-            self._step += 1
-            value = {
-                "plan": identity,
-                "step": self._step,
-                "mode": mode,
-                "sizes": list(batch.sizes),
-                "sample_weight": batch.sample_weight is not None,
-                "trace": trace,
-                "norms": norms,
-            }
-            self._tell_all("step", lambda _: value)
-            self._feed(mode, batch)
-            answers = self._replies(self._number)
+            if self._masks_count and mode in _WITH_LOSS:
+                self._masks_count = self._masked(batch)
+            answers = self._step_of(plan, mode, batch, trace, norms)
             return StepResult(
                 loss=self._loss(answers) if mode != "predict" else None,
                 metrics={name: v for answer in answers for name, v in answer.get("metrics", {}).items()},
@@ -163,6 +178,34 @@ class Driver:
                 spans=[[(a, b) for a, b in answer.get("spans", ())] for answer in answers],
                 squared_norm=sum(answer["squared_norm"] for answer in answers) if norms else None,
             )
+
+    def _step_of(
+        self, plan: Plan, mode: str, batch: Batch, trace: bool = False, norms: bool = False
+    ) -> list[dict[str, Any]]:
+        """Order a step, feed it, and return the workers' answers."""
+        identity = self._announce(plan)
+        self._step += 1
+        value = {
+            "plan": identity,
+            "step": self._step,
+            "mode": mode,
+            "sizes": list(batch.sizes),
+            "sample_weight": batch.sample_weight is not None,
+            "trace": trace,
+            "norms": norms,
+        }
+        self._tell_all("step", lambda _: value)
+        self._feed(mode, batch)
+        return self._replies(self._number)
+
+    def _masked(self, batch: Batch) -> bool:
+        """Let the loss's stage learn which elements of the predictions count; whether any mask arrived there.
+
+        What a microbatch weighs in a masked mean depends on the masks of all microbatches, so they go first.
+        """
+        plan = forward_only(len(self._worker_of), len(batch.sizes))
+        answers = self._step_of(plan, "masks", batch)
+        return any(answer["masked"] for answer in answers)
 
     def apply(self, learning_rate: float | None = None, scale: float | None = None) -> None:
         """Let every stage update its variables from the step just run. Returns at once; order is kept."""
@@ -238,7 +281,7 @@ class Driver:
                 for name, source in spec.inputs:
                     if source == DRIVER:
                         self._send_data(worker, spec.index, "activation", name, batch.inputs[name])
-                if spec.head is not None and mode != "predict":
+                if spec.head is not None and mode in _WITH_LOSS:
                     assert batch.target is not None
                     self._send_data(worker, spec.index, "target", "", batch.target)
                     if batch.sample_weight is not None:

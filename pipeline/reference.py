@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.hosted import HostedStage
+from stages.hosted import HostedStage, makes_masks
+from stages.part import mask_of, with_mask
 from stages.worker import Worker, serve
 from transport.message import DRIVER, Key
 
@@ -61,7 +62,8 @@ class SingleTape:
         weights: Sequence[float] = (1.0,) * len(sizes)
         if head is not None and target is not None:
             parts = None if sample_weight is None else [sample_weight[s] for s in slices]
-            weights = head.weights(sizes, [target[s] for s in slices], parts)
+            masks = self._prediction_masks(inputs, slices)
+            weights = head.weights(sizes, [target[s] for s in slices], parts, masks)
         if whole is not None:
             return self._coupled(inputs, target, sample_weight, sizes, slices)
         total: list[Any | None] | None = None
@@ -85,6 +87,26 @@ class SingleTape:
         assert total is not None
         return _plain(losses), total
 
+    def _prediction_masks(
+        self, inputs: Mapping[str, np.ndarray[Any, Any]], slices: Sequence[slice]
+    ) -> list[np.ndarray[Any, Any]] | None:
+        """The masks of the predictions per microbatch, from a forward pass of the joined model; None without any."""
+        if not any(makes_masks(hosted.stage.model) for hosted in self.hosted):
+            return None
+        found = []
+        for part in slices:
+            tensors = {name: tf.constant(array[part]) for name, array in inputs.items()}
+            prediction = None
+            for hosted in self.hosted:
+                outputs = self._call(hosted, tensors, training=False)
+                if hosted.head is not None:
+                    prediction = tf.nest.flatten(outputs)[0]
+            mask = mask_of(prediction)
+            if mask is None:
+                return None
+            found.append(np.array(mask))
+        return found
+
     def _objective(
         self, tensors: dict[str, Any], target: Any, sample_weight: Any, weight: float, share: float
     ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
@@ -105,10 +127,19 @@ class SingleTape:
             targets, seeds = [loss, *targets], [tf.ones_like(loss), *seeds]
         return targets, seeds, found
 
-    def _call(self, hosted: HostedStage, tensors: dict[str, Any]) -> Any:
-        """One segment's model, its inputs by name; its outputs join the tensors."""
-        taken = [tensors[name] for name, _ in hosted.spec.inputs]
-        outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=True)
+    def _call(self, hosted: HostedStage, tensors: dict[str, Any], training: bool = True) -> Any:
+        """One segment's model, its inputs by name; its outputs join the tensors.
+
+        Each input is a tensor of its own, so that a segment's several uses of it are summed before those of other
+        segments are: sums of three numbers depend on the order, and this is the cut model's. A mask that the segment
+        takes off is off for those after it.
+        """
+        given = [tensors[name] for name, _ in hosted.spec.inputs]
+        taken = [with_mask(tensor, mask_of(tensor)) for tensor in given]
+        outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=training)
+        for tensor, copy in zip(given, taken, strict=True):
+            if mask_of(tensor) is not None and mask_of(copy) is None:
+                tensor._keras_mask = None
         flat = tf.nest.flatten(outputs)
         tensors |= {name: tensor for (name, _), tensor in zip(hosted.spec.outputs, flat, strict=True)}
         return outputs
@@ -151,10 +182,12 @@ class ReferenceWorker(Worker):
                 if source == DRIVER:
                     key = Key("activation", order["step"], stage.spec.index, DRIVER, name)
                     inputs[name] = self._take(key).array
-            if stage.head is not None and stage.head.loss is not None:
+            if stage.head is not None and stage.head.loss is not None and order["mode"] != "masks":
                 target = self._take(Key("target", order["step"], stage.spec.index)).array
                 if order["sample_weight"]:
                     sample_weight = self._take(Key("sample_weight", order["step"], stage.spec.index)).array
+        if order["mode"] == "masks":
+            return {"losses": {}, "masked": False}  # the joined model looks for itself
         losses, gradients = SingleTape(hosted).run(inputs, target, sample_weight, order["sizes"])  # type: ignore[arg-type]
         self._found = gradients
         return {"losses": losses, "metrics": {}}

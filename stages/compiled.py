@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import tensorflow as tf
@@ -23,7 +23,7 @@ from stages.calls import direct, portable, portable_dtype, restore
 from stages.graph_split import Traced, split_functions
 from stages.loss import Head
 from stages.part import Part, States, spread, watch
-from stages.tapes import Key, Objective, Opened
+from stages.tapes import Key, Masked, Objective, Opened
 from stages.tensors import is_differentiable
 
 _SCALAR = tf.TensorSpec((), tf.float32)
@@ -40,13 +40,17 @@ class _Layout:
 
     Attributes:
         wanted: Which inputs are differentiated.
-        outputs: Dtypes of the outputs.
+        takes: Which inputs have a mask.
+        outputs: Dtypes of the outputs, masks included.
+        masked: Which outputs have a mask.
         own: Whether the part has losses of its own.
         gradients: For each wanted input, whether a gradient exists.
     """
 
+    takes: tuple[int, ...] = ()
     wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
+    masked: tuple[int, ...] = ()
     own: bool = False
     gradients: tuple[bool, ...] = ()
 
@@ -90,9 +94,10 @@ class CompiledTapes:
     _reached: list[bool] = field(default_factory=list)
     _variables: tuple[Any, ...] = ()
 
-    def forward(self, key: Key, inputs: Sequence[Any], share: float) -> Opened:
+    def forward(self, key: Key, inputs: Sequence[Any], share: float, masked: Masked = ()) -> Opened:
         """Run the compiled forward; what its backward needs is kept under `key`."""
-        pair: _Pair = self._function("pair", inputs, self._trace_recomputing if self.recompute else self._trace_pair)
+        trace = self._trace_recomputing if self.recompute else self._trace_pair
+        pair: _Pair = self._function("pair", inputs, masked, trace)
         layout = pair.layout
         results = pair.forward(*inputs)
         outputs = _outputs(results, layout)
@@ -100,30 +105,32 @@ class CompiledTapes:
         weight = _scalar(share)
         own = results[end - 1] * weight if layout.own else None
         self._open[key] = _Open(pair, tuple(results[end:]), outputs, weight)
-        return Opened(None, outputs, own, None)
+        return Opened(None, outputs, own, None, layout.masked)
 
-    def objective(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective) -> Opened:
+    def objective(
+        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective, masked: Masked = ()
+    ) -> Opened:
         """Run forward, loss, metrics and backward as one function; `backward` hands the result out."""
         arguments = _with_objective(inputs, objective)
-        run, layout = self._function("fused", arguments, lambda *a: self._trace_fused(len(inputs), *a))
+        run, layout = self._function("fused", arguments, masked, partial(self._trace_fused, len(inputs)))
         loss, own, *gradients = run(*arguments, _scalar(objective.weight), _scalar(share))
         differentiable = iter(gradients)
         found = spread(layout.wanted, [next(differentiable) if there else None for there in layout.gradients])
         self._open[key] = _Open(None, (), (), None, found)
         return Opened(None, (), own if layout.own else None, loss)
 
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
+    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked = ()) -> Opened:
         """Run the compiled evaluation: no gradients, `training=False`."""
         arguments = tuple(inputs) if objective is None else _with_objective(inputs, objective)
         with_loss = objective is not None
         run, layout = self._function(
-            f"infer{with_loss}", arguments, lambda *a: self._trace_inference(len(inputs), with_loss, *a)
+            f"infer{with_loss}", arguments, masked, partial(self._trace_inference, len(inputs), with_loss)
         )
         scalars = (_scalar(objective.weight if objective is not None else 1.0), _scalar(share))
         results = run(*arguments, *scalars)
         own = results[-1] if layout.own else None
         loss = results[len(layout.outputs)] if with_loss else None
-        return Opened(None, _outputs(results, layout), own, loss)
+        return Opened(None, _outputs(results, layout), own, loss, layout.masked)
 
     def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Run the compiled backward, which accumulates dL/dvariables, and return dL/dinputs."""
@@ -178,18 +185,17 @@ class CompiledTapes:
         self._accumulators = [tf.Variable(tf.zeros_like(v.value), trainable=False) for v in variables]
         self._reached = [False] * len(variables)
 
-    def _function(self, name: str, tensors: Sequence[Any], trace: Callable[..., Any]) -> Any:
+    def _function(self, name: str, tensors: Sequence[Any], masked: Masked, trace: Callable[..., Any]) -> Any:
         """The function for tensors like these; traced once per dtype and shape without the batch."""
-        key = (name, *((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors))
+        key = (name, tuple(masked), *((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors))
         found = self._functions.get(key)
         if found is None:
             self._prepare()
-            found = self._functions[key] = trace(*[_spec(tensor) for tensor in tensors])
+            found = self._functions[key] = trace(_Layout(takes=tuple(masked)), *[_spec(tensor) for tensor in tensors])
         return found
 
-    def _trace_pair(self, *specs: Any) -> _Pair:
+    def _trace_pair(self, layout: _Layout, *specs: Any) -> _Pair:
         """Forward and backward that hand the tape's intermediates over."""
-        layout = _Layout()
 
         def joint(*inputs: Any) -> Traced:
             outputs, own, differentiate = self._taped(inputs, layout)
@@ -201,13 +207,13 @@ class CompiledTapes:
         functions = split_functions(joint, specs, lambda gradients: self._finish(gradients, layout))
         return _Pair(functions.forward, functions.backward, layout)
 
-    def _trace_recomputing(self, *specs: Any) -> _Pair:
+    def _trace_recomputing(self, layout: _Layout, *specs: Any) -> _Pair:
         """A forward that keeps inputs and states, and a backward that runs it again from them."""
-        layout, states = _Layout(), States(self.part.model)
+        states = States(self.part.model)
 
         def forward(*inputs: Any) -> list[Any]:
             before = states.read()
-            _, outputs, own = self.part.call(inputs, training=True)
+            _, outputs, _, own = self.part.call(inputs, True, layout.takes)
             results = [portable(tensor) for tensor in outputs]
             results += [tf.add_n(own)] if own else []
             return [*results, *(portable(tensor) for tensor in (*inputs, *before))]
@@ -235,7 +241,7 @@ class CompiledTapes:
         layout.wanted = self.part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, layout.wanted, self._variables)
-            _, outputs, own = self.part.call(inputs, training=True)
+            _, outputs, layout.masked, own = self.part.call(inputs, True, layout.takes)
         layout.outputs, layout.own = tuple(tensor.dtype for tensor in outputs), bool(own)
         targets = [tensor for tensor in outputs if is_differentiable(tensor.dtype)]
 
@@ -256,9 +262,9 @@ class CompiledTapes:
                 self._accumulators[i].assign_add(gradient)
         return [gradient for gradient in gradients[:inputs] if gradient is not None]
 
-    def _trace_fused(self, count: int, *specs: Any) -> tuple[Callable[..., list[Any]], _Layout]:
+    def _trace_fused(self, count: int, layout: _Layout, *specs: Any) -> tuple[Callable[..., list[Any]], _Layout]:
         assert self.head is not None
-        layout, head = _Layout(), self.head
+        head = self.head
 
         def fused(*arguments: Any) -> list[Any]:
             *tensors, weight, share = arguments
@@ -267,7 +273,7 @@ class CompiledTapes:
             layout.wanted = self.part.wanted(inputs)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 sources = watch(tape, inputs, layout.wanted, self._variables)
-                structure, _, own = self.part.call(inputs, training=True)
+                structure, _, _, own = self.part.call(inputs, True, layout.takes)
                 value = head.value(target, structure, weights)
                 loss = value * tf.cast(weight, value.dtype)
             head.update(target, structure, weights)
@@ -279,12 +285,12 @@ class CompiledTapes:
 
         return direct(fused, [*specs, _SCALAR, _SCALAR]), layout
 
-    def _trace_inference(self, count: int, with_loss: bool, *specs: Any) -> tuple[Callable[..., list[Any]], _Layout]:
-        layout = _Layout()
-
+    def _trace_inference(
+        self, count: int, with_loss: bool, layout: _Layout, *specs: Any
+    ) -> tuple[Callable[..., list[Any]], _Layout]:
         def infer(*arguments: Any) -> list[Any]:
             *tensors, weight, share = arguments
-            structure, outputs, own = self.part.call(tensors[:count], training=False)
+            structure, outputs, layout.masked, own = self.part.call(tensors[:count], False, layout.takes)
             layout.outputs, layout.own = tuple(output.dtype for output in outputs), bool(own)
             results = [portable(output) for output in outputs]
             if with_loss:

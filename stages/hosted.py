@@ -77,6 +77,9 @@ class HostedStage:
             head=self.head,
         )
         self._check_arity()
+        self.unmasked: frozenset[tuple[str, int]] = frozenset()
+        """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
+        self.prediction_masks: list[np.ndarray[Any, Any]] | None = None
         self.optimizer: Any = None
         if spec.optimizer is not None:
             self.optimizer = create(spec.optimizer)
@@ -123,6 +126,8 @@ class HostedStage:
             "slots": [list(slot) for slot in snapshot.optimizer_slots(self.optimizer, trainable)]
             if self.optimizer is not None
             else [],
+            "masks": makes_masks(model),
+            "mean_loss": self.head is not None and self.head.is_mean,
             "inputs": _tensor_specs(getattr(model, "inputs", None)),
             "outputs": _tensor_specs(getattr(model, "outputs", None)),
         }
@@ -134,6 +139,18 @@ class HostedStage:
     def gradients(self) -> list[np.ndarray[Any, Any] | None]:
         """Accumulated gradients in the order of the trainable variables."""
         return [None if g is None else np.array(g) for g in self.stage.accumulated()]
+
+
+def makes_masks(model: Any) -> bool:
+    """Whether a model may begin a mask (most layers only pass one on)."""
+    return any(_begins_mask(layer) for layer in model._flatten_layers())
+
+
+def _begins_mask(layer: Any) -> bool:
+    if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
+        return True
+    foreign = type(layer).__module__.split(".")[0] not in ("keras", "stages")
+    return foreign and type(layer).compute_mask is not keras.Layer.compute_mask
 
 
 def _tensor_specs(tensors: Sequence[Any] | None) -> list[Any] | None:

@@ -86,6 +86,11 @@ class Head:
         return self._built
 
     @property
+    def is_mean(self) -> bool:
+        """Whether the loss has a denominator, so that a mask on the predictions changes what a microbatch weighs."""
+        return self.loss is not None and getattr(self.loss, "reduction", "sum_over_batch_size") not in _SUMS
+
+    @property
     def has_metrics(self) -> bool:
         """Whether there is anything to update besides the loss."""
         return self._counts
@@ -121,6 +126,7 @@ class Head:
         sizes: Sequence[int],
         targets: Sequence[np.ndarray[Any, Any]],
         sample_weights: Sequence[np.ndarray[Any, Any]] | None,
+        masks: Sequence[np.ndarray[Any, Any]] | None = None,
     ) -> tuple[float, ...]:
         """What each microbatch's loss weighs in the batch's (D_k / D, see the module).
 
@@ -128,6 +134,7 @@ class Head:
             sizes: Samples per microbatch.
             targets: Targets per microbatch, (n_k, ...).
             sample_weights: Sample weights per microbatch, (n_k,) or the loss's shape, or None.
+            masks: The Keras masks of the predictions per microbatch, or None if they have none.
 
         Returns:
             One weight per microbatch. They sum to 1, except for a sum, where each is 1.
@@ -138,9 +145,12 @@ class Head:
         shares = [float(size) for size in sizes]
         ignored = getattr(self.loss, "ignore_class", None)
         weighted = reduction == "mean_with_sample_weight" and sample_weights is not None
-        if ignored is not None or weighted:
+        if ignored is not None or weighted or masks is not None:
             shares = [
-                _denominator(target, None if sample_weights is None or not weighted else sample_weights[k], ignored)
+                _denominator(
+                    _valid(target, ignored, None if masks is None else masks[k]),
+                    sample_weights[k] if weighted and sample_weights is not None else None,
+                )
                 for k, target in enumerate(targets)
             ]
         total = sum(shares)
@@ -158,21 +168,31 @@ class _Judge(keras.Model):  # type: ignore[misc]
         return prediction
 
 
-def _denominator(
-    target: np.ndarray[Any, Any], sample_weight: np.ndarray[Any, Any] | None, ignored: int | None
-) -> float:
-    """What Keras divides by on these targets: counted (weighted) elements."""
-    if ignored is None:
+def _valid(
+    target: np.ndarray[Any, Any], ignored: int | None, mask: np.ndarray[Any, Any] | None
+) -> np.ndarray[Any, Any] | None:
+    """Which elements count: not of an ignored class, not masked out. None: all."""
+    valid = None if ignored is None else np.asarray(target) != ignored
+    if mask is None:
+        return valid
+    mask = np.asarray(mask, dtype=bool)
+    return mask if valid is None else _ranked(mask, valid.ndim) & valid
+
+
+def _denominator(valid: np.ndarray[Any, Any] | None, sample_weight: np.ndarray[Any, Any] | None) -> float:
+    """What Keras divides by: counted (weighted) elements."""
+    if valid is None:
         return float(np.sum(np.asarray(sample_weight), dtype=np.float64))
-    valid = np.asarray(target) != ignored
     if sample_weight is None:
         return float(np.count_nonzero(valid))
     weight = np.asarray(sample_weight)
-    if weight.ndim < valid.ndim:
-        weight = weight.reshape(weight.shape + (1,) * (valid.ndim - weight.ndim))
-    elif weight.ndim > valid.ndim:
-        valid = valid.reshape(valid.shape + (1,) * (weight.ndim - valid.ndim))
-    return float(np.sum(valid * weight, dtype=np.float64))
+    rank = max(weight.ndim, valid.ndim)
+    return float(np.sum(_ranked(valid, rank) * _ranked(weight, rank), dtype=np.float64))
+
+
+def _ranked(array: np.ndarray[Any, Any], rank: int) -> np.ndarray[Any, Any]:
+    """The array with axes of size 1 behind, up to a rank."""
+    return array.reshape(array.shape + (1,) * (rank - array.ndim))
 
 
 def check_targets(target: Any, inputs_size: int, stage: str) -> None:

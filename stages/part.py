@@ -1,19 +1,38 @@
-"""A Keras model seen as a function of flat tensors that also gives its own losses.
+"""A Keras model seen as a function of flat tensors that also gives its masks and its own losses.
 
 *Own losses* are what the part itself adds to the objective: weight and activity regularisers, `add_loss`. Keras keeps
 them on the model, so they are read right after the call, under the same tape.
+
+*Masks* ride on tensors as a hidden attribute, which a cut would lose. So they are made visible: flat tensors are the
+values followed by the masks of those values that have one, and `masked` says which these are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.tensors import compatible, describe_tensor, flatten, is_differentiable
+
+
+class Called(NamedTuple):
+    """What a call of a part gives.
+
+    Attributes:
+        structure: The outputs in the model's nesting.
+        outputs: The outputs, flat, followed by the masks of those that have one.
+        masked: Which outputs these masks belong to.
+        own: The part's own losses, float scalars.
+    """
+
+    structure: Any
+    outputs: tuple[Any, ...]
+    masked: tuple[int, ...]
+    own: tuple[Any, ...]
 
 
 class Part:
@@ -31,29 +50,53 @@ class Part:
         self.name = name
         self._input_gradients = input_gradients
         self._pack = _packer(model)
+        _let_inner_layers_mask(model)
 
     @property
     def trainable_variables(self) -> list[Any]:
         """The Keras variables that gradients are taken for, in the model's order."""
         return list(self.model.trainable_variables)
 
-    def call(self, inputs: Sequence[Any], training: bool) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    def call(self, inputs: Sequence[Any], training: bool, masked: Sequence[int] = ()) -> Called:
         """Run the model.
 
         Args:
-            inputs: Flat tensors in the model's input order.
+            inputs: Flat tensors in the model's input order, then masks.
             training: Keras's flag.
-
-        Returns:
-            The outputs in the model's nesting, the same flat, and its own losses as float scalars.
+            masked: Which inputs the masks belong to.
         """
-        outputs = self.model(self._pack(inputs), training=training)
+        values = list(inputs[: len(inputs) - len(masked)])
+        for place, mask in zip(masked, inputs[len(values) :], strict=True):
+            values[place] = with_mask(values[place], mask)
+        structure = self.model(self._pack(values), training=training)
         own = tuple(tf.reduce_sum(tf.cast(loss, keras.config.floatx())) for loss in self.model.losses)
-        return outputs, flatten(outputs), own
+        outputs = flatten(structure)
+        masks = {place: mask for place, output in enumerate(outputs) if (mask := mask_of(output)) is not None}
+        return Called(structure, (*outputs, *masks.values()), tuple(masks), own)
+
+    def strips(self) -> tuple[int, ...]:
+        """Which inputs lose their mask while the model runs: Keras's attention layers take it off the tensor itself.
+
+        Whoever reads such a tensor afterwards, in one process, finds no mask. Found out by running the model once on
+        zeros in inference mode; an input of which that cannot be said keeps its mask.
+        """
+        inputs = self.expected_inputs() or ()
+        values = [tf.zeros([1 if size is None else size for size in t.shape], t.dtype) for t in inputs]
+        masked = [place for place, value in enumerate(values) if value.shape.rank >= 2]
+        values = [
+            with_mask(value, tf.ones(value.shape[:2], tf.bool)) if place in masked else value
+            for place, value in enumerate(values)
+        ]
+        try:
+            self.model(self._pack(values), training=False)
+        except Exception:
+            return ()
+        return tuple(place for place in masked if mask_of(values[place]) is None)
 
     def wanted(self, inputs: Sequence[Any]) -> tuple[bool, ...]:
         """Which of these inputs get a gradient."""
-        asked = self._input_gradients or (self._input_gradients is None,) * len(inputs)
+        asked = [True] * len(inputs) if self._input_gradients is None else list(self._input_gradients)
+        asked += [False] * (len(inputs) - len(asked))  # masks
         return tuple(yes and is_differentiable(tensor.dtype) for tensor, yes in zip(inputs, asked, strict=True))
 
     def expected_inputs(self) -> list[Any] | None:
@@ -79,6 +122,26 @@ class Part:
                     f"{where}: input {wanted.name!r} must have the shape {tuple(wanted.shape)} (None is any size), "
                     f"received {describe_tensor(given)}; the model before it, or the data, gives another shape"
                 )
+
+
+def _let_inner_layers_mask(model: Any) -> None:
+    """The layers inside a model hand masks on by themselves; tell Keras, which would warn that the model does not."""
+    if isinstance(model, keras.Model) and not model.supports_masking:
+        model.supports_masking = True
+        model.compute_mask = lambda inputs, previous_mask: None
+
+
+def mask_of(tensor: Any) -> Any | None:
+    """The Keras mask that rides on a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def with_mask(tensor: Any, mask: Any | None) -> Any:
+    """The tensor under a new name, carrying this mask and none of Keras's other hidden attributes."""
+    copy = tf.identity(tensor)
+    if mask is not None:
+        copy._keras_mask = mask
+    return copy
 
 
 def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from stages.actions import Action, Kind
 from stages.hosted import HostedStage
+from stages.part import mask_of, with_mask
 from stages.tapes import Key as TapeKey
 from stages.tapes import Objective
 from stages.tensors import to_array, to_tensor
@@ -34,7 +35,8 @@ class StepOrder:
 
     Attributes:
         step: The step's number.
-        mode: ``train`` and ``gradients`` go forward and backward, ``test`` computes the loss, ``predict`` the outputs.
+        mode: ``train`` and ``gradients`` go forward and backward, ``test`` computes the loss, ``predict`` the outputs;
+            ``masks`` only finds out which elements of the predictions count, for the weights of the next step.
         sizes: Samples per microbatch.
         sample_weight: Whether sample weights come along.
         trace: Whether to note when each action began and ended.
@@ -137,12 +139,19 @@ class Program:
         if self.order.trace:
             self.spans.append((time.monotonic(), 0.0))
 
-    def _take(self, kind: str, stage: int, source: int, tensor: str = "", microbatch: int = 0, window: int = 0) -> Any:
+    def _message(
+        self, kind: str, stage: int, source: int, tensor: str = "", microbatch: int = 0, window: int = 0
+    ) -> Message:
         self.links.board[6] = source
         self.links.board[0] = WAITING
-        return self.links.take(Key(kind, self.order.step, stage, source, tensor, microbatch, window)).array
+        return self.links.take(Key(kind, self.order.step, stage, source, tensor, microbatch, window))
 
-    def _send(self, kind: str, stage: int, source: int, tensor: str, action: Action, value: Any | None) -> None:
+    def _take(self, kind: str, stage: int, source: int, tensor: str = "", microbatch: int = 0, window: int = 0) -> Any:
+        return self._message(kind, stage, source, tensor, microbatch, window).array
+
+    def _send(
+        self, kind: str, stage: int, source: int, tensor: str, action: Action, value: Any | None, masked: bool = False
+    ) -> None:
         array = None if value is None else to_array(value)
         self.links.send(
             Message(
@@ -154,23 +163,30 @@ class Program:
                 tensor,
                 action.microbatch,
                 action.window,
-                None,
+                True if masked else None,
                 array,
             )
         )
 
-    def _inputs(self, hosted: HostedStage, action: Action) -> list[Any]:
+    def _inputs(self, hosted: HostedStage, action: Action) -> tuple[list[Any], tuple[int, ...]]:
+        """The tensors that an action takes, behind them their masks; which of them have one."""
         batch, index = self._batches[action.stage], action.stage
-        tensors = []
+        tensors: list[Any] = []
+        masks: dict[int, Any] = {}
         for name, source in hosted.spec.inputs:
             if source == DRIVER:
                 if name not in batch.inputs:
                     batch.inputs[name] = self._take("activation", index, DRIVER, name)
                 array = batch.inputs[name][self._slices[action.microbatch]]
             else:
-                array = self._take("activation", index, source, name, action.microbatch, action.window)
+                where = (index, source, name, action.microbatch, action.window)
+                message = self._message("activation", *where)
+                if message.value is not None:
+                    masks[len(tensors)] = to_tensor(self._take("mask", *where))
+                assert message.array is not None
+                array = message.array
             tensors.append(to_tensor(array))
-        return tensors
+        return [*tensors, *masks.values()], tuple(masks)
 
     def _objective(self, hosted: HostedStage, microbatch: int) -> Objective:
         batch = self._batches[hosted.spec.index]
@@ -193,29 +209,36 @@ class Program:
             self.order.sizes,
             [batch.target[part] for part in self._slices],
             None if weights is None else [weights[part] for part in self._slices],
+            hosted.prediction_masks,
         )
 
     def _forward(self, action: Action) -> None:
         hosted, index = self.hosted[action.stage], action.stage
         batch, k = self._batches[index], action.microbatch
-        inputs = self._inputs(hosted, action)
-        head = hosted.head if self.order.mode != "predict" else None
+        inputs, masked = self._inputs(hosted, action)
+        head = hosted.head if self.order.mode not in ("predict", "masks") else None
         whole = head is not None and head.couples_samples
         objective = None if head is None or whole else self._objective(hosted, k)
         self._begin()
         share = self.order.sizes[k] / self._total
-        opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.order.training, share, objective)
+        opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.order.training, share, objective, masked)
         if opened.own_loss is not None:
             batch.own_losses[k] = opened.own_loss
         if opened.loss is not None:
             batch.losses[k] = opened.loss
         if whole:
-            batch.outputs[k] = opened.outputs
+            batch.outputs[k] = (with_mask(opened.outputs[0], opened.masks.get(0)),)
             if not self.order.training and len(batch.outputs) == len(self.order.sizes):
                 self._whole_batch_loss(hosted, batch)
-        for output, (name, consumers) in zip(opened.outputs, hosted.spec.outputs):  # noqa: B905 - none when fused
+        if self.order.mode == "masks" and hosted.head is not None and 0 in opened.masks:
+            hosted.prediction_masks = [*(hosted.prediction_masks or ()), np.array(opened.masks[0])]
+        for place, (output, (name, consumers)) in enumerate(zip(opened.outputs, hosted.spec.outputs)):  # noqa: B905
+            mask = opened.masks.get(place)
             for consumer in consumers:
-                self._send("activation", consumer, index, name, action, output)
+                with_it = mask is not None and (name, consumer) not in hosted.unmasked
+                self._send("activation", consumer, index, name, action, output, with_it)
+                if with_it:
+                    self._send("mask", consumer, index, name, action, mask)
             if self.order.mode == "predict" and not consumers:
                 self._send("output", DRIVER, index, name, action, output)
 
@@ -240,7 +263,7 @@ class Program:
         gradients = []
         for name, consumers in hosted.spec.outputs:
             total = None
-            for consumer in consumers:
+            for consumer in reversed(consumers):  # the order in which one tape would meet them
                 array = self._take("gradient", action.stage, consumer, name, action.microbatch, action.window)
                 if array is not None:
                     total = to_tensor(array) if total is None else total + to_tensor(array)
@@ -253,13 +276,16 @@ class Program:
         assert head is not None
         self._receive_targets(hosted, batch)
         assert batch.target is not None
-        prediction = tf.concat([batch.outputs[k][0] for k in sorted(batch.outputs)], axis=0)
+        parts = [batch.outputs[k][0] for k in sorted(batch.outputs)]
+        masks = [mask_of(part) for part in parts]
+        prediction = tf.concat(parts, axis=0)
         target = to_tensor(batch.target)
         weights = None if batch.sample_weight is None else to_tensor(batch.sample_weight)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(prediction)
-            loss = head.value(target, prediction, weights)
-        head.update(target, prediction, weights)
+            judged = prediction if masks[0] is None else with_mask(prediction, tf.concat(masks, axis=0))
+            loss = head.value(target, judged, weights)
+        head.update(target, judged, weights)
         batch.losses[0] = loss
         if self.order.training:
             gradient = tf.split(tape.gradient(loss, prediction), list(self.order.sizes))

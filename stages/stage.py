@@ -23,7 +23,7 @@ import tensorflow as tf
 from stages.compiled import CompiledTapes
 from stages.errors import HandoffError
 from stages.loss import Head
-from stages.part import Part
+from stages.part import Part, mask_of, with_mask
 from stages.tapes import EagerTapes, Key, Objective, Opened, Tapes
 from stages.tensors import describe_tensor, flatten, is_differentiable
 
@@ -75,6 +75,7 @@ class Stage:
         kind = EagerTapes if run_eagerly else CompiledTapes
         self._tapes: Tapes = kind(self._part, self.head, recompute)
         self._opened: dict[Key, Opened] = {}
+        self._inputs: dict[Key, int] = {}
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -99,8 +100,8 @@ class Stage:
         Raises:
             HandoffError: The tape of this microbatch is still open, or the inputs do not fit the model.
         """
-        opened = self.open(self._tensors(inputs, microbatch), Key(microbatch, window), training, share)
-        return self._nest(opened)
+        tensors, masked = self._tensors(inputs, microbatch)
+        return self._nest(self.open(tensors, Key(microbatch, window), training, share, masked=masked))
 
     def forward_loss(
         self,
@@ -132,7 +133,8 @@ class Stage:
             raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
         weights = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
         objective = Objective(tf.convert_to_tensor(target), weights, weight)
-        return self.open(self._tensors(inputs, microbatch), Key(microbatch), True, share, objective).loss
+        tensors, masked = self._tensors(inputs, microbatch)
+        return self.open(tensors, Key(microbatch), True, share, objective, masked).loss
 
     def backward(self, output_gradients: Any = None, microbatch: int = 0, *, window: int = 0) -> Any:
         """Close the microbatch's tape: accumulate dL/dvariables, return dL/dinputs.
@@ -151,38 +153,47 @@ class Stage:
             HandoffError: There is no open tape for this microbatch, or the gradients do not fit the outputs.
         """
         key = Key(microbatch, window)
-        outputs = self._outputs_of(key)
-        given = self._flat_gradients(output_gradients, outputs, key)
+        values = self._values_of(key)
+        given = self._flat_gradients(output_gradients, values, key)
         found = self.close(given, key)
         return found[0] if len(found) == 1 else list(found)
 
     def open(
-        self, inputs: Sequence[Any], key: Key, training: bool, share: float = 1.0, objective: Objective | None = None
+        self,
+        inputs: Sequence[Any],
+        key: Key,
+        training: bool,
+        share: float = 1.0,
+        objective: Objective | None = None,
+        masked: Sequence[int] = (),
     ) -> Opened:
-        """`forward` on flat eager tensors, without conversion; what a worker calls."""
+        """`forward` on flat eager tensors: values, then the masks of those that `masked` names; for workers."""
+        self._part.check_inputs(inputs[: len(inputs) - len(masked)], key.microbatch)
         if not training:
-            self._part.check_inputs(inputs, key.microbatch)
-            return self._tapes.infer(inputs, share, objective)
+            return self._tapes.infer(inputs, share, objective, masked)
         if key in self._opened:
             raise HandoffError(
                 f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
                 "call backward first, give the new one another number, or forget it with zero_gradients()"
             )
-        self._part.check_inputs(inputs, key.microbatch)
         if objective is None:
-            opened = self._tapes.forward(key, inputs, share)
+            opened = self._tapes.forward(key, inputs, share, masked)
         else:
-            opened = self._tapes.objective(key, inputs, share, objective)
+            opened = self._tapes.objective(key, inputs, share, objective, masked)
         self._opened[key] = opened
+        self._inputs[key] = len(inputs) - len(masked)
         return opened
 
     def close(self, output_gradients: Sequence[Any | None], key: Key) -> tuple[Any | None, ...]:
-        """`backward` on flat eager tensors; what a worker calls."""
-        outputs = self._outputs_of(key)
-        if self._opened[key].loss is None:
-            self._check_gradients(output_gradients, outputs, key)
+        """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
+        values = self._values_of(key)
+        opened = self._opened[key]
+        if opened.loss is None:
+            self._check_gradients(output_gradients, values, key)
+        inputs = self._inputs.pop(key)
         del self._opened[key]
-        return self._tapes.backward(key, output_gradients)
+        masks = [None] * len(opened.masked) if opened.loss is None else []
+        return self._tapes.backward(key, [*output_gradients, *masks])[:inputs]
 
     def gradients(self) -> dict[str, np.ndarray[Any, Any] | None]:
         """Accumulated dL/dvariables.
@@ -208,20 +219,31 @@ class Stage:
         if not optimizer.built:
             optimizer.build(self.trainable_variables)
         self._opened.clear()
+        self._inputs.clear()
         self._tapes.apply(optimizer, scale)
 
     def zero_gradients(self) -> None:
         """Forget accumulated gradients and open tapes."""
         self._opened.clear()
+        self._inputs.clear()
         self._tapes.clear()
+
+    def strips(self) -> tuple[int, ...]:
+        """Which inputs, in flat order, lose their Keras mask to a layer of this stage."""
+        return self._part.strips()
 
     def open_microbatches(self) -> tuple[int, ...]:
         """Microbatches whose backward is still to come."""
         return tuple(key.microbatch for key in self._opened)
 
-    def _tensors(self, inputs: Any, microbatch: int) -> tuple[Any, ...]:
-        expected = self._part.expected_inputs()
+    def _tensors(self, inputs: Any, microbatch: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """Flat tensors and behind them the masks that ride on them; which values these masks belong to."""
         leaves = flatten(inputs)
+        masks = {place: mask for place, leaf in enumerate(leaves) if (mask := mask_of(leaf)) is not None}
+        return (*self._converted(leaves, microbatch), *masks.values()), tuple(masks)
+
+    def _converted(self, leaves: Sequence[Any], microbatch: int) -> tuple[Any, ...]:
+        expected = self._part.expected_inputs()
         if expected is None or len(expected) != len(leaves):
             return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
         converted = []
@@ -233,19 +255,20 @@ class Stage:
         return tuple(converted)
 
     def _nest(self, opened: Opened) -> Any:
-        # Identities: the caller's tensors carry none of Keras's hidden attributes (cached logits, masks).
+        # The caller's tensors carry their masks, and none of Keras's other hidden attributes (cached logits).
+        values = [with_mask(value, opened.masks.get(place)) for place, value in enumerate(_values(opened))]
         if opened.structure is not None:
-            return keras.tree.map_structure(tf.identity, opened.structure)
-        return opened.outputs[0] if len(opened.outputs) == 1 else list(opened.outputs)
+            return keras.tree.pack_sequence_as(opened.structure, values)
+        return values[0] if len(values) == 1 else values
 
-    def _outputs_of(self, key: Key) -> tuple[Any, ...]:
+    def _values_of(self, key: Key) -> tuple[Any, ...]:
         if key not in self._opened:
             waiting = sorted(self.open_microbatches())
             raise HandoffError(
                 f"stage {self.name!r}: no forward of microbatch {key.microbatch} is waiting for its backward (waiting: "
                 f"{waiting or 'none'}); forward it in training first, and go backward once for each"
             )
-        return self._opened[key].outputs
+        return _values(self._opened[key])
 
     def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: Key) -> list[Any | None]:
         if self._opened[key].loss is not None:
@@ -269,6 +292,11 @@ class Stage:
                     f"stage {self.name!r}, backward of microbatch {key.microbatch}: the gradient of output {i} must be "
                     f"like the output, {describe_tensor(output)}, received {describe_tensor(gradient)}"
                 )
+
+
+def _values(opened: Opened) -> tuple[Any, ...]:
+    """The outputs without their masks."""
+    return opened.outputs[: len(opened.outputs) - len(opened.masked)] if opened.outputs else ()
 
 
 def _leaves(structure: Any) -> list[Any]:

@@ -8,7 +8,8 @@ The compiled way is in `stages.compiled`; both keep the same contract, so a stag
     gradients()                                    → per variable the sum over microbatches, or None
     apply(optimizer, scale)                        → one update from those sums, which are cleared
 
-`share` is the microbatch's part of the batch (n_k / N): own losses count with it, so they count once a batch.
+`share` is the microbatch's part of the batch (n_k / N): own losses count with it, so they count once a batch. Inputs
+and outputs are flat values followed by the masks of those that have one (`stages.part`); `masked` says which.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from stages.loss import Head
 from stages.part import Part, States, spread, watch
 from stages.tensors import is_differentiable
 
+Masked = Sequence[int]
+"""Which values the masks behind them belong to."""
+
 
 class Key(NamedTuple):
     """Which forward pass a tape belongs to."""
@@ -37,15 +41,22 @@ class Opened(NamedTuple):
 
     Attributes:
         structure: The outputs in the model's nesting; None where the caller asked for flat ones only.
-        outputs: The outputs, flat.
+        outputs: The outputs, flat, followed by the masks of those that have one.
         own_loss: The weighted sum of the part's own losses, a float scalar tensor, or None.
         loss: The weighted loss, a float scalar tensor, or None without an objective.
+        masked: Which outputs the masks belong to.
     """
 
     structure: Any
     outputs: tuple[Any, ...]
     own_loss: Any | None
     loss: Any | None
+    masked: tuple[int, ...] = ()
+
+    @property
+    def masks(self) -> dict[int, Any]:
+        """{output: its mask}."""
+        return dict(zip(self.masked, self.outputs[len(self.outputs) - len(self.masked) :], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +77,15 @@ class Objective:
 class Tapes(Protocol):
     """Open tapes and accumulated gradients of one part; see the module's drawing."""
 
-    def forward(self, key: Key, inputs: Sequence[Any], share: float) -> Opened:
+    def forward(self, key: Key, inputs: Sequence[Any], share: float, masked: Masked = ()) -> Opened:
         """Run the part in training; its tape stays open under `key`."""
 
-    def objective(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective) -> Opened:
+    def objective(
+        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective, masked: Masked = ()
+    ) -> Opened:
         """The same with the loss on the tape; the metrics count the microbatch."""
 
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
+    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked = ()) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
 
     def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
@@ -107,6 +120,7 @@ class _Again:
     inputs: tuple[Any, ...]
     states: tuple[Any, ...]
     share: float
+    masked: tuple[int, ...]
 
 
 class EagerTapes:
@@ -123,34 +137,38 @@ class EagerTapes:
         self._open: dict[Key, _Record | _Again] = {}
         self._sum = OrderedSum()
 
-    def forward(self, key: Key, inputs: Sequence[Any], share: float) -> Opened:
+    def forward(self, key: Key, inputs: Sequence[Any], share: float, masked: Masked = ()) -> Opened:
         """Run the part under a tape that stays open (or, recomputing, without one)."""
         if not self._recompute:
-            return self._run(key, inputs, share, None)
-        self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share)
-        structure, outputs, own = self._part.call(inputs, training=True)
-        return Opened(structure, outputs, _weighted_sum(own, share), None)
+            return self._run(key, inputs, share, None, masked)
+        self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share, tuple(masked))
+        called = self._part.call(inputs, training=True, masked=masked)
+        return Opened(called.structure, called.outputs, _weighted_sum(called.own, share), None, called.masked)
 
-    def objective(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective) -> Opened:
+    def objective(
+        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective, masked: Masked = ()
+    ) -> Opened:
         """Run the part and its loss under a tape that stays open; the metrics count the microbatch."""
-        return self._run(key, inputs, share, objective)
+        return self._run(key, inputs, share, objective, masked)
 
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
+    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked = ()) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
-        structure, outputs, own = self._part.call(inputs, training=False)
+        structure, outputs, places, own = self._part.call(inputs, training=False, masked=masked)
         loss = None
         if objective is not None and self._head is not None:
             loss = self._loss(structure, objective)
             self._head.update(objective.target, structure, objective.sample_weight)
-        return Opened(structure, outputs, _weighted_sum(own, share), loss)
+        return Opened(structure, outputs, _weighted_sum(own, share), loss, places)
 
-    def _run(self, key: Key, inputs: Sequence[Any], share: float, objective: Objective | None) -> Opened:
+    def _run(
+        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked
+    ) -> Opened:
         variables = self._part.trainable_variables
         loss = None
         wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
-            structure, outputs, own = self._part.call(inputs, training=True)
+            structure, outputs, places, own = self._part.call(inputs, training=True, masked=masked)
             if objective is not None:
                 loss = self._loss(structure, objective)
         targets, seeds = list(own), [tf.fill((), tf.cast(share, loss_.dtype)) for loss_ in own]
@@ -158,7 +176,7 @@ class EagerTapes:
             targets, seeds = [loss, *targets], [tf.ones_like(loss), *seeds]
             self._head.update(objective.target, structure, objective.sample_weight)
         self._open[key] = _Record(tape, wanted, sources, outputs if loss is None else (), targets, seeds)
-        return Opened(structure, outputs, _weighted_sum(own, share), loss)
+        return Opened(structure, outputs, _weighted_sum(own, share), loss, places)
 
     def _loss(self, prediction: Any, objective: Objective) -> Any:
         assert self._head is not None
@@ -189,7 +207,7 @@ class EagerTapes:
             states = States(self._part.model)
             now = states.read()
             states.write(record.states)
-            self._run(key, record.inputs, record.share, None)
+            self._run(key, record.inputs, record.share, None, record.masked)
             states.write(now)
             record = self._open.pop(key)
         assert isinstance(record, _Record)

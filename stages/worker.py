@@ -92,6 +92,8 @@ class Worker:
             "get": self._do_get,
             "set": self._do_set,
             "call": self._do_call,
+            "strips": self._do_strips,
+            "unmask": self._do_unmask,
         }
 
     def greet(self, address: str) -> None:
@@ -167,14 +169,18 @@ class Worker:
         )
         links = Links(self._take, self._send, self.incarnation, self.board)
         before = self._states() if what.mode == "gradients" else None
+        if what.mode == "masks":
+            for hosted in self.hosted.values():
+                hosted.prediction_masks = None
         self._program = Program(what, self.plans[order["plan"]], self.hosted, links)
         answer: dict[str, Any] = self._program.run()
         if order["norms"]:
             answer["squared_norm"] = sum(hosted.squared_norm() for hosted in self.hosted.values())
         if before is not None:
             self._restore(before)
-        elif what.mode != "predict":
+        elif what.mode not in ("predict", "masks"):
             answer["metrics"] = self._metrics()
+        answer["masked"] = any(hosted.prediction_masks is not None for hosted in self.hosted.values())
         if what.trace:
             answer["spans"] = [list(span) for span in self._program.spans]
         self._program = None
@@ -192,7 +198,7 @@ class Worker:
         for i, (states, metrics) in before.items():
             snapshot.write(self.hosted[i].variables("states"), states, "states")
             current = self.hosted[i].variables("metrics")
-            if metrics:
+            if len(metrics) == len(current):
                 snapshot.write(current, metrics, "metrics")
             elif (head := self.hosted[i].head) is not None:
                 head.reset()
@@ -254,6 +260,17 @@ class Worker:
             else:
                 raise HandoffError(f"unknown service {order['name']!r}")
         return {}
+
+    def _do_strips(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Names of the tensors whose mask a layer of the stage takes off."""
+        return {
+            str(index): [hosted.spec.inputs[place][0] for place in hosted.stage.strips()]
+            for index, hosted in self.hosted.items()
+        }
+
+    def _do_unmask(self, number: int, order: Mapping[str, Any]) -> None:
+        for index, pairs in order["pairs"].items():
+            self.hosted[int(index)].unmasked = frozenset((name, consumer) for name, consumer in pairs)
 
     def _report(self, number: int, error: Exception) -> None:
         """Tell the driver what happened, as far as the driver is still there (rule 2)."""

@@ -1,0 +1,112 @@
+"""Masks cross cuts: into recurrent layers, attention, the loss and the metrics, and weigh microbatches rightly.
+
+A mask rides on a tensor as a hidden attribute. Lost at a cut, the loss still falls and every gradient is wrong.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline import Pipeline
+from pipeline.splitter import split_model
+from stages import Stage
+
+layers = keras.layers
+STEPS, WORDS, CLASSES = 7, 11, 4
+
+
+def recurrent() -> keras.Model:
+    """A tagger whose padding mask reaches the loss."""
+    return keras.Sequential(
+        [
+            keras.Input((STEPS,), dtype="int32"),
+            layers.Embedding(WORDS, 6, mask_zero=True, name="words"),
+            layers.GRU(5, return_sequences=True, name="lower"),
+            layers.LSTM(6, return_sequences=True, name="upper"),
+            layers.Dense(CLASSES, activation="softmax"),
+        ]
+    )
+
+
+def attention() -> keras.Model:
+    """A tagger with masked attention, and one mask for a skip connection."""
+    words = keras.Input((STEPS,), dtype="int32")
+    embedded = layers.Embedding(WORDS, 8, mask_zero=True, name="words")(words)
+    attended = layers.MultiHeadAttention(2, 4, name="lower")(embedded, embedded)
+    joined = layers.LayerNormalization(name="upper")(layers.Add()([embedded, attended]))
+    return keras.Model(words, layers.Dense(CLASSES, activation="softmax")(joined))
+
+
+def padded_batch(samples: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    """Words with very unequal padding, so that unweighted microbatches would be far off."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, WORDS, (samples, STEPS))
+    for row, length in enumerate(np.linspace(1, STEPS, samples).astype(int)):
+        x[row, length:] = 0
+    return x.astype("int32"), rng.integers(0, CLASSES, (samples, STEPS))
+
+
+def one_tape(model: keras.Model, x, y, loss) -> list[np.ndarray]:
+    """Gradients of the whole batch, unsplit."""
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x, training=True))
+    found = tape.gradient(value, [v.value for v in model.trainable_variables])
+    return [np.array(tf.convert_to_tensor(g)) for g in found]
+
+
+@pytest.mark.parametrize("build", [recurrent, attention])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_masked_loss_over_microbatches_equals_the_whole_batch(build, schedule, eager):
+    keras.utils.set_random_seed(0)
+    model = build()
+    x, y = padded_batch()
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    expected = one_tape(model, x, y, loss)
+    largest = max(np.abs(g).max() for g in expected)
+    with Pipeline.split(model, at=["words", "lower"], microbatches=3, schedule=schedule, transport="inproc") as pipe:
+        pipe.compile("sgd", loss, run_eagerly=eager)
+        found = list(pipe.gradients(x, y).values())
+        pipe.verify(x, y).raise_if_failed()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-6 * largest
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_masked_metrics_and_evaluation_equal_keras(eager):
+    keras.utils.set_random_seed(0)
+    model = recurrent()
+    model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    x, y = padded_batch()
+    expected = model.test_on_batch(x, y)
+    with Pipeline.split(model, at=["words", "lower"], microbatches=3, transport="inproc") as pipe:
+        pipe.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"], run_eagerly=eager)
+        assert pipe.test_on_batch(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_masks_cross_processes():
+    keras.utils.set_random_seed(0)
+    x, y = padded_batch()
+    with Pipeline.split(recurrent(), stages=3, microbatches=3, transport="ipc") as pipe:
+        pipe.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+        pipe.verify(x, y).raise_if_failed()
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_stages_in_the_hand_pass_masks_on(eager):
+    keras.utils.set_random_seed(0)
+    model = recurrent()
+    x, y = padded_batch()
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    expected = one_tape(model, x, y, loss)
+    parts = [segment.model for segment in split_model(model, at=["words"])]
+    bottom, top = Stage(parts[0], run_eagerly=eager), Stage(parts[1], loss=loss, run_eagerly=eager)
+    top.forward_loss(bottom.forward(x), y)
+    bottom.backward(top.backward())
+    found = [*bottom.gradients().values(), *top.gradients().values()]
+    largest = max(np.abs(g).max() for g in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-6 * largest
