@@ -11,7 +11,6 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.splitter import split_model
 from stages import Stage
 
 layers = keras.layers
@@ -102,7 +101,8 @@ def test_stages_in_the_hand_pass_masks_on(eager):
     x, y = padded_batch()
     loss = keras.losses.SparseCategoricalCrossentropy()
     expected = one_tape(model, x, y, loss)
-    parts = [segment.model for segment in split_model(model, at=["words"])]
+    inputs = keras.Input((STEPS,), dtype="int32"), keras.Input((STEPS, 6))
+    parts = [keras.Sequential([inputs[0], *model.layers[:1]]), keras.Sequential([inputs[1], *model.layers[1:]])]
     bottom, top = Stage(parts[0], run_eagerly=eager), Stage(parts[1], loss=loss, run_eagerly=eager)
     top.forward_loss(bottom.forward(x), y)
     bottom.backward(top.backward())
