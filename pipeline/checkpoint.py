@@ -32,6 +32,7 @@ from pipeline.merging import merge
 from pipeline.splitter import split_model
 from pipeline.state import Slots, State
 from pipeline.wiring import wire
+from stages import snapshot
 from stages.recipes import create, describe
 from stages.segment import Segment
 
@@ -135,7 +136,7 @@ def _recut(
             for variable, value in zip(segment.model.variables, state.model[i], strict=True):
                 variable.assign(value)
     cut = split_model(model, stages, at)
-    values = {i: [np.array(variable.value) for variable in s.model.variables] for i, s in enumerate(cut)}
+    values = {i: snapshot.read(s.model.variables) for i, s in enumerate(cut)}
     slots = state.slots.moved(trainable, [segment.model.trainable_variables for segment in cut])
     return model, cut, State(values, slots)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
-import numpy as np
 
 from pipeline.merging import Merged
 from pipeline.state import Place, Slots, described_slots
 from stages.recipes import create
-from stages.snapshot import optimizer_slots
+from stages.snapshot import optimizer_slots, read
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
@@ -42,7 +41,7 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     optimizer = merged.model.optimizer
     if optimizer is not None:
         places = _slot_places(merged)
-        values = [np.array(variable.value) for variable in optimizer.variables]
+        values = read(optimizer.variables)
         slots = Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
         driver.set("optimizer", slots.for_stages(described_slots(driver.descriptions)))
         pipe.optimizer.iterations.assign(slots.shared["iteration"])

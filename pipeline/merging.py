@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from pipeline.wiring import Wires
+from stages import snapshot
 from stages.recipes import create, describe
 from stages.segment import Segment
 
@@ -43,7 +44,7 @@ class Merged:
 
     def values(self) -> dict[int, list[np.ndarray[Any, Any]]]:
         """The model's values as a pipeline takes them."""
-        return {i: [np.array(variable.value) for variable in part] for i, part in enumerate(self.variables)}
+        return {i: snapshot.read(part) for i, part in enumerate(self.variables)}
 
 
 def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, values: Values) -> Merged:

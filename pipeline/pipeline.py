@@ -309,7 +309,7 @@ class Pipeline:
         return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured{note}")
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
-        """All weights: in the order of `keras.Model.get_weights` of the model that was split, else stage after stage."""
+        """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
         values = self._session.values("weights")
         return [values[i][k] for i, k in self._weight_places()]
 

@@ -17,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.schedules import build_plan, forward_only
 from pipeline.state import Slots, State, described_slots
 from pipeline.wiring import Wires, check_shapes
+from stages import snapshot
 from stages.hosted import StageSpec
 from stages.segment import Segment
 from transport.message import DRIVER
@@ -219,7 +220,7 @@ class Session:
         start = self._start
         if start is None:
             models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
-            start = State({i: [np.array(variable.value) for variable in m.variables] for i, m in models.items()})
+            start = State({i: snapshot.read(m.variables) for i, m in models.items()})
         driver.set("model", start.model)
         if start.slots is not None:
             driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
