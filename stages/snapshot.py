@@ -59,7 +59,7 @@ def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Copies of the variables' values."""
-    return [variable.value.numpy() for variable in variables]
+    return [np.asarray(variable.value.numpy()) for variable in variables]  # a scalar comes without its array
 
 
 def write(variables: Sequence[Any], values: Sequence[np.ndarray[Any, Any]], where: str) -> None:

@@ -80,8 +80,8 @@ class Trip(keras.layers.Layer):
 
 
 def part(inputs=4, units=4, **trip):
-    """A dense layer behind a trip."""
-    return keras.Sequential([keras.Input((inputs,)), Trip(**trip), keras.layers.Dense(units)])
+    """A dense layer with a trip behind it."""
+    return keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(units), Trip(**trip)])
 
 
 def raising_builder(line=""):

@@ -65,7 +65,7 @@ def nothing_left(monkeypatch, short_folder, tmp_path):
     before = _held_open()
     yield
     gc.collect()
-    assert children(server.pid) == []
+    assert children(shared_server().pid) == []
     assert list(Path(short_folder).iterdir()) == []
     assert not _held_open() - before
 

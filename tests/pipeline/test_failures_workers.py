@@ -34,7 +34,7 @@ def test_builder_that_raises(line):
     assert time.monotonic() - line.hear()["time"] < NOTICED_SECONDS
     error = caught.value
     assert str(error).startswith(
-        "stage 'bad' failed while it built its model: RuntimeError: the builder gave up\n--- traceback of the worker ---"
+        "stage 'bad' failed while it built its model: RuntimeError: the builder gave up\n--- traceback of the"
     )
     assert (error.stage, error.kind, error.action, error.step) == ("bad", "RuntimeError", "", -1)
     assert "in raising_builder" in error.worker_traceback
@@ -117,7 +117,8 @@ def test_run_in_which_everybody_waits_says_who_waits_for_whom(monkeypatch):
         pipe.train_on_batch(X, Y)
     assert str(caught.value).splitlines() == [
         "every worker waits and nobody runs",
-        "  stage 'bottom' waits for stage 'middle1' to begin step 1, backward of microbatch 0 (action 3 of its program)",
+        "  stage 'bottom' waits for stage 'middle1' to begin step 1, backward of microbatch 0 (action 3 of its "
+        "program)",
         "  stage 'middle1' waits for stage 'top' to begin step 1, backward of microbatch 0 (action 3 of its program)",
         "  stage 'top' waits for the driver",
     ]

@@ -1,0 +1,226 @@
+"""A worker that is killed, and a user's process that is killed while it writes a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from pipeline import Pipeline, checkpoint
+from pipeline.errors import CheckpointError, PipelineClosedError, WorkerDiedError
+from pipeline.launch.shared import shared_server
+from tests.failures import NOTICED_SECONDS, X, Y, tripping
+from tests.pipeline.launch.processes import DEADLINE, children
+
+WAITING_AT = {"do": "wait", "call_number": 4}
+"""Microbatch 1 of step 2."""
+
+
+class Killer:
+    """Kills a process with SIGKILL when as many workers have said on the line that they are there."""
+
+    def __init__(self, line, choose, voices=1):
+        self.time = 0.0
+        self._thread = threading.Thread(target=self._run, args=(line, choose, voices))
+        self._thread.start()
+
+    def _run(self, line, choose, voices):
+        heard = [line.hear() for _ in range(voices)]
+        os.kill(choose(heard), signal.SIGKILL)
+        self.time = time.monotonic()
+
+    def join(self):
+        self._thread.join(DEADLINE)
+
+
+def speaker(heard):
+    """The worker that said it is there."""
+    return heard[0]["pid"]
+
+
+def train(pipe):
+    pipe.fit(np.tile(X, (4, 1)), np.tile(Y, (4, 1)), batch_size=8, shuffle=False, verbose=0)
+
+
+def kill_while_training(pipe, line, choose, voices=1):
+    """The error that `fit` raised and the seconds from the kill to it."""
+    killer = Killer(line, choose, voices)
+    with pytest.raises(WorkerDiedError) as caught:
+        train(pipe)
+    now = time.monotonic()
+    killer.join()
+    return caught.value, now - killer.time
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_killed_worker_ends_fit_with_stage_step_and_action(line, gate, victim, backward):
+    trips = [{}, {}, {}]
+    trips[victim] = {**WAITING_AT, "backward": backward, "line": line.path, "gate": gate.path}
+    pipe = tripping(*trips)
+    error, seconds = kill_while_training(pipe, line, speaker)
+    stage = ("bottom", "middle1", "top")[victim]
+    action = f"{'backward' if backward else 'forward'} of microbatch 1"
+    assert (error.stage, error.step, error.action) == (stage, 2, action)
+    assert f"the worker of stage {stage!r} is gone in step 2, {action}: killed by SIGKILL" in str(error)
+    assert "Load the last checkpoint" in str(error)
+    assert seconds < NOTICED_SECONDS
+    with pytest.raises(PipelineClosedError, match="WorkerDiedError"):
+        pipe.train_on_batch(X, Y)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_worker_killed_while_it_waits_for_one_that_is_busy_for_ever(line, gate):
+    """The busy one cannot hear that the run is over, so it is killed as well, and not waited for."""
+    pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path}, {})
+
+    def last_worker(heard):
+        return max(set(children(shared_server().pid)) - {heard[0]["pid"]})
+
+    error, seconds = kill_while_training(pipe, line, last_worker)
+    assert (error.stage, error.step) == ("top", 2)
+    assert "stage 'middle1' runs step 2, forward of microbatch 1" in str(error)
+    assert seconds < NOTICED_SECONDS
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_worker_killed_between_two_steps(line, gate):
+    """`fit` sits in a callback; the next step finds out, with the last thing that the worker did."""
+    pipe = tripping({}, {})
+
+    def kill(batch, logs):
+        if batch == 1:
+            os.kill(max(children(shared_server().pid)), signal.SIGKILL)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=kill)
+    with pytest.raises(WorkerDiedError, match=r"stage 'top' is gone after step 2, backward of microbatch 1"):
+        pipe.fit(np.tile(X, (4, 1)), np.tile(Y, (4, 1)), batch_size=8, verbose=0, callbacks=[callback])
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_fork_server_that_is_killed_takes_its_workers_along(line, gate):
+    pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path})
+    server = shared_server().pid
+    error, seconds = kill_while_training(pipe, line, lambda _: server)
+    assert error.step == 2
+    assert "fork server" in str(error)
+    assert seconds < NOTICED_SECONDS
+    with tripping({}, {}) as pipe:
+        assert np.isfinite(pipe.train_on_batch(X, Y)), "the next pipeline starts a new one"
+    shared_server().wait_ready()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_last_checkpoint_is_whole_after_a_kill(line, gate, tmp_path):
+    pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path})
+    pipe.train_on_batch(X, Y)
+    pipe.save(tmp_path / "last")
+    expected = pipe.get_weights()
+    error, _ = kill_while_training(pipe, line, speaker)
+    assert error.step == 2
+    with Pipeline.load(tmp_path / "last", transport="inproc") as again:
+        for value, other in zip(again.get_weights(), expected, strict=True):
+            np.testing.assert_array_equal(value, other)
+
+
+MOMENTS = (
+    *((os, "fsync", moment) for moment in range(3)),  # two stages and the manifest
+    (checkpoint, "_exchange", 0),
+    (shutil, "rmtree", 0),
+)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[1]}-{moment[2]}")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_checkpoint_that_is_being_replaced_by_a_killed_process_is_the_old_or_the_new_one(
+    saved, monkeypatch, moment, after
+):
+    """The process that saves is a forked copy of this one, which kills itself at one of its file operations."""
+    path, old, replace = saved
+    child = os.fork()
+    if child == 0:
+        try:
+            _kill_at(monkeypatch, *moment, after)
+            replace()
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with Pipeline.load(path, transport="inproc") as again:
+        new = [value + 1 for value in old]
+        is_new = moment[1] == "rmtree" or (moment[1] == "_exchange" and after)
+        for value, other in zip(again.get_weights(), new if is_new else old, strict=True):
+            np.testing.assert_array_equal(value, other)
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    """A checkpoint, its weights, and a function that replaces it by one with all weights one higher."""
+    path = tmp_path_factory.mktemp("checkpoints") / "last"
+    with tripping({}, {}, transport="inproc") as pipe:
+        pipe.train_on_batch(X, Y)
+        pipe.save(path)
+        weights = pipe.get_weights()
+        # A forked copy must run no TensorFlow operation and has no workers, so what these give is asked for before.
+        kept = {what: pipe._session.values(what) for what in ("model", "optimizer")}
+        kept["model"] = {i: [value + 1 for value in values] for i, values in kept["model"].items()}
+        stages = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "_replace", lambda place, path: shutil.rmtree(place))
+            manifest = checkpoint._manifest
+            patch.setattr(checkpoint, "_manifest", lambda pipe, of: stages.append(manifest(pipe, [])) or stages[0])
+            pipe.save(path)
+
+        def replace():
+            checkpoint._manifest = lambda pipe, of: {**stages[0], "stages": of}
+            pipe._session.values = kept.__getitem__
+            pipe.save(path)
+
+        yield path, weights, replace
+
+
+@pytest.fixture
+def saved(checkpointed, tmp_path):
+    """The same for one test, at a place of its own."""
+    path, weights, replace = checkpointed
+    before = tmp_path / "before"
+    shutil.copytree(path, before)
+    yield path, weights, replace
+    shutil.rmtree(path)
+    before.rename(path)
+
+
+def _kill_at(monkeypatch, owner, name, moment, after):
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(name)
+        if len(calls) > moment and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) > moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+def test_checkpoint_with_a_missing_or_changed_file_is_refused(checkpointed, tmp_path):
+    path, _, _ = checkpointed
+    shutil.copytree(path, tmp_path / "part")
+    (tmp_path / "part" / "stage-1.npz").unlink()
+    with pytest.raises(CheckpointError, match=r"not whole: stage-1\.npz is missing"):
+        Pipeline.load(tmp_path / "part")
+    shutil.copytree(path, tmp_path / "changed")
+    data = bytearray((tmp_path / "changed" / "stage-0.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed" / "stage-0.npz").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged: the content of stage-0\.npz changed"):
+        Pipeline.load(tmp_path / "changed")
