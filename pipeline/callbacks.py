@@ -7,6 +7,7 @@ A callback sees the pipeline as a Keras model without layers: weights, saving, m
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import keras
@@ -72,6 +73,8 @@ def prepared(callbacks: Any, session: Session, finalize: bool) -> Any:
 
 
 def _tensorboard(callback: Any) -> str:
+    if find_spec("tensorboard") is None:
+        return "the package tensorboard, which writes its files, is not installed (pip install tensorboard)"
     for name in ("histogram_freq", "embeddings_freq"):
         if getattr(callback, name, 0):
             return f"{name} reads layers, which live in the workers; leave it at 0, scalars are written all the same"

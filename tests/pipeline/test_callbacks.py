@@ -1,0 +1,325 @@
+"""Keras's own callbacks do on a pipeline what they do on the unsplit model; those that cannot say so at the start."""
+
+import csv
+from importlib.util import find_spec
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline import CompileError, Pipeline, PipelineCheckpoint
+from tests.pipeline.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor, twins
+
+# Keras 3.15 itself reads variables in a way that NumPy 2 warns about, in its callbacks and when it saves.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+TENSORBOARD = find_spec("tensorboard") is not None
+
+X, Y = classes(20)
+XN, YN = numbers(20)
+
+
+def crossentropy():
+    return {
+        "optimizer": keras.optimizers.Adam(0.02),
+        "loss": "sparse_categorical_crossentropy",
+        "metrics": ["accuracy"],
+    }
+
+
+def squares():
+    return {"optimizer": keras.optimizers.SGD(0.05, momentum=0.9), "loss": "mse"}
+
+
+def diverging():
+    return {"optimizer": keras.optimizers.SGD(1e12), "loss": "mse"}
+
+
+@pytest.mark.parametrize(
+    ("build", "compiled", "data", "callbacks", "arguments"),
+    [
+        pytest.param(
+            classifier,
+            crossentropy,
+            (X, Y),
+            lambda: [keras.callbacks.EarlyStopping("val_accuracy", patience=1, restore_best_weights=True)],
+            {"validation_split": 0.3, "epochs": 5},
+            id="EarlyStopping with an automatic mode",
+        ),
+        pytest.param(
+            regressor,
+            lambda: {"optimizer": keras.optimizers.SGD(1.5), "loss": "mse"},
+            (XN, YN),
+            lambda: [keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True)],
+            {"epochs": 6},
+            id="EarlyStopping goes back to the best weights",
+        ),
+        pytest.param(
+            regressor,
+            squares,
+            (XN, YN),
+            lambda: [keras.callbacks.ReduceLROnPlateau("loss", factor=0.1, patience=1, min_delta=10)],
+            {"epochs": 4},
+            id="ReduceLROnPlateau",
+        ),
+        pytest.param(
+            regressor,
+            squares,
+            (XN, YN),
+            lambda: [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
+            {"epochs": 3},
+            id="LearningRateScheduler",
+        ),
+        pytest.param(
+            regressor,
+            diverging,
+            (XN, YN),
+            lambda: [keras.callbacks.TerminateOnNaN()],
+            {"epochs": 3},
+            id="TerminateOnNaN",
+        ),
+        pytest.param(regressor, diverging, (XN, YN), list, {"epochs": 2}, id="NaN goes on as in Keras"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+def test_training_under_a_callback_is_that_of_keras(build, compiled, data, callbacks, arguments):
+    with twins(build, compiled) as pair:
+        theirs = pair.assert_fit_alike(*data, batch_size=4, callbacks=callbacks, **arguments)
+        assert theirs["loss"]
+        rates = [twin.optimizer.learning_rate.numpy() for twin in (pair.model, pair.pipe)]
+        assert rates[0] == rates[1]
+
+
+def test_learning_rate_is_read_and_set_between_fits():
+    with twins(regressor, squares) as pair:
+        pair.assert_fit_alike(XN, YN, batch_size=10)
+        pair.both(lambda twin: setattr(twin.optimizer, "learning_rate", 0.001))
+        assert float(pair.pipe.optimizer.learning_rate) == np.float32(0.001)
+        pair.assert_fit_alike(XN, YN, batch_size=10)
+
+
+def test_learning_rate_schedules_count_the_steps_of_all_fits():
+    def compiled():
+        schedule = keras.optimizers.schedules.ExponentialDecay(0.1, decay_steps=2, decay_rate=0.5)
+        return {"optimizer": keras.optimizers.Adam(schedule), "loss": "mse"}
+
+    with twins(regressor, compiled) as pair:
+        pair.assert_fit_alike(XN, YN, batch_size=7)
+        pair.both(lambda twin: twin.train_on_batch(XN, YN))
+        pair.assert_fit_alike(XN, YN, batch_size=7)
+        rates = [float(twin.optimizer.learning_rate) for twin in (pair.model, pair.pipe)]
+        assert rates[0] == rates[1] < 0.1
+        assert int(pair.pipe.optimizer.iterations) == 7
+
+
+def test_weights_become_their_averages_at_the_end_as_in_keras():
+    def compiled():
+        return {"optimizer": keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), "loss": "mse"}
+
+    def callbacks():
+        return [keras.callbacks.EarlyStopping("loss", patience=0, min_delta=10, restore_best_weights=True)]
+
+    with twins(regressor, compiled) as pair:
+        pair.assert_fit_alike(XN, YN, batch_size=5, epochs=2)
+        pair.assert_fit_alike(XN, YN, batch_size=5, epochs=4, callbacks=callbacks)
+
+
+def test_a_callback_sees_what_it_would_see_in_keras():
+    def seen_by(twin):
+        seen = []
+
+        class Watch(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                seen.append((batch, dict(logs), int(self.model.optimizer.iterations)))
+
+            def on_epoch_end(self, epoch, logs=None):
+                seen.append((epoch, dict(logs), [w.sum() for w in self.model.get_weights()]))
+                seen.append([m.name for m in self.model.metrics])
+                seen.append(self.params)
+
+        twin.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[Watch()])
+        return seen
+
+    with twins(classifier, crossentropy) as pair:
+        theirs, ours = pair.both(seen_by)
+        assert ours == theirs
+
+
+def test_stop_training_and_lambda_callbacks():
+    with twins(regressor, squares) as pair:
+
+        def stop_after_two(twin):
+            def stop(batch, logs):
+                model.stop_training = batch == 1
+
+            model = callback_model(twin)
+            callback = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
+            return twin.fit(XN, YN, batch_size=4, epochs=3, verbose=0, callbacks=[callback]).history
+
+        theirs, ours = pair.both(stop_after_two)
+        assert ours == theirs and len(ours["loss"]) == 1
+        pair.assert_weights_alike()
+
+
+def callback_model(twin):
+    """What a callback of this twin knows as self.model."""
+    holder = keras.callbacks.Callback()
+    twin.predict(XN[:1], verbose=0, callbacks=[holder])
+    return holder.model
+
+
+def test_csv_logger_writes_the_same_file(tmp_path):
+    with twins(classifier, crossentropy) as pair:
+        paths = iter([tmp_path / "theirs.csv", tmp_path / "ours.csv"])
+        pair.fit(
+            X, Y, batch_size=8, epochs=2, validation_split=0.2,
+            callbacks=lambda: [keras.callbacks.CSVLogger(next(paths))],
+        )  # fmt: skip
+        theirs, ours = ((tmp_path / name).read_text() for name in ("theirs.csv", "ours.csv"))
+        assert ours == theirs
+        assert len(list(csv.DictReader(ours.splitlines()))) == 2
+
+
+def scalars(folder):
+    found = []
+    for file in sorted(folder.rglob("events*")):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            found += [
+                (file.parent.name, v.tag, event.step, float(tf.make_ndarray(v.tensor))) for v in event.summary.value
+            ]
+    return sorted(found)
+
+
+@pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed")
+def test_tensorboard_writes_the_same_scalars(tmp_path):
+    with twins(classifier, crossentropy) as pair:
+        paths = iter([tmp_path / "theirs", tmp_path / "ours"])
+        pair.fit(
+            X, Y, batch_size=8, epochs=2, validation_split=0.2,
+            callbacks=lambda: [keras.callbacks.TensorBoard(next(paths), write_graph=False, update_freq=1)],
+        )  # fmt: skip
+        ours = scalars(tmp_path / "ours")
+        assert ours == scalars(tmp_path / "theirs")
+        assert {tag for _, tag, *_ in ours} >= {"epoch_loss", "epoch_accuracy", "batch_loss", "epoch_learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda path: keras.callbacks.TensorBoard(path, write_graph=False, histogram_freq=1), "histogram_freq"),
+        (lambda path: keras.callbacks.TensorBoard(path, write_graph=False, embeddings_freq=1), "embeddings_freq"),
+        (lambda path: keras.callbacks.TensorBoard(path, write_graph=False, profile_batch=2), "profile_batch"),
+        (lambda path: keras.callbacks.SwapEMAWeights(), "use_ema"),
+    ],
+    ids=["histograms", "embeddings", "profile", "swap"],
+)
+def test_a_callback_that_cannot_work_is_refused_before_the_first_step(make, match, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.callbacks.find_spec", lambda name: name)
+    with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        before = pipe.get_weights()
+        with pytest.raises(CompileError, match=match):
+            pipe.fit(XN, YN, verbose=0, callbacks=[[make(tmp_path)]])
+        with pytest.raises(CompileError, match=match):
+            pipe.evaluate(XN, YN, verbose=0, callbacks=make(tmp_path))
+        assert_same_arrays(pipe.get_weights(), before)
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.callbacks.find_spec", lambda name: None)
+    with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        with pytest.raises(CompileError, match="pip install tensorboard"):
+            pipe.fit(XN, YN, verbose=0, callbacks=keras.callbacks.TensorBoard(tmp_path, write_graph=False))
+
+
+def test_model_checkpoint_writes_keras_files_that_go_on_in_keras(tmp_path):
+    """The file has the optimizer's state: training it further equals training the pipeline further."""
+    with twins(regressor, lambda: {"optimizer": keras.optimizers.Adam(0.02), "loss": "mse"}) as pair:
+        saver = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+        pair.pipe.fit(XN, YN, batch_size=10, epochs=2, verbose=0, shuffle=False, callbacks=[saver])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1.keras", "2.keras"]
+        model = keras.models.load_model(tmp_path / "2.keras")
+        assert [layer.name for layer in model.layers] == ["a", "b"]
+        assert_same_arrays(model.get_weights(), pair.pipe.get_weights())
+        model.run_eagerly = True
+        theirs = model.fit(XN, YN, batch_size=10, verbose=0, shuffle=False).history
+        ours = pair.pipe.fit(XN, YN, batch_size=10, verbose=0, shuffle=False).history
+        assert ours == theirs
+        assert_same_arrays(pair.pipe.get_weights(), model.get_weights())
+
+
+def test_model_checkpoint_keeps_the_best(tmp_path):
+    with twins(regressor, lambda: {"optimizer": keras.optimizers.SGD(0.9), "loss": "mse", "metrics": ["mae"]}) as pair:
+        paths = iter([tmp_path / "theirs.weights.h5", tmp_path / "ours.weights.h5"])
+        pair.fit(
+            XN, YN, batch_size=4, epochs=4,
+            callbacks=lambda: [
+                keras.callbacks.ModelCheckpoint(
+                    next(paths), monitor="mae", save_best_only=True, save_weights_only=True
+                )
+            ],
+        )  # fmt: skip
+        weights = []
+        for name in ("theirs", "ours"):
+            model = regressor()
+            model.load_weights(tmp_path / f"{name}.weights.h5", skip_mismatch=False)
+            weights.append(model.get_weights())
+        assert_same_arrays(weights[1], weights[0])
+
+
+def test_weights_files_of_keras_load_into_the_stages(tmp_path):
+    with twins(classifier, crossentropy) as pair:
+        pair.model.fit(X, Y, batch_size=10, verbose=0)
+        pair.model.save_weights(tmp_path / "w.weights.h5")
+        callback_model(pair.pipe).load_weights(tmp_path / "w.weights.h5")
+        pair.assert_weights_alike()
+
+
+def test_pipeline_checkpoint_writes_checkpoints_of_the_pipeline(tmp_path):
+    keras.utils.set_random_seed(SEED)
+    with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
+        pipe.compile(keras.optimizers.SGD(0.9), "mse", run_eagerly=True)
+        best = PipelineCheckpoint(tmp_path / "best", monitor="loss", save_best_only=True)
+        every = PipelineCheckpoint(tmp_path / "{epoch:02d}")
+        history = pipe.fit(XN, YN, batch_size=4, epochs=4, verbose=0, callbacks=[best, every]).history
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["01", "02", "03", "04", "best"]
+    number = int(np.argmin(history["loss"])) + 1
+    loaded = []
+    for name in ("best", f"{number:02d}"):
+        with Pipeline.load(tmp_path / name, transport="inproc") as again:
+            loaded.append(again.get_weights())
+    assert_same_arrays(*loaded)
+    with pytest.raises(CompileError, match="holds everything"):
+        PipelineCheckpoint(tmp_path / "w", save_weights_only=True)
+
+
+def test_backup_and_restore_goes_on_where_it_was_interrupted(tmp_path):
+    """An interrupted pipeline, restored in a new one, gives the bits of a run without interruption."""
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(epoch, logs):
+        if epoch == 1:
+            raise PowerCut
+
+    def made():
+        keras.utils.set_random_seed(SEED)
+        pipe = Pipeline.split(regressor(), stages=2, microbatches=2, transport="inproc")
+        pipe.compile(keras.optimizers.Adam(0.02), "mse", run_eagerly=True)
+        return pipe
+
+    arguments = {"batch_size": 10, "epochs": 3, "verbose": 0, "shuffle": False}
+    with made() as straight:
+        straight.fit(XN, YN, **arguments)
+        expected = straight.get_weights()
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+    with made() as first, pytest.raises(PowerCut):
+        first.fit(XN, YN, callbacks=[backup, keras.callbacks.LambdaCallback(on_epoch_end=cut)], **arguments)
+    with made() as second:
+        again = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        history = second.fit(XN, YN, callbacks=[again], **arguments)
+        assert history.epoch == [2]
+        assert_same_arrays(second.get_weights(), expected)
