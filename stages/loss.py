@@ -26,7 +26,6 @@ from stages.recipes import Recipe, create, describe
 
 _SUMS = ("sum", "none", None)
 _COUPLED_FUNCTIONS = ("dice", "tversky", "circle")
-_COUPLED = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
 
 
 class Head:
@@ -66,11 +65,10 @@ class Head:
     @property
     def couples_samples(self) -> bool:
         """Whether the loss of a sample depends on other samples, so that it needs the whole batch at once."""
-        if getattr(self.loss, "__name__", None) in _COUPLED_FUNCTIONS:
+        if getattr(self.loss, "__name__", None) in _COUPLED_FUNCTIONS or isinstance(self.loss, keras.losses.Circle):
             return True
-        if isinstance(self.loss, keras.losses.Circle):
-            return True
-        return isinstance(self.loss, _COUPLED) and getattr(self.loss, "axis", None) is None
+        axis = getattr(self.loss, "_fn_kwargs", {}).get("axis", -1)
+        return axis is None or 0 in (axis if isinstance(axis, list | tuple) else (axis,))
 
     def build(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:
         """Create the metrics' variables from one example, without counting it."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from stages.errors import RecipeError
+from stages.forgotten import forgotten, restore
 
 Recipe = Any
 """JSON: None, bool, number, string, list or dict."""
@@ -96,7 +97,10 @@ def describe(thing: Any, what: str) -> Recipe:
             f"{what} ({type(thing).__name__}) cannot be described for another process: {error}; "
             "give the class a get_config(), or pass a Segment with an importable builder"
         ) from error
-    return {"keras": config, "modules": sorted(set(_foreign_modules(config, what)))}
+    recipe = {"keras": config, "modules": sorted(set(_foreign_modules(config, what)))}
+    if found := forgotten(thing, config, what):
+        recipe["forgotten"] = found
+    return recipe
 
 
 def create(recipe: Recipe) -> Any:
@@ -118,7 +122,9 @@ def create(recipe: Recipe) -> Any:
             raise RecipeError(
                 f"the worker cannot import {module!r}, where a custom class of the model lives: {error}"
             ) from error
-    return keras.saving.deserialize_keras_object(recipe["keras"])
+    found = keras.saving.deserialize_keras_object(recipe["keras"])
+    restore(found, recipe.get("forgotten", {}))
+    return found
 
 
 def _foreign_modules(config: Any, what: str) -> Iterator[str]:

@@ -1,0 +1,67 @@
+"""What Keras's own configuration of an object leaves out, so that the copy in a worker is the same object.
+
+Keras 3.15 forgets, among others, the `delta` of Huber, the `axis` of CosineSimilarity and what
+`Optimizer.exclude_from_weight_decay` was told. A worker that is built from the configuration alone would train with the
+defaults, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.errors import RecipeError
+
+Forgotten = dict[str, Any]
+
+
+def forgotten(thing: Any, config: Any, what: str) -> Forgotten:
+    """What is missing in the configuration of a loss, metric or optimizer.
+
+    Args:
+        thing: The object.
+        config: What `keras.saving.serialize_keras_object` made of it.
+        what: How to call it in an error message.
+
+    Returns:
+        Plain data for `restore`; empty for most objects.
+
+    Raises:
+        RecipeError: It cannot be put into plain data.
+    """
+    found: Forgotten = {}
+    if arguments := _arguments(thing, config):
+        found["arguments"] = arguments
+    if getattr(thing, "_exclude_from_weight_decay", None):
+        raise RecipeError(
+            f"{what} excludes variable objects from weight decay, which do not exist in a worker; name them instead: "
+            "optimizer.exclude_from_weight_decay(var_names=['bias'])"
+        )
+    if (pattern := getattr(thing, "_exclude_from_weight_decay_pattern", None)) is not None:
+        found["without_decay"] = pattern.pattern
+    return found
+
+
+def restore(thing: Any, found: Mapping[str, Any]) -> None:
+    """Give an object that was made from its configuration what the configuration left out."""
+    if "arguments" in found:
+        thing._fn_kwargs.update(found["arguments"])
+    if "without_decay" in found:
+        thing.exclude_from_weight_decay(var_names=[found["without_decay"]])
+
+
+def _arguments(thing: Any, config: Any) -> dict[str, Any]:
+    """Arguments of the function inside a loss or metric that differ in a copy made from the configuration."""
+    import keras
+
+    ours = {name: value for name, value in getattr(thing, "_fn_kwargs", {}).items() if _is_plain(value)}
+    if not ours:
+        return {}
+    copy = getattr(keras.saving.deserialize_keras_object(config), "_fn_kwargs", {})
+    return {name: value for name, value in ours.items() if name not in copy or copy[name] != value}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
