@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command")
     demo = _command(
         commands, "demo", _demo, "train a CNN on handwritten digits in three processes, verify it, draw a step",
-        "tapeline demo --epochs 5 --output /tmp/digits",
+        "tapeline demo --epochs 5 --output digits",
     )  # fmt: skip
     demo.add_argument("--epochs", type=_positive, default=10, help="passes over the training digits (default 10)")
     demo.add_argument("--seed", type=int, default=0, help="for weights, dropout and shuffling (default 0)")
