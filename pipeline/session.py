@@ -56,6 +56,7 @@ class Session:
         self.microbatches, self.schedule, self.transport = microbatches, schedule, transport
         self.recompute, self.threads = tuple(recompute), threads
         self.compiled: Compiled | None = None
+        self._plans: dict[tuple[int, bool], Plan] = {}
         self._start: State | None = None
         self._driver: Driver | None = None
         self._closed = False
@@ -115,7 +116,7 @@ class Session:
             plan = self.plan(len(batch.sizes), training=True)
             result = driver.run(plan, "train", batch, trace, norms=compiled.global_clipnorm is not None)
             driver.apply(compiled.learning_rate(), compiled.clip_scale(result.squared_norm))
-            compiled.optimizer.iterations.assign_add(1)
+            compiled.optimizer.iterations.value.assign_add(1)
         return result, sum(batch.sizes)
 
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
@@ -183,11 +184,15 @@ class Session:
         self.driver().set("weights", arrays)
 
     def plan(self, microbatches: int, training: bool) -> Plan:
-        """The checked plan of a step."""
-        wiring = self.wires.upstream()
-        if not training:
-            return forward_only(len(self.segments), microbatches).validate(wiring)
-        return build_plan(self.schedule, len(self.segments), microbatches, wiring=wiring)
+        """The checked plan of a step; made once for each number of microbatches."""
+        key = (microbatches, training)
+        if key not in self._plans:
+            wiring, stages = self.wires.upstream(), len(self.segments)
+            if training:
+                self._plans[key] = build_plan(self.schedule, stages, microbatches, wiring=wiring)
+            else:
+                self._plans[key] = forward_only(stages, microbatches).validate(wiring)
+        return self._plans[key]
 
     def batch(self, x: Any, y: Any, sample_weight: Any, needs_target: bool) -> Batch:
         """One batch, converted, checked and cut."""
