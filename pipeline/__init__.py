@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeline.origin import check_origins
+
+check_origins()
+
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.callbacks import PipelineCheckpoint as PipelineCheckpoint
     from pipeline.errors import CheckpointError as CheckpointError

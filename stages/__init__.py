@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stages.origin import check_origins
+
+check_origins()
+
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.actions import Action as Action
     from stages.actions import Kind as Kind

@@ -8,9 +8,10 @@ pickled and no code is carried, so whatever a recipe names must be importable by
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from stages import custom
 from stages.errors import RecipeError
 from stages.forgotten import forgotten, restore
 
@@ -86,7 +87,7 @@ def describe(thing: Any, what: str) -> Recipe:
 
     if callable(thing) and not hasattr(thing, "get_config"):
         if getattr(thing, "__module__", "").split(".")[0] == "keras":
-            return {"keras": keras.saving.serialize_keras_object(thing), "modules": []}
+            return {"keras": keras.saving.serialize_keras_object(thing), "custom": {}}
         return {"function": function_name(thing, what)}
     if not hasattr(thing, "get_config"):
         raise RecipeError(f"{what} must be a Keras object, its name or a function, received {type(thing).__name__}")
@@ -97,7 +98,7 @@ def describe(thing: Any, what: str) -> Recipe:
             f"{what} ({type(thing).__name__}) cannot be described for another process: {error}; "
             "give the class a get_config(), or pass a Segment with an importable builder"
         ) from error
-    recipe = {"keras": config, "modules": sorted(set(_foreign_modules(config, what)))}
+    recipe = {"keras": config, "custom": custom.homes(config, what)}
     if found := forgotten(thing, config, what):
         recipe["forgotten"] = found
     return recipe
@@ -115,57 +116,6 @@ def create(recipe: Recipe) -> Any:
         return import_function(recipe["function"])
     import keras
 
-    for module in recipe["modules"]:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise RecipeError(
-                f"the worker cannot import {module!r}, where a custom class of the model lives: {error}"
-            ) from error
-    found = keras.saving.deserialize_keras_object(recipe["keras"])
+    found = keras.saving.deserialize_keras_object(recipe["keras"], custom_objects=custom.find(recipe["custom"]))
     restore(found, recipe.get("forgotten", {}))
     return found
-
-
-def _foreign_modules(config: Any, what: str) -> Iterator[str]:
-    """Modules outside Keras that a configuration's classes live in."""
-    if isinstance(config, list | tuple):
-        for item in config:
-            yield from _foreign_modules(item, what)
-    elif isinstance(config, dict):
-        name = config.get("class_name")
-        if name == "__lambda__":
-            raise RecipeError(
-                f"{what} contains a lambda, which cannot be sent to a worker without sending code; use a named "
-                "function in a module, or a small Layer subclass"
-            )
-        if name is not None and "module" in config and "config" in config:
-            module = _home_of(config, what)
-            if module.split(".")[0] != "keras":
-                yield module
-        for item in config.values():
-            yield from _foreign_modules(item, what)
-
-
-def _home_of(config: Mapping[str, Any], what: str) -> str:
-    """The module to import before Keras can make what a configuration describes.
-
-    Keras writes a class's module, None for the main script, and for a function only the name it is registered under.
-    """
-    import keras
-
-    kind, name, module = "class", config["class_name"], config["module"] or "__main__"
-    if module == "builtins":
-        kind, name = "function", config["config"]
-        module = getattr(keras.saving.get_registered_object(name), "__module__", None)
-        if module is None:
-            raise RecipeError(
-                f"{what} uses the function {name!r}, which a worker can only find if it is registered: write "
-                "@keras.saving.register_keras_serializable() above its `def`, in a module that can be imported"
-            )
-    if module == "__main__":
-        raise RecipeError(
-            f"{what} uses the {kind} {name!r} from the main script or notebook, which a worker cannot import; "
-            f"move it into a module of its own, for example my_layers.py, and `from my_layers import {name}`"
-        )
-    return str(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -51,7 +52,14 @@ class Gate:
 
 
 class Script:
-    """A user's program in a process of its own, found again in all processes that descend from it."""
+    """A user's program in a process of its own, found again in all processes that descend from it.
+
+    Args:
+        code: The program.
+        folder: Where it runs, and keeps its temporary files; a short path.
+        how: "file", or "argument", where `__main__` has no file.
+        **variables: What the program finds defined.
+    """
 
     def __init__(self, code, folder, how="file", **variables):
         self._mark = f"TAPELINE_TEST={folder}"
@@ -62,29 +70,28 @@ class Script:
         text = preamble + textwrap.dedent(code)
         script = self.folder / "my_script.py"
         script.write_text(text)
-        command = [sys.executable, str(script)] if how == "file" else [sys.executable, "-"]
+        command = [sys.executable, str(script)] if how == "file" else [sys.executable, "-c", text]
         environment = {**os.environ, "TAPELINE_TEST": str(folder), "TMPDIR": str(self.folder / "sockets")}
         self.process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.folder,
             env=environment,
+            start_new_session=True,
         )
-        if how != "file":
-            self.process.stdin.write(text)
-        self.process.stdin.close()
 
     def finish(self):
         """Exit code and output."""
         output = self.process.stdout.read()
         return self.process.wait(DEADLINE), output
 
-    def signal(self, number):
-        """Send it a signal and wait until its main thread has noticed."""
-        os.kill(self.process.pid, number)
+    def interrupt(self):
+        """Ctrl-C in its terminal: SIGINT to its whole process group. Returns when its main thread has noticed."""
+        number = signal.SIGINT
+        os.killpg(self.process.pid, number)
         bit = 1 << (number - 1)
         end = time.monotonic() + DEADLINE
         while _pending(self.process.pid) & bit:

@@ -47,6 +47,7 @@ def script(short_folder):
         scripts.append(Script(code, short_folder, how, **variables))
         return scripts[-1]
 
+    run.folder = Path(short_folder)
     yield run
     for each in scripts:
         each.close()

@@ -1,0 +1,136 @@
+"""Where a user may be: a script without a guard, a notebook, a thread, a folder with a `pipeline.py` of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from tests.failures import DEADLINE, X, Y, tripping
+from tests.sources import ROOT
+
+MY_PARTS = """
+import keras
+
+class Doubles(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+def bottom():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), Doubles()])
+"""
+
+PROGRAM = """
+import json, keras
+import numpy as np
+from my_parts import Doubles, bottom
+from pipeline import Pipeline, Segment
+
+class Halves(keras.layers.Layer):
+    def call(self, x):
+        return x / 2
+
+def top():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+
+def refused(make):
+    try: make()
+    except Exception as error: return f"{type(error).__name__}: {error}"
+
+def train(pipe):
+    with pipe:
+        pipe.compile("sgd", "mse")
+        return pipe.fit(np.ones((8, 4)), np.ones((8, 4)), epochs=2, verbose=0).history["loss"]
+
+def main():
+    here = keras.Sequential([keras.Input((4,)), Doubles(), keras.layers.Dense(4)])
+    print("seen", json.dumps({
+        "file": "__file__" in globals(),
+        "loss": train(Pipeline([Segment(bottom), here])),
+        "builder": refused(lambda: Segment(top)),
+        "lambda": refused(lambda: Segment(lambda: top())),
+        "layer": refused(lambda: train(Pipeline([keras.Sequential([keras.Input((4,)), Halves()])]))),
+    }), flush=True)
+"""
+
+CALLS = {
+    "script": ("file", "main()"),
+    "notebook": ("argument", "import asyncio\nasync def cell(): main()\nasyncio.run(cell())"),
+}
+
+
+@pytest.mark.parametrize("where", CALLS)
+def test_works_without_a_main_guard_and_refuses_what_lives_in_main(script, where):
+    """A notebook's cells run in a process whose `__main__` has no file, in its main thread, inside an event loop."""
+    how, call = CALLS[where]
+    (script.folder / "my_parts.py").write_text(MY_PARTS)
+    code, output = script(f"{PROGRAM}\n{call}\n", how).finish()
+    assert code == 0, output
+    assert "Traceback" not in output
+    seen = [json.loads(text.removeprefix("seen ")) for text in output.splitlines() if text.startswith("seen ")]
+    assert len(seen) == 1, "the program ran once, and no worker ran it again"
+    assert seen[0]["file"] is (where == "script")
+    first, last = seen[0]["loss"]
+    assert last < first
+    assert seen[0]["builder"].startswith("RecipeError: ")
+    assert "'top' from the main script or notebook" in seen[0]["builder"]
+    assert "move it into a module of its own" in seen[0]["builder"]
+    assert "a lambda" in seen[0]["lambda"]
+    assert "'Halves' from the main script or notebook" in seen[0]["layer"]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_works_in_a_thread_that_ends():
+    """The workers stay when the thread that started them is gone, and serve another one."""
+    pipes, losses = [], []
+
+    def start():
+        pipes.append(tripping({}, {}))
+        losses.append(pipes[0].train_on_batch(X, Y))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join(DEADLINE)
+    losses.append(pipes[0].train_on_batch(X, Y))
+    pipes.pop().close()
+    assert np.isfinite(losses).all()
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "imports"), [("stages", "pipeline"), ("transport", "pipeline"), ("pipeline", "stages")]
+)
+def test_users_module_that_hides_one_of_ours_is_named_at_the_import(tmp_path, theirs, imports):
+    (tmp_path / f"{theirs}.py").write_text("")
+    (tmp_path / "script.py").write_text(f"import {imports}\nprint('not reached')")
+    ended = run(tmp_path / "script.py")
+    assert ended.returncode == 1
+    assert f"ImportError: another module has the name {theirs!r}, which Tapeline needs" in ended.stderr
+    assert f"{tmp_path / theirs}.py\n    hides {ROOT / theirs / '__init__.py'}" in ended.stderr
+    assert "Rename that file" in ended.stderr
+
+
+def test_users_pipeline_module_is_named_by_python_itself(tmp_path):
+    """No code of ours runs then; what Python says names the file."""
+    (tmp_path / "pipeline.py").write_text("")
+    (tmp_path / "script.py").write_text("from pipeline import Pipeline")
+    ended = run(tmp_path / "script.py")
+    assert f"ImportError: cannot import name 'Pipeline' from 'pipeline' ({tmp_path / 'pipeline.py'})" in ended.stderr
+
+
+def test_folder_without_code_that_has_our_name_is_no_fault(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "script.py").write_text("import pipeline, stages; print('fine')")
+    assert run(tmp_path / "script.py").stdout == "fine\n"
+
+
+def run(path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=path.parent, env=environment, timeout=DEADLINE
+    )
