@@ -7,6 +7,8 @@ norm over all variables cannot be taken by a stage alone, so clipping by global 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -62,12 +64,27 @@ class Compiled:
             _known(loss, keras.losses, "loss")
         for given in (metrics, weighted_metrics):
             for metric in given if isinstance(given, list | tuple) else [] if given is None else [given]:
-                if isinstance(metric, str) and metric not in ("accuracy", "acc", "crossentropy", "ce"):
+                if isinstance(metric, str) and metric not in ("accuracy", "acc"):
                     _known(metric, keras.metrics, "metric")
 
     def learning_rate(self) -> float | None:
         """The rate for the next update; None where a schedule in the optimizer decides."""
         return float(self.optimizer.learning_rate) if self.constant_rate else None
+
+    def count_update(self) -> None:
+        """Let the optimizer of the user's process know that the workers' made one more update."""
+        self._iteration.value.assign_add(1)
+
+    def go_on_from(self, shared: Mapping[str, Any], rate: bool = False) -> None:
+        """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
+        self._iteration.assign(shared["iteration"])
+        if rate and self.constant_rate:
+            self.optimizer.learning_rate = float(shared["learning_rate"])
+
+    @cached_property
+    def _iteration(self) -> Any:
+        """The count of all updates; `optimizer.iterations` counts accumulated ones only."""
+        return next(variable for variable in self.optimizer.variables if variable.name == "iteration")
 
     def needs_optimizer(self) -> None:
         """Refuse to train without one."""

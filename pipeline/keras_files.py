@@ -44,9 +44,8 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
         values = read(optimizer.variables)
         slots = Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
         driver.set("optimizer", slots.for_stages(described_slots(driver.descriptions)))
-        pipe.optimizer.iterations.assign(slots.shared["iteration"])
-        if pipe._compiled is not None and pipe._compiled.constant_rate:
-            pipe.optimizer.learning_rate = float(slots.shared["learning_rate"])
+        assert pipe._compiled is not None
+        pipe._compiled.go_on_from(slots.shared, rate=True)
 
 
 def _trained(pipe: Pipeline) -> Merged:

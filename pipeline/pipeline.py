@@ -402,8 +402,8 @@ class Pipeline:
             return
         self.compile(**{name: create(recipe) for name, recipe in compiled.items()})
         self._session.start_from(state)
-        if self.optimizer is not None and state.slots is not None:
-            self.optimizer.iterations.assign(state.slots.shared["iteration"])
+        if self._compiled is not None and self.optimizer is not None and state.slots is not None:
+            self._compiled.go_on_from(state.slots.shared)
 
     def _ready(self, what: str) -> Trainer:
         self._session.needs_compile(what)

@@ -116,7 +116,7 @@ class Session:
             plan = self.plan(len(batch.sizes), training=True)
             result = driver.run(plan, "train", batch, trace, norms=compiled.global_clipnorm is not None)
             driver.apply(compiled.learning_rate(), compiled.clip_scale(result.squared_norm))
-            compiled.optimizer.iterations.value.assign_add(1)
+            compiled.count_update()
         return result, sum(batch.sizes)
 
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:

@@ -82,8 +82,7 @@ class HostedStage:
         self.prediction_masks: list[np.ndarray[Any, Any]] | None = None
         self.optimizer: Any = None
         if spec.optimizer is not None:
-            self.optimizer = create(spec.optimizer)
-            self.optimizer.build(self.stage.trainable_variables)
+            self._new_optimizer()
 
     def _check_arity(self) -> None:
         """Refuse a segment whose names do not match its model."""
@@ -111,6 +110,23 @@ class HostedStage:
             "states": lambda: model.non_trainable_variables,
         }
         return list(found[what]())
+
+    def set(self, what: str, values: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Write the variables that a name stands for, after all values were checked.
+
+        Raises:
+            HandoffError: The number of values, or a shape, does not fit; nothing was written.
+        """
+        snapshot.write(self.variables(what), values, f"stage {self.spec.name!r}")
+        if what in ("model", "weights") and self.optimizer is not None and not self._has_stepped():
+            self._new_optimizer()  # some slots (ScheduleFreeAdamW) begin as copies of the weights
+
+    def _new_optimizer(self) -> None:
+        self.optimizer = create(self.spec.optimizer)
+        self.optimizer.build(self.stage.trainable_variables)
+
+    def _has_stepped(self) -> bool:
+        return any(variable.name == "iteration" and int(variable) for variable in self.optimizer.variables)
 
     def describe(self) -> dict[str, Any]:
         """What the driver should know of the built stage: names, shapes, dtypes, slots."""
