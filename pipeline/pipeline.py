@@ -28,7 +28,7 @@ from pipeline.schedules import schedule_named
 from pipeline.session import Session
 from pipeline.splitter import split_model
 from pipeline.state import State
-from pipeline.timeline import Span, Timeline
+from pipeline.timeline import Timeline
 from pipeline.training import Trainer
 from pipeline.verify import Report, Tolerance, compare
 from pipeline.wiring import wire
@@ -295,18 +295,18 @@ class Pipeline:
         headline = f"{len(self.segments)} stages, {self.microbatches} microbatches, {self.schedule}, {mode}"
         return compare(gradients, expected, ours.loss, theirs.loss, allowed, headline)
 
-    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None) -> Timeline:
-        """Train on one batch and return when each worker did what, in seconds from the first action."""
-        compiled = self._session.needs_compile("timeline")
-        result, size = self._session.train(x, y, sample_weight, trace=True)
-        plan = self._session.plan(min(self.microbatches, size), training=True)
-        spans = tuple(
-            Span(worker, action, *times)
-            for worker, (program, measured) in enumerate(zip(plan.programs, result.spans, strict=True))
-            for action, times in zip(program, measured, strict=True)
-        )
-        note = "" if compiled.run_eagerly else "; the last stage runs forward, loss and backward as one function"
-        return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured{note}")
+    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
+        """When each worker did what in a step without its update, in seconds; the median of several steps.
+
+        Nothing is applied, and no state is changed. In compiled mode the last stage's forward box holds its loss and
+        backward too: they are one function.
+
+        Args:
+            x: As in `train_on_batch`, like `y` and `sample_weight`.
+            repeats: How many steps to measure, after one that is not counted.
+        """
+        found = sorted(self._session.timelines(x, y, sample_weight, repeats), key=lambda timeline: timeline.step_time)
+        return found[repeats // 2]
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""

@@ -16,6 +16,7 @@ from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.schedules import build_plan, forward_only
 from pipeline.state import Slots, State, described_slots
+from pipeline.timeline import Span, Timeline
 from pipeline.wiring import Wires, check_shapes
 from stages import snapshot
 from stages.hosted import StageSpec
@@ -106,7 +107,7 @@ class Session:
         self._closed = True
         self.stop("close() was called")
 
-    def train(self, x: Any, y: Any, sample_weight: Any, trace: bool = False) -> tuple[StepResult, int]:
+    def train(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
         """Forward, backward and update of one batch; the result and the number of samples."""
         compiled = self.needs_compile("training")
         compiled.needs_optimizer()
@@ -114,7 +115,7 @@ class Session:
         driver = self.driver()
         with deferred_interrupts():
             plan = self.plan(len(batch.sizes), training=True)
-            result = driver.run(plan, "train", batch, trace, norms=compiled.global_clipnorm is not None)
+            result = driver.run(plan, "train", batch, norms=compiled.global_clipnorm is not None)
             driver.apply(compiled.learning_rate(), compiled.clip_scale(result.squared_norm))
             compiled.count_update()
         return result, sum(batch.sizes)
@@ -145,6 +146,21 @@ class Session:
             names = {trainable: name for name, _, _, trainable, _ in variables if trainable >= 0}
             named |= {f"{self.wires.names[i]}/{names[k]}": value for k, value in enumerate(values)}
         return result, named
+
+    def timelines(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> list[Timeline]:
+        """The measured times of some steps of which nothing is applied, after one that is not counted."""
+        batch = self.batch(x, y, sample_weight, needs_target=self.needs_compile("timeline").has_loss)
+        plan, driver, found = self.plan(len(batch.sizes), training=True), self.driver(), []
+        for _ in range(repeats + 1):
+            measured = driver.run(plan, "gradients", batch, trace=True).spans
+            driver.discard()
+            spans = tuple(
+                Span(worker, action, *times)
+                for worker, (program, done) in enumerate(zip(plan.programs, measured, strict=True))
+                for action, times in zip(program, done, strict=True)
+            )
+            found.append(Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured"))
+        return found[1:]
 
     def one_tape(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
         """The same by one tape over the joined model, in a process of its own that starts from the same values."""
