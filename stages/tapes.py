@@ -29,6 +29,10 @@ Masked = Sequence[int]
 """Which values the masks behind them belong to."""
 
 
+_DISTANCE = 16
+"""Longer than the way from an own loss to the tensor it is about, in operations."""
+
+
 class Key(NamedTuple):
     """Which forward pass a tape belongs to."""
 
@@ -169,13 +173,14 @@ class EagerTapes:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
             structure, outputs, places, own = self._part.call(inputs, training=True, masked=masked)
+            ends = tuple(_from_afar(output) for output in outputs) if own and objective is None else outputs
             if objective is not None:
                 loss = self._loss(structure, objective)
         targets, seeds = list(own), [tf.fill((), tf.cast(share, loss_.dtype)) for loss_ in own]
         if loss is not None and objective is not None and self._head is not None:
             targets, seeds = [loss, *targets], [tf.ones_like(loss), *seeds]
             self._head.update(objective.target, structure, objective.sample_weight)
-        self._open[key] = _Record(tape, wanted, sources, outputs if loss is None else (), targets, seeds)
+        self._open[key] = _Record(tape, wanted, sources, ends if loss is None else (), targets, seeds)
         return Opened(structure, outputs, _weighted_sum(own, share), loss, places)
 
     def _loss(self, prediction: Any, objective: Objective) -> Any:
@@ -230,6 +235,18 @@ class EagerTapes:
         """Drop all open tapes and sums."""
         self._open.clear()
         self._sum.clear()
+
+
+def _from_afar(output: Any) -> Any:
+    """The output behind a chain of identities, so that its gradient comes in after those of the part's own losses.
+
+    A tape goes backward breadth first and adds what flows into one tensor in the order of arrival. In one tape over the
+    whole model the own losses arrive first, since the way through all later parts is longer; three summands in another
+    order differ in the last bit.
+    """
+    for _ in range(_DISTANCE):
+        output = tf.identity(output)
+    return output
 
 
 def _weighted_sum(losses: Sequence[Any], share: float) -> Any | None:
