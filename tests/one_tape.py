@@ -26,6 +26,8 @@ class OneTape:
 
     def __init__(self, parts: Sequence[Any], loss: Any, optimizer: Any = None) -> None:
         self.parts, self.loss, self.optimizer = list(parts), loss, optimizer
+        if optimizer is not None:
+            optimizer.build(self.variables)
 
     @property
     def variables(self) -> list[Any]:
@@ -66,12 +68,12 @@ class OneTape:
                     h = part(h, training=True)
                     terms.append(part.losses)
                 value = self.loss(tf.constant(y[rows]), h) * share
-                extra = [tf.add_n(losses) * share if losses else None for losses in terms]
-                objective = tf.add_n([value, *(term for term in extra if term is not None)])
-            found = tape.gradient(objective, self.variables)
+            own_terms = [term for losses in terms for term in losses]
+            seeds = [tf.ones(()), *(tf.fill((), share) for _ in own_terms)]
+            found = tape.gradient([value, *own_terms], self.variables, output_gradients=seeds)
             total = [_plus(a, b) for a, b in zip(total, found, strict=True)]
             loss += value.numpy()
-            own = [a if term is None else a + term.numpy() for a, term in zip(own, extra, strict=True)]
+            own = [a + tf.add_n(found).numpy() * share if found else a for a, found in zip(own, terms, strict=True)]
         for term in own:
             loss += term
         return loss, total
