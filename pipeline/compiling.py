@@ -53,7 +53,9 @@ class Compiled:
         if self.optimizer is None:
             return None
         recipe = describe(self.optimizer, "the optimizer")
-        recipe["keras"]["config"]["global_clipnorm"] = None  # decided over all stages together
+        config = recipe["keras"]["config"]
+        config["global_clipnorm"] = None  # decided over all stages together
+        config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
         return recipe
 
     @staticmethod
@@ -135,6 +137,11 @@ def _optimizer(optimizer: Any) -> Any:
         found = keras.optimizers.get(optimizer)
     except (ValueError, TypeError) as error:
         raise CompileError(f"unknown optimizer: {error}") from error
+    if getattr(found, "gradient_accumulation_steps", None) and getattr(found, "global_clipnorm", None):
+        raise CompileError(
+            "global_clipnorm with gradient_accumulation_steps would clip the gradients of every step here, where Keras "
+            "clips their mean; use more microbatches in place of gradient_accumulation_steps, or clipnorm"
+        )
     if isinstance(found, keras.optimizers.LossScaleOptimizer):
         raise CompileError(
             "LossScaleOptimizer decides on a stage's gradients alone, so stages could disagree on skipping an update; "
