@@ -4,6 +4,7 @@ The environment is set here, before any test module imports TensorFlow, and chil
 """
 
 import os
+import re
 
 import pytest
 from hypothesis import settings
@@ -29,3 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """An id without an address: parallel test processes must collect the same names."""
+    text = repr(val)
+    return re.sub(r" at 0x[0-9a-f]+", "", text) if " at 0x" in text else None
