@@ -225,7 +225,7 @@ def test_other_names_of_reductions(reduction: str | None) -> None:
             assert_whole_batch(pipe, parts, case.make(reduction), x, y, given)
 
 
-@pytest.mark.parametrize("loss", ["mse", "sparse_categorical_crossentropy", "dice", losses.huber], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "sparse_categorical_crossentropy", "dice", losses.huber])
 def test_losses_by_name_and_function(loss: Any) -> None:
     """A name or a function means the mean over samples, as in `keras.Model.compile`."""
     named = {"mse": "MeanSquaredError", "sparse_categorical_crossentropy": "SparseCategoricalCrossentropy"}
