@@ -79,7 +79,7 @@ class Compiled:
 
     def go_on_from(self, shared: Mapping[str, Any], rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
-        self._iteration.assign(shared["iteration"])
+        self._iteration.assign(shared["iterations"])
         if rate and self.constant_rate:
             self.optimizer.learning_rate = float(shared["learning_rate"])
 

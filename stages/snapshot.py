@@ -6,7 +6,6 @@ slots are named by the variable they belong to, so that a checkpoint can be load
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ class Slot(NamedTuple):
 
     Attributes:
         variable: Index of the model's trainable variable, or -1 for the optimizer's own (iterations, learning rate).
-        name: What it is: ``"momentum"``, ``"velocity"``, ``"iteration"`` ...
+        name: What it is: ``"momentums"``, ``"velocities"``, ``"iterations"`` ...
     """
 
     variable: int
@@ -40,21 +39,21 @@ def unique_names(variables: Sequence[Any]) -> list[str]:
 def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
     """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`.
 
-    Keras names a slot ``<variable path with _ for />_<slot>``; the longest matching path wins. Where several variables
-    have one path, the first slot of a name is the first variable's, and so on.
+    Keras's optimizers keep a slot in a list with one entry per trainable variable, and what belongs to no variable in
+    an attribute; the attribute's name is the slot's. (The slots' own names do not always tell: Adafactor's are like the
+    variables', Nadam numbers one anew in every process, and two layers may have one name.)
     """
-    stems: dict[str, list[int]] = {}
-    for i, variable in enumerate(trainable):
-        stems.setdefault(variable.path.replace("/", "_") + "_", []).append(i)
-    longest_first = sorted(stems, key=len, reverse=True)
-    seen: Counter[str] = Counter()
-    slots = []
-    for variable in optimizer.variables:
-        name = str(variable.name)
-        stem = next((stem for stem in longest_first if name.startswith(stem)), None)
-        slots.append(Slot(-1, name) if stem is None else Slot(stems[stem][seen[name]], name.removeprefix(stem)))
-        seen[name] += 1
-    return slots
+    of: dict[int, Slot] = {}
+    for attribute, slots in vars(optimizer).items():
+        if isinstance(slots, list) and len(slots) == len(trainable) and attribute not in _NO_SLOTS:
+            of |= {id(slot): Slot(i, attribute.strip("_")) for i, slot in enumerate(slots) if slot is not None}
+        else:
+            of.setdefault(id(slots), Slot(-1, attribute.strip("_")))
+    return [of.get(id(variable), Slot(-1, str(variable.name))) for variable in optimizer.variables]
+
+
+_NO_SLOTS = ("_variables", "_trainable_variables")
+"""Lists of an optimizer that are not a slot: all its own variables, and the model's."""
 
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
