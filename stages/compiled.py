@@ -160,14 +160,14 @@ class CompiledTapes:
     def apply(self, optimizer: Any, scale: float | None) -> None:
         """Update the variables from the accumulators (times `scale`) and clear them, in one function."""
         self._prepare()
+        self._open.clear()
         reached = tuple(self._reached)
         if not any(reached):
             return
-        name = ("apply", reached, scale is not None)
+        name = ("apply", optimizer, reached, scale is not None)
         if name not in self._functions:
             self._functions[name] = direct(self._trace_apply(optimizer, scale is not None), [_SCALAR])
         self._functions[name](_scalar(1.0 if scale is None else float(scale)))
-        self._open.clear()
 
     def clear(self) -> None:
         """Drop what is open and set the sums to zero."""
