@@ -29,7 +29,7 @@ import numpy as np
 
 from pipeline.errors import CheckpointError
 from pipeline.merging import merge
-from pipeline.splitter import split_model
+from pipeline.splitter import Split, split_model
 from pipeline.state import Slots, State
 from pipeline.wiring import wire
 from stages import snapshot
@@ -78,14 +78,14 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    compiled = pipe._compiled
+    compiled, split = pipe._compiled, pipe._split
     return {
         "format": FORMAT,
         "version": VERSION,
-        "original": None if pipe._original is None else describe(pipe._original, "the model"),
-        "cuts": None if pipe._original is None else pipe._cuts,
+        "original": None if split is None else describe(split.model, "the model"),
+        "cuts": None if split is None else list(split.cuts),
         "segments": [
-            {"recipe": None if pipe._original is not None else s.recipe(), "inputs": s.inputs, "outputs": s.outputs}
+            {"recipe": None if split is not None else s.recipe(), "inputs": s.inputs, "outputs": s.outputs}
             for s in pipe.segments
         ],
         "options": {
@@ -105,8 +105,7 @@ def load(
     manifest = _read_manifest(path)
     arrays = [_read_arrays(path, entry) for entry in manifest["stages"]]
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
-    original = None if manifest["original"] is None else create(manifest["original"])
-    segments = _segments(manifest, original)
+    parts = _saved_parts(manifest)
     state = State(
         {i: _part(values, "model") for i, values in enumerate(arrays)},
         Slots.of_stages(
@@ -116,35 +115,34 @@ def load(
     )
     if stages is not None or at is not None:
         saved.pop("recompute")  # it was one value per stage
-        original, segments, state = _recut(original, segments, state, stages, at)
-    pipe = kind(segments, **{**saved, **options})
-    pipe._begin_from(original, state, manifest["compile"])
+        parts, state = _recut(parts, state, stages, at)
+    pipe = kind(parts, **{**saved, **options})
+    pipe._begin_from(state, manifest["compile"])
     return pipe
 
 
 def _recut(
-    original: Any, segments: Sequence[Segment], state: State, stages: int | None, at: Sequence[str] | None
-) -> tuple[Any, list[Segment], State]:
+    parts: Split | list[Segment], state: State, stages: int | None, at: Sequence[str] | None
+) -> tuple[Split, State]:
     """The whole model with the saved values, cut elsewhere."""
     assert state.slots is not None
-    if original is None:
-        merged = merge(segments, wire(segments), None, state.model)
-        model, trainable = merged.model, merged.trainable
+    if isinstance(parts, Split):
+        model, old = parts.model, [segment.model.trainable_variables for segment in parts.segments]
+        for i, segment in enumerate(parts.segments):
+            snapshot.write(segment.model.variables, state.model[i], f"stage {i} of the checkpoint")
     else:
-        model, trainable = original, tuple(tuple(s.model.trainable_variables) for s in segments)
-        for i, segment in enumerate(segments):
-            for variable, value in zip(segment.model.variables, state.model[i], strict=True):
-                variable.assign(value)
-    cut = split_model(model, stages, at)
-    values = {i: snapshot.read(s.model.variables) for i, s in enumerate(cut)}
-    slots = state.slots.moved(trainable, [segment.model.trainable_variables for segment in cut])
-    return model, cut, State(values, slots)
+        merged = merge(parts, wire(parts), None, state.model)
+        model, old = merged.model, list(merged.trainable)
+    split = split_model(model, stages, at)
+    new = [segment.model for segment in split.segments]
+    values = {i: snapshot.read(part.variables) for i, part in enumerate(new)}
+    return split, State(values, state.slots.moved(old, [part.trainable_variables for part in new]))
 
 
-def _segments(manifest: Mapping[str, Any], model: Any) -> list[Segment]:
+def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
     """The segments as they were saved."""
-    if model is not None:
-        return split_model(model, at=manifest["cuts"])
+    if manifest["original"] is not None:
+        return split_model(create(manifest["original"]), cuts=manifest["cuts"])
     found = []
     for entry, stage in zip(manifest["segments"], manifest["stages"], strict=True):
         names = {"inputs": tuple(entry["inputs"]), "outputs": tuple(entry["outputs"]), "name": stage["name"]}

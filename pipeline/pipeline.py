@@ -26,7 +26,7 @@ from pipeline.launch import prestart
 from pipeline.plan import Plan
 from pipeline.schedules import schedule_named
 from pipeline.session import Session
-from pipeline.splitter import split_model
+from pipeline.splitter import Split, split_model
 from pipeline.state import State
 from pipeline.timeline import Timeline
 from pipeline.training import Trainer
@@ -58,7 +58,7 @@ class Pipeline:
 
     def __init__(
         self,
-        segments: Sequence[Any],
+        segments: Sequence[Any] | Split,
         microbatches: int = 8,
         schedule: str | Callable[..., Plan] = "1f1b",
         transport: str = "auto",
@@ -66,8 +66,10 @@ class Pipeline:
         recompute: bool | Sequence[bool] = False,
         threads: int | None = None,
     ) -> None:
-        self.segments = tuple(Segment.of(part) for part in segments)
-        self.wires = wire(self.segments)
+        self._split = segments if isinstance(segments, Split) else None
+        parts = segments.segments if isinstance(segments, Split) else segments
+        self.segments = tuple(Segment.of(part) for part in parts)
+        self.wires = wire(self.segments, self._split.inputs if self._split else ())
         self.schedule = schedule
         self.microbatches = microbatches
         self.transport = "ipc" if transport == "auto" else transport
@@ -78,7 +80,6 @@ class Pipeline:
             raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {len(each)}")
         self.recompute = each
         self.threads = default_threads(len(self.segments)) if threads is None else threads
-        self._original: Any = None
         self._trainer: Trainer | None = None
         self._session = Session(
             self.segments,
@@ -105,19 +106,12 @@ class Pipeline:
         Raises:
             SplitError: The model cannot be cut, or not there.
         """
-        pipe = cls(split_model(model, stages, at), **options)
-        pipe._original = model
-        return pipe
+        return cls(split_model(model, stages, at), **options)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The stages' names."""
         return self.wires.names
-
-    @property
-    def _cuts(self) -> list[str]:
-        """Names of the layers behind which a split model was cut."""
-        return [segment.model.operations[-1].name for segment in self.segments[:-1]]
 
     @property
     def _compiled(self) -> Compiled | None:
@@ -383,20 +377,20 @@ class Pipeline:
         return self._session.driver()
 
     def _merged(self) -> merging.Merged:
-        return merging.merge(self.segments, self.wires, self._original, self._session.values("model"))
+        original = None if self._split is None else self._split.model
+        return merging.merge(self.segments, self.wires, original, self._session.values("model"))
 
     def _weight_places(self) -> list[tuple[int, int]]:
         """(stage, index among its weights) of every weight, in Keras's order."""
-        if self._original is None:
+        if self._split is None:
             described = sorted(self._running().descriptions.items())
             counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
             return [(i, k) for i, count in counts.items() for k in range(count)]
         at = {id(w): (i, k) for i, segment in enumerate(self.segments) for k, w in enumerate(segment.model.weights)}
-        return [at[id(weight)] for weight in self._original.weights]
+        return [at[id(weight)] for weight in self._split.model.weights]
 
-    def _begin_from(self, original: Any, state: State, compiled: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint: the original model, values, and what `compile` was given."""
-        self._original = original
+    def _begin_from(self, state: State, compiled: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint: values, and what `compile` was given."""
         if compiled is None:
             self._session.start_from(State(state.model))
             return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,26 +20,46 @@ from pipeline.graph import Call, Graph, play, read_graph
 from stages.segment import Segment
 
 
-def split_model(model: Any, stages: int | None = None, at: Sequence[str] | None = None) -> list[Segment]:
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A model in segments.
+
+    Attributes:
+        model: The model; the segments share its layers (and so its weights as they are now).
+        segments: One per stage.
+        cuts: Before which calls of the model's order the stages after the first begin.
+        inputs: The names of the model's inputs, in the model's order.
+    """
+
+    model: Any
+    segments: tuple[Segment, ...]
+    cuts: tuple[int, ...]
+    inputs: tuple[str, ...]
+
+
+def split_model(
+    model: Any, stages: int | None = None, at: Sequence[str] | None = None, cuts: Sequence[int] | None = None
+) -> Split:
     """The segments of a model.
 
     Args:
         model: A built Sequential or Functional model; models inside it are dissolved.
         stages: How many stages; cuts are chosen so that parameters are spread evenly.
         at: Or: names of the layers behind which to cut, in the model's order.
-
-    Returns:
-        One segment per stage, which share the model's layers (and so its weights as they are now).
+        cuts: Or: the cuts of an earlier split of the same model.
 
     Raises:
         SplitError: Both or none of `stages` and `at`; a subclassed model; more stages than layers; a name that is not
             there; a cut that leaves an empty stage; a layer whose uses would land in different stages.
     """
     graph = read_graph(model)
-    if (stages is None) == (at is None):
-        raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
-    cuts = _even_cuts(graph, stages) if at is None else _named_cuts(graph, at)
-    return _segments(graph, [0, *cuts, len(graph.calls)])
+    if cuts is None:
+        if (stages is None) == (at is None):
+            raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
+        cuts = _even_cuts(graph, stages) if at is None else _named_cuts(graph, at)
+    names = graph.tensor_names()
+    segments = _segments(graph, [0, *cuts, len(graph.calls)])
+    return Split(model, tuple(segments), tuple(cuts), tuple(names[tensor] for tensor in graph.inputs))
 
 
 def _named_cuts(graph: Graph, at: Sequence[str]) -> list[int]:
@@ -104,7 +125,9 @@ def _segments(graph: Graph, bounds: Sequence[int]) -> list[Segment]:
         reads = [tensor for call in part for tensor in call.reads]
         inputs = list(dict.fromkeys(tensor for tensor in reads if made_in.get(tensor, -1) != i))
         later = {tensor for other in parts[i + 1 :] for call in other for tensor in call.reads}
-        outputs = [tensor for call in part for tensor in call.makes if tensor in later or tensor in graph.outputs]
+        made = [tensor for call in part for tensor in call.makes]
+        outputs = [tensor for tensor in made if tensor in later and tensor not in graph.outputs]
+        outputs += [tensor for tensor in dict.fromkeys(graph.outputs) if tensor in made]  # in the model's order
         model = play(graph, part, inputs, outputs, f"stage{i}")
         segments.append(
             Segment(

@@ -52,8 +52,12 @@ class Wires:
         return self.outputs[0][1]
 
 
-def wire(segments: Sequence[Segment]) -> Wires:
+def wire(segments: Sequence[Segment], inputs_first: Sequence[str] = ()) -> Wires:
     """Connect segments by name.
+
+    Args:
+        segments: In the order of the data flow.
+        inputs_first: Inputs of the pipeline that come first, in this order; the others follow as the stages take them.
 
     Raises:
         WiringError: A name that two segments give, a cycle, or a pipeline without an output; all faults together.
@@ -89,8 +93,9 @@ def wire(segments: Sequence[Segment]) -> Wires:
         faults = ["a pipeline needs at least one segment"]
     if faults:
         raise WiringError("the segments cannot be wired: " + "; ".join(faults))
-    free = tuple(dict.fromkeys(name for taken in takes for name, source in taken if source == DRIVER))
-    return Wires(names, takes, gives, free, finals)
+    free = dict.fromkeys(name for taken in takes for name, source in taken if source == DRIVER)
+    free = dict.fromkeys(name for name in (*inputs_first, *free) if name in free)
+    return Wires(names, takes, gives, tuple(free), finals)
 
 
 def check_shapes(wires: Wires, stages: Mapping[int, Mapping[str, Any]]) -> None:

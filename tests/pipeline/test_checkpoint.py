@@ -88,6 +88,21 @@ def test_saved_loaded_and_saved_again_is_the_same(saved, tmp_path):
         assert_same_arrays(everything(pipe), expected)
 
 
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_the_same_cuts_through_branches(stages, tmp_path):
+    """Where branches run side by side, a cut cannot be named by the layer before it: its position is kept."""
+    x = keras.Input((6,))
+    left = keras.layers.Dense(4, name="left2")(keras.layers.Dense(9, name="left1")(x))
+    right = keras.layers.Dense(4, name="right")(keras.layers.ReLU()(x))
+    model = keras.Model(x, keras.layers.Dense(3, activation="softmax")(keras.layers.Add()([right, left])))
+    with trained(model, stages=stages) as pipe:
+        pipe.save(tmp_path / "c")
+        wires, expected = pipe.wires, everything(pipe)
+    with Pipeline.load(tmp_path / "c", **INPROC) as pipe:
+        assert pipe.wires == wires
+        assert_same_arrays(everything(pipe), expected)
+
+
 OPTIMIZERS = {
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     "schedule": lambda: keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
