@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline import Pipeline, Segment
 from tests import failing_parts
-from tests.pipeline.launch.processes import DEADLINE, Watched
+from tests.pipeline.launch.processes import DEADLINE
 from tests.sources import ROOT
 
 NOTICED_SECONDS = 2.0
@@ -117,12 +117,8 @@ class Script:
 
     def kill_and_time(self):
         """Kill it and return the seconds until nothing that descends from it runs, and its directories are gone."""
-        watched = Watched()
-        for pid in self.relatives():
-            watched.hold(pid)
         self.process.kill()
         begin = time.monotonic()
-        watched.wait_gone()
         while self.relatives() or self.directories():
             assert time.monotonic() - begin < DEADLINE, (self.relatives(), self.directories())
         return time.monotonic() - begin

@@ -54,10 +54,10 @@ def script(short_folder):
 
 
 @pytest.fixture
-def nothing_left(monkeypatch, short_folder, tmp_path):
+def nothing_left(monkeypatch, short_folder, line, gate):
     """After the test: no worker, no socket file or directory, no pipe, socket or shared memory more than before.
 
-    Tests that fail while pipelines are alive keep them in an exception's traceback, so those must be gone by then.
+    The check comes before the line and the gate are closed: that would set free a worker that still waits at one.
     """
     monkeypatch.setattr(tempfile, "tempdir", short_folder)
     server = shared_server()
