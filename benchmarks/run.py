@@ -41,7 +41,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def peer_case(python: Path, size: tuple[int, int], steps: int) -> dict[str, Any]:
     """The peer's figures for one size: torch.distributed.pipelining 1F1B over gloo, and its own single process."""
-    command = [str(python), str(ROOT / "benchmarks/peer_torch.py"), f"--case={size[0]}x{size[1]}", f"--steps={max(20, steps)}"]
+    command = [
+        str(python),
+        str(ROOT / "benchmarks/peer_torch.py"),
+        f"--case={size[0]}x{size[1]}",
+        f"--steps={max(20, steps)}",
+    ]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
     case: dict[str, Any] = json.loads(found.stdout)["cases"][0]
     return case
