@@ -75,8 +75,11 @@ class Graph:
     symbols: Mapping[int, Any]
 
     def tensor_names(self) -> dict[int, str]:
-        """A name for every tensor: that of its layer, numbered where a layer makes several or is called again."""
-        names = {tensor: str(self.symbols[tensor].name) for tensor in self.inputs}
+        """A name for every tensor: that of its layer, numbered where a layer makes several or is called again.
+
+        Inputs too are called as their layers, as Keras does: a symbolic tensor's own name differs in every copy.
+        """
+        names = {tensor: str(self.symbols[tensor]._keras_history.operation.name) for tensor in self.inputs}
         seen: dict[str, int] = dict.fromkeys(names.values(), 1)
         for call in self.calls:
             for tensor in call.makes:

@@ -45,6 +45,11 @@ def layers_of(split):
     ]
 
 
+def inputs_of(model):
+    """Names of the input layers, in the model's order."""
+    return [tensor._keras_history.operation.name for tensor in model.inputs]
+
+
 @pytest.mark.parametrize(
     ("at", "parts"),
     [
@@ -81,7 +86,7 @@ def test_even_cuts_weigh_parameters():
 def test_parts_played_one_after_the_other_are_the_model(build):
     """Over every single cut, and over all cuts at once."""
     model = build()
-    names = [tensor.name for tensor in model.inputs]
+    names = inputs_of(model)
     data = [
         np.random.default_rng(i).normal(size=(3, *t.shape[1:])).astype("float32") for i, t in enumerate(model.inputs)
     ]
