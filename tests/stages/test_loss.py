@@ -47,7 +47,6 @@ WEIGHTS = ([1.0, 2.0, 3.0], [0.0, 2.0])
         (SPARSE(ignore_class=0, reduction="sum"), WEIGHTS, [1, 1]),
         ("sparse_categorical_crossentropy", None, [3 / 5, 2 / 5]),
     ],
-    ids=str,
 )
 def test_a_microbatch_weighs_its_part_of_the_denominator(
     loss: Any, sample_weights: Any, expected: Sequence[float]
@@ -110,7 +109,6 @@ def test_weighted_microbatches_add_up_to_keras_value(reduction: str, ignored: in
         ("mse", False),
         (None, False),
     ],
-    ids=str,
 )
 def test_losses_that_need_the_whole_batch(loss: Any, coupled: bool) -> None:
     """Those that reduce over the samples' axis, or over all."""
