@@ -237,12 +237,16 @@ def test_tensorboard_that_is_not_installed_is_said_at_the_start(tmp_path, monkey
 def test_model_checkpoint_writes_keras_files_that_go_on_in_keras(tmp_path):
     """The file has the optimizer's state: training it further equals training the pipeline further."""
     with twins(regressor, lambda: {"optimizer": keras.optimizers.Adam(0.02), "loss": "mse"}) as pair:
+        slower = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_: setattr(pair.pipe.optimizer, "learning_rate", 0.01)
+        )
         saver = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
-        pair.pipe.fit(XN, YN, batch_size=10, epochs=2, verbose=0, shuffle=False, callbacks=[saver])
+        pair.pipe.fit(XN, YN, batch_size=10, epochs=2, verbose=0, shuffle=False, callbacks=[slower, saver])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1.keras", "2.keras"]
         model = keras.models.load_model(tmp_path / "2.keras")
         assert [layer.name for layer in model.layers] == ["a", "b"]
         assert_same_arrays(model.get_weights(), pair.pipe.get_weights())
+        assert float(model.optimizer.learning_rate) == np.float32(0.01)
         model.run_eagerly = True
         theirs = model.fit(XN, YN, batch_size=10, verbose=0, shuffle=False).history
         ours = pair.pipe.fit(XN, YN, batch_size=10, verbose=0, shuffle=False).history
@@ -312,14 +316,16 @@ def test_backup_and_restore_goes_on_where_it_was_interrupted(tmp_path):
         return pipe
 
     arguments = {"batch_size": 10, "epochs": 3, "verbose": 0, "shuffle": False}
+    halved = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)
     with made() as straight:
-        straight.fit(XN, YN, **arguments)
+        straight.fit(XN, YN, callbacks=[halved], **arguments)
         expected = straight.get_weights()
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
     with made() as first, pytest.raises(PowerCut):
-        first.fit(XN, YN, callbacks=[backup, keras.callbacks.LambdaCallback(on_epoch_end=cut)], **arguments)
+        first.fit(XN, YN, callbacks=[halved, backup, keras.callbacks.LambdaCallback(on_epoch_end=cut)], **arguments)
     with made() as second:
         again = keras.callbacks.BackupAndRestore(tmp_path / "backup")
-        history = second.fit(XN, YN, callbacks=[again], **arguments)
+        history = second.fit(XN, YN, callbacks=[halved, again], **arguments)
         assert history.epoch == [2]
+        assert int(second.optimizer.iterations) == 6
         assert_same_arrays(second.get_weights(), expected)
