@@ -62,13 +62,15 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
     if phase == BUILDING:
         where = " while it built its model"
     reason = handle.exit_reason()
+    summary, _, words = reason.partition("\n")
+    quoted = f"\n--- last words of the worker ---\n{words.rstrip()}\n--- end of its words ---" if words else ""
     return WorkerDiedError(
-        f"the worker of stage {name!r} is gone{where}: {reason}. The other workers were stopped. "
-        f"{_CHECKPOINT}\n{others}",
+        f"the worker of stage {name!r} is gone{where}: {summary.rstrip(':')}. The other workers were stopped. "
+        f"{_CHECKPOINT}\n{others}{quoted}",
         stage=name,
         action=action,
         step=step if action else -1,
-        worker_traceback=reason,
+        worker_traceback=words,
     )
 
 

@@ -15,6 +15,7 @@ from pipeline.driver import Driver
 from pipeline.errors import PipelineClosedError, StalledError, WiringError, WorkerDiedError, WorkerError
 from tests import failing_parts
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
+from tests.sources import ROOT
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -132,6 +133,6 @@ def test_module_of_the_users_that_hides_ours_in_the_worker(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(WorkerDiedError) as caught:
         pipe.train_on_batch(X, Y)
-    assert "another module has the name 'pipeline', which Tapeline needs" in str(caught.value)
-    assert str(theirs) in str(caught.value)
-    assert "Rename that file" in str(caught.value)
+    assert "exit status 1, raised ImportError: another module has the name 'pipeline'" in str(caught.value)
+    assert f"\n  {theirs}\n    hides {ROOT / 'pipeline' / '__init__.py'}\nRename that file" in str(caught.value)
+    assert "check_origins" in caught.value.worker_traceback
