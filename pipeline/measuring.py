@@ -1,0 +1,318 @@
+"""Measure what every call of a model costs, without leaving a trace in the model.
+
+The whole model becomes **one** traced function that makes its calls one by one, reads a clock between them, and then
+goes backward call by call, each with a tape of its own:
+
+    t0 │ call 0 │ t1 │ call 1 │ t2 │ ... │ gradients of call 1 │ t │ gradients of call 0 │ t
+
+Why so, and not one function or one eager tape per call: an eager call of a small layer takes its 200-1000 us mostly in
+Python, which a compiled stage does not pay; a function for each call costs a trace each (a hundred for MobileNetV2) and
+a call each that a stage does not make. Here operations run as they do inside a compiled stage, after one trace.
+
+Rules:
+
+1. An operation of a call runs after the clock before it and before the clock behind it: control dependencies on both
+   sides. Whatever is measured is also read at the very end, since TensorFlow removes operations that only a control
+   dependency needs.
+2. The values are real: the sample's own activations, and the gradients that flow back from a seed that is an argument,
+   so that nothing can be computed ahead.
+3. All variables of the model have the same bits afterwards as before, and no layer holds on to a loss of the trace.
+4. A worker has its share of the cores, this process all: with `threads`, it is kept to so many meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.cores import few_cores
+from pipeline.costs import CallCost, Costs, TensorCost, Weight
+from pipeline.data import make_batch
+from pipeline.errors import SplitError
+from pipeline.graph import Call, Graph
+from stages.accumulate import dense
+from stages.tensors import flatten, is_differentiable
+
+__all__ = ["measure"]
+
+REPEATS = 5
+_ALIASES = {"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "PreventGradient"}
+"""Operations whose result is the memory of what they take."""
+_FREE = {"Const", "ReadVariableOp"}
+"""Operations whose result costs no memory of its own: it is there anyway."""
+
+
+def measure(graph: Graph, sample: Any, *, repeats: int = REPEATS, threads: int | None = None) -> Costs:
+    """Run the calls of a model on real data, forward and backward in training mode, and time each.
+
+    Args:
+        graph: The model.
+        sample: One microbatch as `fit` takes it: array (n, ...), or a list or dict of them in the order of the model's
+            inputs.
+        repeats: How many runs to take medians of, after one that is not counted.
+        threads: How many cores a worker will have (`Pipeline.threads`). Default: all that this process has.
+
+    Returns:
+        The costs, for microbatches of n samples.
+
+    Raises:
+        DataError: The sample does not fit the model's inputs.
+        SplitError: A call cannot be traced as a TensorFlow function, so that its time in one cannot be told; or fewer
+            than one repeat.
+    """
+    if repeats < 1:
+        raise SplitError(f"a measurement needs at least one repeat, received {repeats}")
+    names = graph.tensor_names()
+    symbols = [(names[tensor], graph.symbols[tensor]) for tensor in graph.inputs]
+    specs = {name: (keras.backend.standardize_dtype(symbol.dtype), tuple(symbol.shape)) for name, symbol in symbols}
+    arrays = make_batch(sample, None, None, inputs=specs, microbatches=1).inputs
+    inputs = [tf.convert_to_tensor(arrays[name]) for name, _ in symbols]
+    with _undisturbed(graph):
+        return _measured(graph, inputs, names, repeats, threads)
+
+
+def _measured(graph: Graph, inputs: Sequence[Any], names: dict[int, str], repeats: int, threads: int | None) -> Costs:
+    run = _Run(graph)
+    signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
+    function = tf.function(run.trace, autograph=False).get_concrete_function(tf.TensorSpec((), tf.float32), *signature)
+    seed, laps = tf.constant(1e-3), []
+    with few_cores(threads) as others:
+        for _ in range(repeats + 1):
+            others()
+            times, sizes, _ = function(seed, *inputs)
+            laps.append(np.diff(times.numpy()))
+    seconds = np.maximum(np.median(laps[1:], axis=0), 0.0)
+    found = run.sizes | {name: int(size) for name, size in zip(run.unknown, sizes, strict=True)}
+    calls, count, samples = [], len(graph.calls), int(inputs[0].shape[0])
+    for position, call in enumerate(graph.calls):
+        calls.append(
+            CallCost(
+                name=call.name,
+                reads=call.reads,
+                makes=call.makes,
+                forward=float(seconds[position]),
+                backward=float(seconds[2 * count - 1 - position]),
+                weights=_weights(call),
+                kept=tuple((name, found[name]) for name in run.kept[position] if found[name]),
+            )
+        )
+    tensors = {
+        tensor: TensorCost(names[tensor], found[source] / samples, is_differentiable(graph.symbols[tensor].dtype))
+        for tensor, source in run.sources.items()
+    }
+    return Costs(tuple(calls), tensors, graph.inputs, graph.outputs, samples)
+
+
+def _weights(call: Call) -> tuple[Weight, ...]:
+    layer = call.operation
+    trained = {id(variable) for variable in getattr(layer, "trainable_variables", ())}
+    return tuple(
+        Weight(
+            id(variable),
+            int(np.prod(variable.shape)),
+            int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size,
+            id(variable) in trained,
+        )
+        for variable in getattr(layer, "weights", ())
+    )
+
+
+@contextmanager
+def _undisturbed(graph: Graph) -> Iterator[None]:
+    """Put back, bit for bit, what running the model's layers changes: statistics, seed generators, losses."""
+    layers = {id(call.operation): call.operation for call in graph.calls}.values()
+    variables = {id(v): v.value for layer in layers for v in getattr(layer, "variables", ())}
+    before = {key: variable.read_value() for key, variable in variables.items()}
+    try:
+        yield
+    finally:
+        for key, variable in variables.items():
+            variable.assign(before[key])
+        for layer in layers:
+            _Training(layer)(tf.zeros(()))  # entering a layer makes Keras forget the losses of those inside
+
+
+class _Training(keras.Layer):  # type: ignore[misc]
+    """Keras hands `training` down from a layer to those that it calls; this layer calls one, on any arguments."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(name="measured", autocast=False)
+        self.inner = inner
+        self.play: Any = None
+        self.built = True
+
+    def call(self, nothing: Any, training: bool = True) -> Any:
+        return nothing if self.play is None else self.play()
+
+
+@dataclass
+class _Played:
+    """One call's forward, with its tape."""
+
+    tape: Any
+    wanted: list[int]
+    sources: list[Any]
+    variables: list[Any]
+    outputs: list[Any]
+    own: list[Any]
+
+
+@dataclass
+class _Run:
+    """The traced function, and what the trace tells of sizes.
+
+    Attributes:
+        sizes: {tensor in the trace: its bytes}.
+        unknown: The same for tensors whose size depends on the data; symbolic while tracing.
+        sources: {tensor of the model: tensor in the trace}.
+        kept: For each call the tensors in the trace that its backward reads.
+    """
+
+    graph: Graph
+    sizes: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    sources: dict[int, str] = field(default_factory=dict)
+    kept: list[list[str]] = field(default_factory=list)
+
+    def trace(self, seed: Any, *inputs: Any) -> tuple[Any, list[Any], list[Any]]:
+        """Play all calls forward, then backward.
+
+        Returns:
+            The clock's readings, one more than twice the number of calls; the sizes of `unknown`; what keeps the
+            measured operations from being removed.
+        """
+        tensors = dict(zip(self.graph.inputs, inputs, strict=True))
+        played, times = [], [_clock(())]
+        for call in self.graph.calls:
+            with tf.control_dependencies(times[-1:]):
+                played.append(self._forward(call, tensors, seed))
+            times.append(_clock([*played[-1].outputs, *times[-1:]]))
+        self.sources = {tensor: self._note(value) for tensor, value in tensors.items()}
+        scope = tf.compat.v1.get_default_graph()
+        forward = {operation.name for operation in scope.get_operations()} - {seed.op.name}
+        flowing: dict[int, Any] = {}
+        results: list[Any] = []
+        reads: list[list[Any]] = []
+        for call, part in zip(reversed(self.graph.calls), reversed(played), strict=True):
+            begin = len(scope.get_operations())
+            with tf.control_dependencies(times[-1:]):
+                found = self._backward(call, part, flowing, seed)
+            times.append(_clock([*found, *times[-1:]]))
+            results += found
+            reads.append([tensor for op in scope.get_operations()[begin:] for tensor in op.inputs])
+        self.kept = [self._kept(each, forward) for each in reversed(reads)]
+        used = [*results, *(output for part in played for output in part.outputs)]
+        with tf.control_dependencies(times[-1:]):
+            touched = [_touch(value) for value in used]
+        return tf.stack(times), list(self.unknown.values()), touched
+
+    def _forward(self, call: Call, tensors: dict[int, Any], seed: Any) -> _Played:
+        wanted = [
+            tensor
+            for tensor in dict.fromkeys(call.reads)
+            if tensor not in self.graph.inputs and is_differentiable(tensors[tensor].dtype)
+        ]
+        sources = [tensors[tensor] for tensor in wanted]
+        variables = [variable.value for variable in getattr(call.operation, "trainable_variables", ())]
+        layer = _Training(call.operation)
+        args, kwargs = call.arguments
+        if "training" in kwargs:  # noted when the model was built; a model's call overrules it
+            call = replace(call, arguments=(args, kwargs | {"training": True}))
+        layer.play = lambda: call.play(tensors)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            for source in (*sources, *variables):
+                tape.watch(source)
+            try:
+                outputs = list(flatten(layer(seed, training=True)))
+            except Exception as error:
+                raise SplitError(
+                    f"the layer {call.name!r} cannot be measured, since its call cannot be traced as a TensorFlow "
+                    f"function ({type(error).__name__}: {error}); balance by 'parameters', or name the cuts: at=[...]"
+                ) from error
+            own = [tf.reduce_sum(loss) for loss in layer.losses]
+        tensors |= zip(call.makes, outputs, strict=True)
+        return _Played(tape, wanted, sources, variables, outputs, own)
+
+    def _backward(self, call: Call, part: _Played, flowing: dict[int, Any], seed: Any) -> list[Any]:
+        """The gradients of one call; what flows on to earlier calls is added to `flowing`."""
+        targets, seeds = list(part.own), [tf.cast(seed, loss.dtype) for loss in part.own]
+        for tensor, output in zip(call.makes, part.outputs, strict=True):
+            if is_differentiable(output.dtype):
+                targets.append(output)
+                given = flowing.pop(tensor, None)
+                seeds.append(tf.fill(tf.shape(output), tf.cast(seed, output.dtype)) if given is None else given)
+        if not targets or not (part.sources or part.variables):
+            return []
+        found = part.tape.gradient(targets, [*part.sources, *part.variables], output_gradients=seeds)
+        gradients = [dense(gradient) for gradient in found]
+        results = []
+        for tensor, gradient in zip(part.wanted, gradients, strict=False):
+            if gradient is not None:
+                flowing[tensor] = flowing[tensor] + gradient if tensor in flowing else gradient
+                results.append(flowing[tensor])
+        for variable, gradient in zip(part.variables, gradients[len(part.wanted) :], strict=True):
+            if gradient is not None:
+                results.append(gradient + tf.cast(variable, gradient.dtype))  # as long as adding to the sum takes
+        return results
+
+    def _kept(self, tensors: Sequence[Any], forward: set[str]) -> list[str]:
+        """Which tensors of the forward pass these are, by the memory that they are in."""
+        found = {}
+        for tensor in tensors:
+            while tensor.op.name in forward and tensor.op.type in _ALIASES:
+                tensor = tensor.op.inputs[0]
+            if tensor.op.name in forward and tensor.op.type not in _FREE and tensor.dtype != tf.resource:
+                found[self._note(tensor)] = True
+        return list(found)
+
+    def _note(self, tensor: Any) -> str:
+        """Remember how many bytes a tensor has, under its name."""
+        name = str(tensor.name)
+        if name in self.sizes or name in self.unknown:
+            return name
+        if tensor.dtype == tf.variant:
+            size = _list_bytes(tensor)
+        elif tensor.shape.is_fully_defined():
+            size = tensor.shape.num_elements() * tensor.dtype.size
+        else:
+            size = tf.size(tensor, tf.int64) * tensor.dtype.size
+        if isinstance(size, int):
+            self.sizes[name] = size
+        else:
+            self.unknown[name] = size
+        return name
+
+
+def _clock(after: Sequence[Any]) -> Any:
+    with tf.control_dependencies([tensor for tensor in after if tensor is not None]):
+        return tf.timestamp()
+
+
+def _touch(tensor: Any) -> Any:
+    """Something small that cannot be had without the tensor."""
+    return tf.reshape(tensor, (-1,))[:1]
+
+
+def _list_bytes(handle: Any) -> Any:
+    """Bytes of what a loop (a recurrent layer) stored for its backward: one list per tensor, one element per turn.
+
+    The list goes into the loop empty, with the element's shape, at the place at which it comes out. The weights that
+    every turn reads are one buffer, however often they are stored.
+    """
+    loop = handle.op
+    if loop.type not in ("While", "StatelessWhile"):
+        return 0
+    start = loop.inputs[handle.value_index].op
+    if start.type != "EmptyTensorList" or "ReadVariableOp" in start.name:
+        return 0
+    shape, dtype = tf.get_static_value(start.inputs[0]), tf.as_dtype(start.get_attr("element_dtype"))
+    if shape is None or np.any(np.asarray(shape) < 0):
+        return 0
+    length = tf.cast(tf.raw_ops.TensorListLength(input_handle=handle), tf.int64)
+    return length * (int(np.prod(shape)) * dtype.size)
