@@ -1,0 +1,337 @@
+"""What a split should cost, said before it runs and shown beside what then happens.
+
+    costs of the calls ─► per stage: forward, backward, messages ─► simulator ─► step time, bubble
+                                                                                      ║ beside
+    Pipeline.timeline(x, y) ══════════════════════════════════════════════════════════╝ measured
+
+A prediction knows the model and the plan. It does not know the loss and its metrics (the last stage computes them too),
+other programs on the machine, and stages that get in each other's way (memory bandwidth, fewer cores than stages).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.balance import SLOTS
+from pipeline.costs import Costs, Transfer
+from pipeline.errors import TimelineError
+from pipeline.plan import Plan
+from pipeline.schedules import build_plan
+from pipeline.simulator import Cost, simulate
+from pipeline.timeline import Timeline
+from stages.actions import Wiring
+
+__all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """What one stage should need.
+
+    Attributes:
+        name: The stage's name.
+        forward: Seconds of a microbatch's forward.
+        backward: Seconds of its backward.
+        transfer: Seconds from the end of a forward until what later stages read is there.
+        sent: Bytes that a microbatch's forward sends to other stages.
+        parameters: Elements of its variables.
+        memory: Bytes of variables, gradients and optimizer slots.
+        activations: Bytes that one open microbatch keeps for its backward.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    transfer: float
+    sent: float
+    parameters: int
+    memory: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a split should cost under a plan.
+
+    Attributes:
+        stages: One entry per stage.
+        samples: Samples per microbatch that the seconds are of.
+        microbatches: Microbatches per step.
+        schedule: Name of the schedule, or the function that makes its plans.
+        wiring: Stage -> the stages it takes tensors from.
+    """
+
+    stages: tuple[StagePrediction, ...]
+    samples: int
+    microbatches: int
+    schedule: str | Callable[..., Plan] = "1f1b"
+    wiring: Mapping[int, Sequence[int]] | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of a step."""
+        return build_plan(self.schedule, len(self.stages), self.microbatches, wiring=self.wiring)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The simulated step."""
+        costs = [Cost(stage.forward, stage.backward, transfer=stage.transfer) for stage in self.stages]
+        simulated = simulate(self.plan, costs, self.wiring)
+        return replace(simulated, name=f"{self.plan.headline()}, predicted")
+
+    @property
+    def step_time(self) -> float:
+        """Seconds of a step, without its update."""
+        return self.timeline.step_time
+
+    @property
+    def bubble(self) -> float:
+        """The share of worker time in which nothing is done."""
+        return self.timeline.bubble
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages' names."""
+        return tuple(stage.name for stage in self.stages)
+
+    def peak_memory(self) -> tuple[int, ...]:
+        """For each stage bytes of variables, gradients, slots, and of what its most open microbatches keep."""
+        held = self.plan.peak_in_flight()
+        return tuple(
+            stage.memory + stage.activations * held[self.plan.placement[i]] for i, stage in enumerate(self.stages)
+        )
+
+    def of(self, microbatches: int | None = None, samples: int | None = None) -> Prediction:
+        """The same split with another number of microbatches, or with other samples in each (times in proportion)."""
+        factor = 1.0 if samples is None else samples / self.samples
+        return Prediction(
+            tuple(
+                replace(
+                    stage,
+                    forward=stage.forward * factor,
+                    backward=stage.backward * factor,
+                    transfer=stage.transfer * factor,
+                    sent=stage.sent * factor,
+                    activations=round(stage.activations * factor),
+                )
+                for stage in self.stages
+            ),
+            self.samples if samples is None else samples,
+            self.microbatches if microbatches is None else microbatches,
+            self.schedule,
+            self.wiring,
+        )
+
+    def beside(self, measured: Timeline, samples: int | None = None) -> Comparison:
+        """This prediction beside what happened.
+
+        Args:
+            measured: What `Pipeline.timeline(x, y)` gave. Its number of microbatches is taken for the prediction too.
+            samples: Samples per microbatch of the measured step, where they are not those of the sample: predicted
+                times are taken in proportion.
+
+        Raises:
+            TimelineError: The timeline is of another number of stages.
+        """
+        stages = {span.action.stage for span in measured.spans}
+        if stages != set(range(len(self.stages))):
+            raise TimelineError(
+                f"the prediction is for {len(self.stages)} stage(s), the measured timeline has the stages "
+                f"{sorted(stages)}; take the timeline of the pipeline that this prediction was made for"
+            )
+        count = 1 + max(span.action.microbatch for span in measured.spans)
+        ours = self.of(count, samples)
+        predicted, real = _busy(ours.timeline), _busy(measured)
+        rows = tuple(Row(name, predicted[i], real[i]) for i, name in enumerate(self.names))
+        step = Row("step", ours.step_time, measured.step_time)
+        return Comparison(rows, step, Row("bubble", ours.bubble, measured.bubble), ours.plan.headline(), ours.samples)
+
+    def to_json(self) -> str:
+        """The prediction as JSON."""
+        found = {
+            "plan": self.plan.headline(),
+            "samples": self.samples,
+            "step_time": self.step_time,
+            "bubble": self.bubble,
+            "stages": [
+                asdict(stage) | {"peak_memory": peak}
+                for stage, peak in zip(self.stages, self.peak_memory(), strict=True)
+            ],
+        }
+        return json.dumps(found, indent=2)
+
+    def table(self) -> Table:
+        """The prediction as a rich table."""
+        table = Table()
+        table.add_column("stage")
+        for name in ("forward ms", "backward ms", "transfer ms", "sent KiB", "parameters", "peak MiB"):
+            table.add_column(name, justify="right")
+        for stage, peak in zip(self.stages, self.peak_memory(), strict=True):
+            table.add_row(
+                stage.name,
+                _ms(stage.forward),
+                _ms(stage.backward),
+                _ms(stage.transfer),
+                f"{stage.sent / 1024:.1f}",
+                f"{stage.parameters:,}",
+                f"{peak / 2**20:.1f}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        return _text(
+            f"Predicted, {self.plan.headline()} of {self.samples} sample(s): step {_ms(self.step_time)} ms, "
+            f"bubble {self.bubble:.1%}",
+            self.table(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure, predicted and measured.
+
+    Attributes:
+        name: Of what.
+        predicted: Seconds, or a share.
+        measured: The same, as it happened.
+    """
+
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; NaN where nothing was predicted."""
+        return self.measured / self.predicted if self.predicted else math.nan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prediction beside a measurement.
+
+    Attributes:
+        rows: For each stage the seconds in which it is busy within a step.
+        step: The step's seconds.
+        bubble: The share of worker time in which nothing is done.
+        plan: What was run, in words.
+        samples: Samples per microbatch that were predicted for.
+    """
+
+    rows: tuple[Row, ...]
+    step: Row
+    bubble: Row
+    plan: str
+    samples: int
+
+    def to_json(self) -> str:
+        """The comparison as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def table(self) -> Table:
+        """The comparison as a rich table."""
+        table = Table()
+        table.add_column("busy in a step")
+        for name in ("predicted ms", "measured ms", "measured / predicted"):
+            table.add_column(name, justify="right")
+        for row in (*self.rows, self.step):
+            ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+            table.add_row(row.name, _ms(row.predicted), _ms(row.measured), ratio)
+        table.add_row(self.bubble.name, f"{self.bubble.predicted:.1%}", f"{self.bubble.measured:.1%}", "")
+        return table
+
+    def __str__(self) -> str:
+        return _text(f"Predicted and measured: {self.plan} of {self.samples} sample(s)", self.table())
+
+
+def predict(
+    costs: Costs,
+    stage_of: Sequence[int],
+    *,
+    schedule: str | Callable[..., Plan] = "1f1b",
+    microbatches: int = 8,
+    transfer: Transfer | None = None,
+    names: Sequence[str] = (),
+    slots: int = SLOTS,
+) -> Prediction:
+    """What a split should cost.
+
+    Args:
+        costs: What the calls cost.
+        stage_of: The stage of every call; `pipeline.costs.assignment` makes it of cuts.
+        schedule: As `Pipeline` takes it.
+        microbatches: Microbatches per step.
+        transfer: What messages take. Default: `Transfer()`.
+        names: The stages' names; default stage0, stage1 ...
+        slots: Values that the optimizer keeps beside each trainable one.
+
+    Raises:
+        TimelineError: There is not one stage for each call, a stage has none, or there is not one name a stage.
+    """
+    count = 1 + max(stage_of, default=-1)
+    if len(stage_of) != len(costs.calls) or set(stage_of) != set(range(count)):
+        raise TimelineError(
+            f"expected one stage for each of {len(costs.calls)} calls and no empty stage, received {list(stage_of)}"
+        )
+    titles = tuple(names) or tuple(f"stage{i}" for i in range(count))
+    if len(titles) != count:
+        raise TimelineError(f"expected one name for each of {count} stages, received {list(titles)}")
+    sent = _messages(costs, stage_of)
+    transfer = transfer or Transfer()
+    stages = []
+    for i, name in enumerate(titles):
+        calls = [call for call, stage in zip(costs.calls, stage_of, strict=True) if stage == i]
+        weights = {weight.key: weight for call in calls for weight in call.weights}.values()
+        sizes = [size for (source, _), each in sent.items() if source == i for size in each]
+        stages.append(
+            StagePrediction(
+                name=name,
+                forward=math.fsum(call.forward for call in calls),
+                backward=math.fsum(call.backward for call in calls),
+                transfer=transfer.seconds(sizes),
+                sent=math.fsum(sizes),
+                parameters=sum(weight.count for weight in weights),
+                memory=sum(weight.bytes * (2 + slots if weight.trainable else 1) for weight in weights),
+                activations=sum({name: size for call in calls for name, size in call.kept}.values()),
+            )
+        )
+    upstream = Wiring({i: sorted({a for a, b in sent if b == i}) for i in range(count)})
+    return Prediction(tuple(stages), costs.samples, microbatches, schedule, upstream)
+
+
+def _messages(costs: Costs, stage_of: Sequence[int]) -> dict[tuple[int, int], list[float]]:
+    """{(from, to): bytes of each message of one microbatch}: a tensor goes to every stage that reads it, once each."""
+    makers, found = costs.makers(), dict[tuple[int, int], list[float]]()
+    for tensor, positions in costs.readers().items():
+        if tensor in makers:
+            home = stage_of[makers[tensor]]
+            for target in dict.fromkeys(stage_of[position] for position in positions):
+                if target != home:
+                    found.setdefault((home, target), []).append(costs.tensors[tensor].bytes * costs.samples)
+    return found
+
+
+def _busy(timeline: Timeline) -> dict[int, float]:
+    """Seconds in which each stage does something."""
+    found: dict[int, list[float]] = {}
+    for span in timeline.spans:
+        found.setdefault(span.action.stage, []).append(span.duration)
+    return {stage: math.fsum(durations) for stage, durations in found.items()}
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}"
+
+
+def _text(headline: str, table: Table) -> str:
+    text = StringIO()
+    Console(file=text, width=120, color_system=None).print(table)
+    return f"{headline}\n{text.getvalue().rstrip()}"

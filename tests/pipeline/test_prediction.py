@@ -1,0 +1,167 @@
+"""Predictions: sums over the calls of a stage, the simulator's closed forms, and a table beside what was measured."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.costs import CallCost, Costs, TensorCost, Transfer, Weight, assignment
+from pipeline.errors import SplitError, TimelineError
+from pipeline.prediction import predict
+from pipeline.schedules import SCHEDULES
+from pipeline.timeline import Timeline
+from tests.strategies_costs import graphs_of_calls
+
+FREE = Transfer(0.0, 0.0)
+
+
+def chain(calls, forward=1.0, backward=2.0, size=10.0, samples=1):
+    made = tuple(
+        CallCost(f"c{i}", (i,), (i + 1,), forward, backward, (Weight(i, 5, 20),), ((f"k{i}", 100),))
+        for i in range(calls)
+    )
+    tensors = {i: TensorCost(f"t{i}", size) for i in range(calls + 1)}
+    return Costs(made, tensors, (0,), (calls,), samples)
+
+
+def slower(timeline, factor):
+    """The same step, as a clock that runs `factor` times as fast would show it."""
+    spans = [replace(span, start=span.start * factor, end=span.end * factor) for span in timeline.spans]
+    return Timeline(tuple(spans), timeline.workers, "measured")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_equal_stages_take_what_the_closed_form_says(schedule, stages):
+    prediction = predict(
+        chain(6), assignment(range(6 // stages, 6, 6 // stages), 6), schedule=schedule, microbatches=4, transfer=FREE
+    )
+    each = 3.0 * 6 / stages
+    assert prediction.step_time == pytest.approx((4 + stages - 1) * each)
+    assert prediction.bubble == pytest.approx((stages - 1) / (4 + stages - 1))
+
+
+@given(data=st.data())
+def test_stages_add_up_to_the_model(data):
+    costs = data.draw(graphs_of_calls())
+    calls = len(costs.calls)
+    cuts = sorted(data.draw(st.sets(st.integers(1, calls - 1)))) if calls > 1 else []
+    stage_of = assignment(cuts, calls)
+    prediction = predict(costs, stage_of, microbatches=2, transfer=Transfer(1.0, 0.5))
+    assert math.fsum(stage.forward for stage in prediction.stages) == pytest.approx(costs.forward)
+    assert math.fsum(stage.backward for stage in prediction.stages) == pytest.approx(costs.backward)
+    for stage, found in enumerate(prediction.stages):
+        inside = [call for call, home in zip(costs.calls, stage_of, strict=True) if home == stage]
+        made = {tensor for call in inside for tensor in call.makes}
+        readers = [
+            (tensor, home)
+            for call, home in zip(costs.calls, stage_of, strict=True)
+            for tensor in call.reads
+            if tensor in made and home != stage
+        ]
+        sizes = [costs.tensors[tensor].bytes * costs.samples for tensor, _ in set(readers)]
+        assert found.sent == pytest.approx(sum(sizes))
+        assert found.transfer == pytest.approx(len(sizes) + sum(sizes) / 2)
+
+
+def test_a_skip_connection_goes_to_every_stage_that_reads_it():
+    calls = (
+        CallCost("a", (0,), (1,), 1.0, 1.0),
+        CallCost("b", (1,), (2,), 1.0, 1.0),
+        CallCost("c", (2, 1), (3,), 1.0, 1.0),
+    )
+    costs = Costs(calls, {i: TensorCost(f"t{i}", 8.0) for i in range(4)}, (0,), (3,), samples=2)
+    prediction = predict(costs, (0, 1, 2), transfer=Transfer(1.0, 0.0))
+    assert [stage.sent for stage in prediction.stages] == [32.0, 16.0, 0.0]
+    assert [stage.transfer for stage in prediction.stages] == [2.0, 1.0, 0.0]
+    assert dict(prediction.wiring) == {0: (), 1: (0,), 2: (0, 1)}
+
+
+def test_stages_need_not_be_stretches_of_the_order():
+    prediction = predict(two_branches(), (0, 1, 0, 2), microbatches=2, transfer=FREE)
+    assert [stage.forward for stage in prediction.stages] == [2.0, 1.0, 1.0]
+    assert dict(prediction.wiring) == {0: (), 1: (), 2: (0, 1)}
+
+
+def two_branches():
+    calls = (
+        CallCost("a", (0,), (1,), 1.0, 1.0),
+        CallCost("b", (0,), (2,), 1.0, 1.0),
+        CallCost("c", (1,), (3,), 1.0, 1.0),
+        CallCost("d", (2, 3), (4,), 1.0, 1.0),
+    )
+    return Costs(calls, {i: TensorCost(f"t{i}", 8.0) for i in range(5)}, (0,), (4,))
+
+
+def test_memory_grows_with_the_microbatches_that_are_open():
+    prediction = predict(chain(4), (0, 0, 1, 1), microbatches=8, transfer=FREE)
+    fixed = 2 * 20 * 4  # variables, gradients, two slots
+    assert prediction.peak_memory() == (fixed + 2 * 200, fixed + 200)
+    gpipe = predict(chain(4), (0, 0, 1, 1), microbatches=8, transfer=FREE, schedule="gpipe")
+    assert gpipe.peak_memory() == (fixed + 8 * 200, fixed + 8 * 200)
+
+
+def test_a_measurement_stands_beside_the_prediction():
+    prediction = predict(chain(4), (0, 0, 0, 1), microbatches=4, transfer=FREE, names=("bottom", "top"))
+    found = prediction.beside(slower(prediction.timeline, 3.0))
+    assert [(row.name, row.predicted, row.measured) for row in found.rows] == [
+        ("bottom", pytest.approx(36.0), pytest.approx(108.0)),
+        ("top", pytest.approx(12.0), pytest.approx(36.0)),
+    ]
+    assert found.step.ratio == pytest.approx(3.0)
+    assert found.bubble.measured == pytest.approx(found.bubble.predicted)
+    text = str(found)
+    assert text.startswith("Predicted and measured: 1f1b: 2 stages, 4 microbatches of 1 sample(s)")
+    assert "bottom" in text and "108000.00" in text and "3.00" in text
+    assert json.loads(found.to_json())["rows"][1]["measured"] == pytest.approx(36.0)
+
+
+def test_the_measured_number_and_size_of_microbatches_count():
+    measured = predict(chain(2), (0, 1), microbatches=3, transfer=FREE).timeline
+    prediction = predict(chain(2, samples=4), (0, 1), microbatches=8, transfer=FREE)
+    assert prediction.beside(measured).step.ratio == pytest.approx(1.0)
+    assert prediction.beside(measured, samples=8).step.ratio == pytest.approx(0.5)
+
+
+def test_fused_stages_count_their_whole_time():
+    """A compiled last stage does its backward within the forward's box: busy seconds are the same."""
+    prediction = predict(chain(2), (0, 1), microbatches=1, transfer=FREE)
+    forward, fused, back, backward = prediction.timeline.spans
+    fused, back = replace(fused, end=back.end), replace(back, start=back.end)
+    found = prediction.beside(Timeline((forward, fused, back, backward)))
+    assert [row.ratio for row in found.rows] == [pytest.approx(1.0)] * 2
+
+
+def test_a_timeline_of_another_pipeline_is_refused():
+    prediction = predict(chain(3), (0, 1, 2), transfer=FREE)
+    with pytest.raises(TimelineError, match=r"is for 3 stage\(s\), the measured timeline has the stages \[0, 1\]"):
+        prediction.beside(predict(chain(3), (0, 1, 1), transfer=FREE).timeline)
+    with pytest.raises(TimelineError, match=r"has the stages \[\]"):
+        prediction.beside(Timeline(()))
+
+
+def test_the_prediction_as_text_and_json():
+    prediction = predict(chain(4), (0, 0, 0, 1), microbatches=4, transfer=FREE)
+    headline, _, _ = str(prediction).partition("\n")
+    assert headline == "Predicted, 1f1b: 2 stages, 4 microbatches of 1 sample(s): step 36000.00 ms, bubble 33.3%"
+    found = json.loads(prediction.to_json())
+    assert found["step_time"] == pytest.approx(36.0) and found["stages"][0]["parameters"] == 15
+
+
+@pytest.mark.parametrize("stage_of", [(0, 1), (0, 0, 2), (1, 1, 1), ()], ids=["short", "gap", "no first", "empty"])
+def test_an_impossible_assignment_is_refused(stage_of):
+    with pytest.raises(TimelineError, match="expected one stage for each of 3 calls and no empty stage"):
+        predict(chain(3), stage_of)
+    with pytest.raises(TimelineError, match="expected one name for each of 3 stages"):
+        predict(chain(3), (0, 1, 2), names=("a",))
+
+
+def test_cuts_become_an_assignment():
+    assert assignment((1, 3), 4) == (0, 1, 1, 2)
+    assert assignment((), 2) == (0, 0)
+    for cuts in [(0,), (2, 2), (3, 1), (4,)]:
+        with pytest.raises(SplitError, match="between 1 and 3, each once"):
+            assignment(cuts, 4)
