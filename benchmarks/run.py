@@ -1,7 +1,8 @@
 """Measure everything that benchmarks/README.md states, and write its table.
 
-    make bench                         # the peer too, after `make peer`
-    python benchmarks/run.py --write   # put the tables into benchmarks/README.md
+    make bench                                        # the peer too, after `make peer`
+    python benchmarks/run.py --write                  # put the tables into benchmarks/README.md
+    python benchmarks/run.py --only memory --quick    # see that one of them can be measured here
 
 Figures are medians; ratios are taken within one run, in which both sides alternate, so that a noisy machine disturbs
 them alike.
@@ -26,8 +27,8 @@ if str(ROOT) not in sys.path:
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks"]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+TABLES = ("steps", "stage", "start", "transport", "memory")
 SIZES = ((64, 32), (512, 64), (1024, 128))
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 
 def median(values: Sequence[float]) -> float:
@@ -197,32 +198,52 @@ def transport() -> str:
     return "```text\n" + run.stdout.strip() + "\n```"
 
 
+def memory(quick: bool, rounds: int) -> str:
+    """The peak memory of every worker beside the plan's bound, as benchmarks/memory.py measures it."""
+    from benchmarks import memory as peaks
+
+    return markdown(*peaks.table(peaks.QUICK if quick else peaks.FULL, rounds))
+
+
+def written(page: str, tables: dict[str, str]) -> str:
+    """The page with these tables between their markers, `<!-- name -->` and `<!-- end of name -->`."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"benchmarks/README.md has no place for the table {name!r}: {begin} ... {end}")
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return page
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, help="an interpreter with torch, for the peer (make peer)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a round (default 20)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default 3)")
-    parser.add_argument("--only", choices=("steps", "stage", "start", "transport"), help="one table")
+    parser.add_argument("--only", choices=TABLES, help="one table")
+    parser.add_argument("--quick", action="store_true", help="5 steps, one round, the smaller memory setting")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
     options = parser.parse_args()
-    if options.python is None:
-        print("the peer is not measured: no interpreter with torch was given (make peer, then make bench)\n")
-    tables: dict[str, Callable[[], str]] = {
-        "steps": lambda: step_times(options.python, options.steps, options.rounds),
+    steps, rounds = (5, 1) if options.quick else (options.steps, options.rounds)
+    ways: dict[str, Callable[[], str]] = {
+        "steps": lambda: step_times(options.python, steps, rounds),
         "stage": tiny_stage,
-        "start": lambda: start_up(options.rounds),
+        "start": lambda: start_up(rounds),
         "transport": transport,
+        "memory": lambda: memory(options.quick, rounds),
     }
-    chosen = [options.only] if options.only else list(tables)
-    text = []
+    chosen = [options.only] if options.only else list(ways)
+    if options.python is None and "steps" in chosen:
+        print("the peer is not measured: no interpreter with torch was given (make peer, then make bench)\n")
+    tables = {}
     for name in chosen:
-        text.append(tables[name]())
-        print(text[-1], end="\n\n", flush=True)
+        tables[name] = ways[name]()
+        print(tables[name], end="\n\n", flush=True)
     if options.write:
         page = ROOT / "benchmarks/README.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(text) + f"\n\n{END}{after}", encoding="utf-8")
+        page.write_text(written(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     return 0
 
 
