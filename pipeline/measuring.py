@@ -195,18 +195,18 @@ class _Run:
             times.append(_clock([*played[-1].outputs, *times[-1:]]))
         self.sources = {tensor: self._note(value) for tensor, value in tensors.items()}
         scope = tf.compat.v1.get_default_graph()
-        forward = {operation.name for operation in scope.get_operations()} - {seed.op.name}
         flowing: dict[int, Any] = {}
         results: list[Any] = []
-        reads: list[list[Any]] = []
+        operations: list[list[Any]] = []
         for call, part in zip(reversed(self.graph.calls), reversed(played), strict=True):
             begin = len(scope.get_operations())
             with tf.control_dependencies(times[-1:]):
                 found = self._backward(call, part, flowing, seed)
             times.append(_clock([*found, *times[-1:]]))
             results += found
-            reads.append([tensor for op in scope.get_operations()[begin:] for tensor in op.inputs])
-        self.kept = [self._kept(each, forward) for each in reversed(reads)]
+            operations.append(scope.get_operations()[begin:])
+        late = _after(seed.op)
+        self.kept = [self._kept(each, late) for each in reversed(operations)]
         used = [*results, *(output for part in played for output in part.outputs)]
         with tf.control_dependencies(times[-1:]):
             touched = [_touch(value) for value in used]
@@ -261,13 +261,15 @@ class _Run:
                 results.append(gradient + tf.cast(variable, gradient.dtype))  # as long as adding to the sum takes
         return results
 
-    def _kept(self, tensors: Sequence[Any], forward: set[str]) -> list[str]:
-        """Which tensors of the forward pass these are, by the memory that they are in."""
+    def _kept(self, operations: Sequence[Any], late: set[str]) -> list[str]:
+        """What a backward reads and does not compute, by the memory that it is in: rule 2 of `stages.graph_split`."""
         found = {}
-        for tensor in tensors:
-            while tensor.op.name in forward and tensor.op.type in _ALIASES:
+        for tensor in (tensor for operation in operations if operation.name in late for tensor in operation.inputs):
+            if tensor.op.name in late or tensor.dtype == tf.resource:
+                continue
+            while tensor.op.type in _ALIASES:
                 tensor = tensor.op.inputs[0]
-            if tensor.op.name in forward and tensor.op.type not in _FREE and tensor.dtype != tf.resource:
+            if tensor.op.type not in _FREE:
                 found[self._note(tensor)] = True
         return list(found)
 
@@ -292,6 +294,18 @@ class _Run:
 def _clock(after: Sequence[Any]) -> Any:
     with tf.control_dependencies([tensor for tensor in after if tensor is not None]):
         return tf.timestamp()
+
+
+def _after(operation: Any) -> set[str]:
+    """The names of this operation and all that depend on its values."""
+    found, stack = {operation.name}, [operation]
+    while stack:
+        for tensor in stack.pop().outputs:
+            for reader in tensor.consumers():
+                if reader.name not in found:
+                    found.add(reader.name)
+                    stack.append(reader)
+    return found
 
 
 def _touch(tensor: Any) -> Any:
