@@ -16,6 +16,7 @@ from pipeline.errors import DataError, SplitError
 from pipeline.graph import read_graph
 from pipeline.measuring import measure
 from pipeline.transfer import measure_transfer
+from stages.graph_split import Traced, split_functions
 
 layers = keras.layers
 
@@ -48,6 +49,44 @@ def test_sizes_of_a_chain_are_those_that_one_can_count():
     # a keeps its input (for dL/dkernel) and its output (for relu); b keeps that output, which is the same memory.
     assert kept(costs, "a") == 4 * (6 + 8) * 4
     assert [size for _, size in b.kept] == [4 * 8 * 4] and set(b.kept) < set(a.kept)
+
+
+def compiled_keeps(model, x):
+    """Bytes that a compiled stage keeps between forward and backward, by the cut of its traced graph."""
+
+    def joint(inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = model(inputs, training=True)
+        seed = tf.compat.v1.placeholder(outputs.dtype, outputs.shape)
+        sources = [variable.value for variable in model.trainable_variables]
+        return Traced([outputs], [seed], tape.gradient(outputs, sources, output_gradients=seed))
+
+    buffers = {}
+    for tensor in split_functions(joint, [tf.TensorSpec(x.shape, x.dtype)], lambda gradients: gradients).kept:
+        while tensor.op.type in ("Reshape", "Identity"):
+            tensor = tensor.op.inputs[0]
+        if tensor.op.type != "ReadVariableOp":
+            buffers[tensor.name] = tensor.shape.num_elements() * tensor.dtype.size
+    return sum(buffers.values())
+
+
+def test_calls_keep_together_what_a_compiled_stage_keeps():
+    model = stack(
+        layers.Conv2D(4, 3, activation="relu"),
+        layers.BatchNormalization(),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(20, "gelu"),
+        layers.Dropout(0.5),
+        layers.LayerNormalization(),
+        layers.Dense(3, "softmax"),
+        shape=(12, 12, 3),
+    )
+    x = np.ones((4, 12, 12, 3), "float32")
+    costs = costs_of(model, x)
+    found = sum({name: size for call in costs.calls for name, size in call.kept}.values())
+    assert found == pytest.approx(compiled_keeps(model, x), abs=32)  # scalars, such as a dropout's rate
 
 
 def test_half_precision_crosses_in_half_the_bytes():

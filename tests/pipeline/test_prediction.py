@@ -4,14 +4,21 @@ import json
 import math
 from dataclasses import replace
 
+import keras
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.balance import balanced_cuts
 from pipeline.costs import CallCost, Costs, TensorCost, Transfer, Weight, assignment
 from pipeline.errors import SplitError, TimelineError
+from pipeline.graph import read_graph
+from pipeline.measuring import measure
+from pipeline.pipeline import Pipeline
 from pipeline.prediction import predict
 from pipeline.schedules import SCHEDULES
+from pipeline.splitter import split_model
 from pipeline.timeline import Timeline
 from tests.strategies_costs import graphs_of_calls
 
@@ -117,6 +124,24 @@ def test_a_measurement_stands_beside_the_prediction():
     assert text.startswith("Predicted and measured: 1f1b: 2 stages, 4 microbatches of 1 sample(s)")
     assert "bottom" in text and "108000.00" in text and "3.00" in text
     assert json.loads(found.to_json())["rows"][1]["measured"] == pytest.approx(36.0)
+
+
+def test_a_running_pipeline_stands_beside_its_prediction():
+    keras.utils.set_random_seed(4)
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((16,)), *(dense(16, "relu", name=f"d{i}") for i in range(4)), dense(1)])
+    x = np.random.default_rng(4).normal(size=(12, 16)).astype("float32")
+    costs = measure(read_graph(model), x[:4], repeats=1)
+    cuts = balanced_cuts(costs, 2)
+    with Pipeline(split_model(model, cuts=cuts), microbatches=3, transport="inproc") as pipe:
+        pipe.compile(optimizer="sgd", loss="mean_squared_error")
+        prediction = predict(costs, assignment(cuts, 5), microbatches=3, names=pipe.names)
+        measured = pipe.timeline(x, x[:, :1], repeats=1)
+    found = prediction.beside(measured)
+    assert [row.name for row in found.rows] == list(pipe.names)
+    assert [row.measured for row in found.rows] == pytest.approx(measured.busy)
+    assert (found.step.predicted, found.step.measured) == (prediction.step_time, measured.step_time)
+    assert all(row.predicted > 0 for row in found.rows)
 
 
 def test_the_measured_number_and_size_of_microbatches_count():
