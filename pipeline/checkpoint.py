@@ -29,7 +29,7 @@ import numpy as np
 
 from pipeline.errors import CheckpointError
 from pipeline.merging import merge
-from pipeline.splitter import Split, split_model
+from pipeline.splitter import Cut, Split, split_model
 from pipeline.state import Slots, State
 from pipeline.wiring import wire
 from stages import snapshot
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
 FORMAT = "tapeline checkpoint"
-VERSION = 1
+VERSION = 2
+_ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "stages"}
 
 
 def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
@@ -83,7 +84,7 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "original": None if split is None else describe(split.model, "the model"),
-        "cuts": None if split is None else list(split.cuts),
+        "stage_of": None if split is None else list(split.stage_of),
         "segments": [
             {"recipe": None if split is not None else s.recipe(), "inputs": s.inputs, "outputs": s.outputs}
             for s in pipe.segments
@@ -94,12 +95,15 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
             "recompute": list(pipe.recompute),
         },
         "compile": None if compiled is None else compiled.recipe(),
+        "loss_scaling": None if compiled is None or compiled.loss_scaling is None else compiled.loss_scaling.state(),
+        "undecayed": [] if compiled is None else [_undecayed(pipe, i) for i in range(len(pipe.segments))],
+        "outputs": None if split is not None else [name for name, _ in pipe.wires.outputs],
         "stages": stages,
     }
 
 
 def load(
-    kind: type[Pipeline], path: Path, stages: int | None, at: Sequence[str] | None, options: Mapping[str, Any]
+    kind: type[Pipeline], path: Path, stages: int | None, at: Sequence[Cut] | None, options: Mapping[str, Any]
 ) -> Pipeline:
     """Make a pipeline from a checkpoint; see `Pipeline.load`."""
     manifest = _read_manifest(path)
@@ -113,19 +117,45 @@ def load(
             {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
         ),
     )
+    undecayed = _variables(parts, manifest["undecayed"])
     if stages is not None or at is not None:
         saved.pop("recompute")  # it was one value per stage
-        parts, state = _recut(parts, state, stages, at)
+        if isinstance((manifest["compile"] or {}).get("optimizer", {}).get("dict"), dict):
+            raise CheckpointError(
+                "each stage has an optimizer of its own; such a checkpoint loads with its own cuts only"
+            )
+        parts, state, undecayed = _recut(parts, state, stages, at, undecayed)
+    if not isinstance(parts, Split):
+        saved["outputs"] = manifest["outputs"]
     pipe = kind(parts, **{**saved, **options})
-    pipe._begin_from(state, manifest["compile"])
+    training = {"compile": manifest["compile"], "loss_scaling": manifest["loss_scaling"], "undecayed": undecayed}
+    pipe._begin_from(state, training)
     return pipe
 
 
+def _undecayed(pipe: Pipeline, stage: int) -> list[int]:
+    """Places of a stage's variables that its optimizer was told, as objects, to leave undecayed."""
+    model, compiled = pipe.segments[stage].model, pipe._compiled
+    return [] if model is None or compiled is None else compiled.undecayed(stage, model.trainable_variables)
+
+
+def _variables(parts: Split | list[Segment], places: Sequence[Sequence[int]]) -> list[Any]:
+    """The variable objects at these places of each stage."""
+    segments = parts.segments if isinstance(parts, Split) else parts
+    return [segment.model.trainable_variables[k] for segment, some in zip(segments, places, strict=False) for k in some]
+
+
 def _recut(
-    parts: Split | list[Segment], state: State, stages: int | None, at: Sequence[str] | None
-) -> tuple[Split, State]:
-    """The whole model with the saved values, cut elsewhere."""
+    parts: Split | list[Segment],
+    state: State,
+    stages: int | None,
+    at: Sequence[Cut] | None,
+    undecayed: Sequence[Any],
+) -> tuple[Split, State, list[Any]]:
+    """The whole model with the saved values, cut elsewhere; the variables to leave undecayed, as they are there."""
     assert state.slots is not None
+    segments = parts.segments if isinstance(parts, Split) else parts
+    parts_before = [[] if segment.model is None else segment.model.trainable_variables for segment in segments]
     if isinstance(parts, Split):
         model, old = parts.model, [segment.model.trainable_variables for segment in parts.segments]
         for i, segment in enumerate(parts.segments):
@@ -136,13 +166,15 @@ def _recut(
     split = split_model(model, stages, at)
     new = [segment.model for segment in split.segments]
     values = {i: snapshot.read(part.variables) for i, part in enumerate(new)}
-    return split, State(values, state.slots.moved(old, [part.trainable_variables for part in new]))
+    twins = {id(a): b for before, after in zip(parts_before, old, strict=True) for a, b in zip(before, after)}  # noqa: B905
+    moved = state.slots.moved(old, [part.trainable_variables for part in new])
+    return split, State(values, moved), [twins[id(variable)] for variable in undecayed]
 
 
 def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
     """The segments as they were saved."""
     if manifest["original"] is not None:
-        return split_model(create(manifest["original"]), cuts=manifest["cuts"])
+        return split_model(create(manifest["original"]), stage_of=manifest["stage_of"])
     found = []
     for entry, stage in zip(manifest["segments"], manifest["stages"], strict=True):
         names = {"inputs": tuple(entry["inputs"]), "outputs": tuple(entry["outputs"]), "name": stage["name"]}
@@ -213,7 +245,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of version {VERSION}: it says {said.get('format')!r} version "
             f"{said.get('version')!r}"
         )
-    missing = {"original", "cuts", "segments", "options", "compile", "stages"} - set(said)
+    missing = _ENTRIES - set(said)
     if missing:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged: it lacks {', '.join(sorted(missing))}")
     return said

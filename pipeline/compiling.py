@@ -1,13 +1,13 @@
 """What `compile` was given, checked and described for the workers.
 
-The optimizer object stays here, so that callbacks can read and set its learning rate; each stage gets one like it. A
-norm over all variables cannot be taken by a stage alone, so clipping by global norm is decided here.
+The optimizer objects stay here, so that callbacks can read and set their learning rates; each stage gets one like its
+own. What no stage can decide alone is decided here: clipping by a norm over all variables, and loss scaling.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,10 @@ import keras
 import numpy as np
 
 from pipeline.errors import CompileError
+from pipeline.loss_scaling import LossScaling
+from pipeline.objective import objectives
 from pipeline.schedules import gpipe
+from stages.hosted import HeadSpec
 from stages.loss import Head
 from stages.recipes import describe
 
@@ -23,45 +26,135 @@ from stages.recipes import describe
 class Compiled:
     """The arguments of `Pipeline.compile`, resolved.
 
+    Args:
+        optimizer: For all stages; or a dict by stage names, or a list in their order.
+        loss: As `Pipeline.compile` takes it, like the other arguments.
+        outputs: (tensor name, label) of the pipeline's outputs.
+        stages: The stages' names.
+        mixed_float16: Whether the model's dtype policy is `mixed_float16`, for which Keras scales the loss.
+
     Raises:
-        CompileError: A name that Keras does not know, or an optimizer that a pipeline cannot use.
+        CompileError: A name that Keras does not know, or something that does not fit the outputs or stages.
         RecipeError: Something that a worker cannot import.
     """
 
-    def __init__(self, optimizer: Any, loss: Any, metrics: Any, weighted_metrics: Any, run_eagerly: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        loss: Any,
+        metrics: Any,
+        weighted_metrics: Any,
+        run_eagerly: bool,
+        *,
+        loss_weights: Any = None,
+        outputs: Sequence[tuple[str, str]] = (("y", "y"),),
+        stages: Sequence[str] = (),
+        mixed_float16: bool = False,
+    ) -> None:
         self.run_eagerly = run_eagerly
-        self.optimizer = _optimizer(optimizer)
-        self._check_names(loss, metrics, weighted_metrics)
-        self._given = (optimizer, loss, metrics, weighted_metrics)
-        recipe = Head.recipe(loss, metrics, weighted_metrics)
-        self.head = Head.from_recipe(recipe)
-        self.has_loss = loss is not None
-        self.head_recipe = recipe if self.has_loss else None
-        self.has_metrics = self.head.has_metrics
-        config = {} if self.optimizer is None else self.optimizer.get_config()
-        self.global_clipnorm: float | None = config.get("global_clipnorm")
-        self.constant_rate = not isinstance(config.get("learning_rate"), dict)
-        self.optimizer_recipe = self._recipe()
+        self.optimizers = tuple(_scaled(_optimizer(one), mixed_float16) for one in _per_stage(optimizer, stages))
+        self.one_optimizer = not isinstance(optimizer, Mapping | list | tuple)
+        self._given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
+        self._loss_weights, self._stages = loss_weights, tuple(stages)
+        labels = [label for _, label in outputs]
+        self.objectives = objectives(labels, loss, loss_weights, metrics, weighted_metrics)
+        for one in self.objectives:
+            self._check_names(one.loss, one.metrics, one.weighted_metrics)
+        self.has_loss = any(one.loss is not None for one in self.objectives)
+        self.specs = self._head_specs(outputs) if self.has_loss else ()
+        self.heads = {
+            spec.label: Head.from_recipe(spec.recipe, label=spec.label if spec.named else None) for spec in self.specs
+        }
+        self.has_metrics = any(head.has_metrics for head in self.heads.values())
+        self._constant_rates = [_constant_rate(optimizer) for optimizer in self.optimizers]
+        self.loss_scaling = self._only(LossScaling.of, "loss scaling")
+        self.global_clipnorm: float | None = self._only(_global_clipnorm, "global_clipnorm")
+
+    @property
+    def optimizer(self) -> Any:
+        """The first stage's optimizer object: with one for all stages, the user's."""
+        return self.optimizers[0]
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The labels of the outputs that need targets."""
+        return tuple(self.heads)
+
+    @property
+    def loss_labels(self) -> tuple[str, ...]:
+        """The labels of outputs whose losses are logged one by one: all with a loss, where there are several."""
+        found = tuple(one.label for one in self.objectives if one.loss is not None)
+        return found if len(found) > 1 else ()
 
     def recipe(self) -> dict[str, Any]:
         """The arguments of `compile` as plain data."""
-        names = ("loss", "metrics", "weighted_metrics")
-        described = {name: describe(thing, name) for name, thing in zip(names, self._given[1:], strict=True)}
-        return {"optimizer": describe(self.optimizer, "the optimizer"), **described, "run_eagerly": self.run_eagerly}
+        described = {name: describe(thing, name) for name, thing in self._given.items()}
+        if self.one_optimizer:
+            optimizer = describe(self.optimizer, "the optimizer")
+        else:
+            pairs = zip(self._stages, self.optimizers, strict=True)
+            optimizer = describe(dict(pairs), "the optimizers")
+        weights = describe(self._loss_weights, "loss_weights")
+        return {"optimizer": optimizer, **described, "loss_weights": weights, "run_eagerly": self.run_eagerly}
 
-    def _recipe(self) -> Any:
-        if self.optimizer is None:
+    def optimizer_recipe(self, stage: int) -> Any:
+        """What a stage's own optimizer is made from."""
+        optimizer = self.optimizers[stage if len(self.optimizers) > 1 else 0]
+        if optimizer is None:
             return None
-        recipe = describe(self.optimizer, "the optimizer")
+        recipe = describe(_inner(optimizer), "the optimizer")
         config = recipe["keras"]["config"]
         config["global_clipnorm"] = None  # decided over all stages together
         config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
         return recipe
 
+    def undecayed(self, stage: int, variables: Sequence[Any]) -> list[int]:
+        """Which variable objects, by place, the user's optimizer leaves out of weight decay in a stage."""
+        optimizer = _inner(self.optimizers[stage if len(self.optimizers) > 1 else 0])
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
+        return [i for i, variable in enumerate(variables) if excluded and optimizer._var_key(variable) in excluded]
+
+    def check_undecayed(self, variables: Sequence[Sequence[Any]]) -> None:
+        """Refuse an optimizer that leaves out variable objects which are in no stage.
+
+        Args:
+            variables: For each stage its trainable variables, as far as they are known here.
+        """
+        for stage, optimizer in enumerate(self.optimizers):
+            inner = _inner(optimizer)
+            wanted = set(getattr(inner, "_exclude_from_weight_decay", None) or ())
+            parts = variables if len(self.optimizers) == 1 else variables[stage : stage + 1]
+            found = {inner._var_key(variable) for part in parts for variable in part} if wanted else set()
+            if wanted - found:
+                raise CompileError(
+                    f"the optimizer excludes {len(wanted - found)} variable object(s) from weight decay that are no "
+                    "trainable variable of these stages; exclude those of the model that was split, or by name: "
+                    "optimizer.exclude_from_weight_decay(var_names=['bias'])"
+                )
+
+    def _head_specs(self, outputs: Sequence[tuple[str, str]]) -> tuple[HeadSpec, ...]:
+        return tuple(
+            HeadSpec(
+                name,
+                one.label,
+                Head.recipe(one.loss, one.metrics, one.weighted_metrics),
+                one.weight,
+                order,
+                named=len(outputs) > 1,
+            )
+            for order, ((name, _), one) in enumerate(zip(outputs, self.objectives, strict=True))
+            if one.loss is not None or one.metrics or one.weighted_metrics
+        )
+
+    def _only(self, find: Any, what: str) -> Any:
+        """What the optimizers say of something that is decided over all stages, so that all must say the same."""
+        found = [find(optimizer) for optimizer in self.optimizers]
+        if len(found) > 1 and any(one is not None for one in found):
+            raise CompileError(f"{what} is decided over all stages together; it needs one optimizer for all of them")
+        return found[0]
+
     @staticmethod
     def _check_names(loss: Any, metrics: Any, weighted_metrics: Any) -> None:
-        if isinstance(loss, dict | list | tuple):
-            raise CompileError("a pipeline has one output and one loss; received several losses")
         if isinstance(loss, str):
             _known(loss, keras.losses, "loss")
         for given in (metrics, weighted_metrics):
@@ -69,24 +162,42 @@ class Compiled:
                 if isinstance(metric, str) and metric not in ("accuracy", "acc"):
                     _known(metric, keras.metrics, "metric")
 
-    def learning_rate(self) -> float | None:
-        """The rate for the next update; None where a schedule in the optimizer decides."""
-        return float(self.optimizer.learning_rate) if self.constant_rate else None
+    def learning_rates(self, stages: int) -> dict[int, float]:
+        """Every stage's rate for the next update, but where a schedule in its optimizer decides."""
+        pairs = list(zip(self.optimizers, self._constant_rates, strict=True))
+        each = pairs if len(pairs) > 1 else pairs * stages
+        return {i: float(one.learning_rate) for i, (one, constant) in enumerate(each) if constant}
+
+    @property
+    def constant_rate(self) -> bool:
+        """Whether the (first) optimizer's rate is a number, not a schedule."""
+        return self._constant_rates[0]
+
+    @cached_property
+    def _iterations(self) -> list[Any]:
+        """The optimizers' counts of all updates; `optimizer.iterations` counts accumulated ones only."""
+        return [
+            next(variable for variable in _inner(optimizer).variables if variable.name == "iteration")
+            for optimizer in self.optimizers
+        ]
+
+    def build_optimizers(self) -> None:
+        """Make their counts; the other variables are the workers'."""
+        for optimizer in self.optimizers:
+            if optimizer is not None and not optimizer.built:
+                optimizer.build([])
 
     def count_update(self) -> None:
-        """Let the optimizer of the user's process know that the workers' made one more update."""
-        self._iteration.value.assign_add(1)
+        """Let the optimizers of the user's process know that the workers' made one more update."""
+        for iteration in self._iterations:
+            iteration.value.assign_add(1)
 
     def go_on_from(self, shared: Mapping[str, Any], rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
-        self._iteration.assign(shared["iterations"])
+        for iteration in self._iterations:
+            iteration.assign(shared["iterations"])
         if rate and self.constant_rate:
             self.optimizer.learning_rate = float(shared["learning_rate"])
-
-    @cached_property
-    def _iteration(self) -> Any:
-        """The count of all updates; `optimizer.iterations` counts accumulated ones only."""
-        return next(variable for variable in self.optimizer.variables if variable.name == "iteration")
 
     def needs_optimizer(self) -> None:
         """Refuse to train without one."""
@@ -98,6 +209,8 @@ class Compiled:
         if self.global_clipnorm is None or squared_norm is None:
             return None
         norm = np.sqrt(np.float32(squared_norm))
+        if self.loss_scaling is not None:
+            norm = norm / np.float32(self.loss_scaling.scale)
         clip = np.float32(self.global_clipnorm)
         if not norm:
             return 1.0
@@ -105,19 +218,18 @@ class Compiled:
 
     def check_schedule(self, schedule: Any, microbatches: int) -> None:
         """Refuse a loss over the whole batch under a schedule that goes backward before all forwards are done."""
-        if not self.head.couples_samples or microbatches == 1 or schedule in ("gpipe", gpipe):
+        coupling = [head.loss for head in self.heads.values() if head.couples_samples]
+        if not coupling or microbatches == 1 or schedule in ("gpipe", gpipe):
             return
         raise CompileError(
-            f"the loss {_name_of(self.head.loss)} couples the samples of a batch, so its gradient exists only when the "
+            f"the loss {_name_of(coupling[0])} couples the samples of a batch, so its gradient exists only when the "
             f"whole batch went forward; the schedule {schedule!r} goes backward earlier. "
             "Use Pipeline(..., schedule='gpipe')"
         )
 
 
-def refuse_options(*, loss_weights: Any, steps_per_execution: int, jit_compile: bool | str) -> None:
+def refuse_options(*, steps_per_execution: int, jit_compile: bool | str) -> None:
     """Refuse what `keras.Model.compile` takes and a pipeline cannot do, before it is silently something else."""
-    if loss_weights is not None:
-        raise CompileError("loss_weights weigh several losses against each other; a pipeline has one loss")
     if steps_per_execution != 1:
         raise CompileError(
             f"steps_per_execution must be 1, received {steps_per_execution}: a pipeline's step is several processes' "
@@ -130,6 +242,26 @@ def refuse_options(*, loss_weights: Any, steps_per_execution: int, jit_compile: 
         )
 
 
+def _per_stage(optimizer: Any, stages: Sequence[str]) -> list[Any]:
+    """One optimizer for all stages, or one for each in their order."""
+    if isinstance(optimizer, Mapping):
+        if set(optimizer) != set(stages):
+            raise CompileError(
+                f"optimizers by stage must name every stage ({', '.join(map(repr, stages))}), received "
+                f"{', '.join(map(repr, optimizer))}"
+            )
+        return [optimizer[name] for name in stages]
+    if isinstance(optimizer, list | tuple):
+        if len(optimizer) != len(stages):
+            raise CompileError(f"give one optimizer for all stages or one for each of {len(stages)}, in their order")
+        if len({id(one) for one in optimizer if not isinstance(one, str)}) != sum(
+            not isinstance(one, str) for one in optimizer
+        ):
+            raise CompileError("each stage needs an optimizer object of its own; the same object is there twice")
+        return list(optimizer)
+    return [optimizer]
+
+
 def _optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, str):
         _known(optimizer, keras.optimizers, "optimizer")
@@ -137,17 +269,33 @@ def _optimizer(optimizer: Any) -> Any:
         found = keras.optimizers.get(optimizer)
     except (ValueError, TypeError) as error:
         raise CompileError(f"unknown optimizer: {error}") from error
-    if getattr(found, "gradient_accumulation_steps", None) and getattr(found, "global_clipnorm", None):
+    inner = _inner(found)
+    if getattr(inner, "gradient_accumulation_steps", None) and getattr(inner, "global_clipnorm", None):
         raise CompileError(
             "global_clipnorm with gradient_accumulation_steps would clip the gradients of every step here, where Keras "
             "clips their mean; use more microbatches in place of gradient_accumulation_steps, or clipnorm"
         )
-    if isinstance(found, keras.optimizers.LossScaleOptimizer):
-        raise CompileError(
-            "LossScaleOptimizer decides on a stage's gradients alone, so stages could disagree on skipping an update; "
-            "use the inner optimizer, with bfloat16 where memory matters"
-        )
     return found
+
+
+def _scaled(optimizer: Any, mixed_float16: bool) -> Any:
+    """The optimizer with loss scaling where Keras would add it."""
+    if not mixed_float16 or optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that updates, without loss scaling around it."""
+    return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
+
+
+def _global_clipnorm(optimizer: Any) -> float | None:
+    return None if optimizer is None else _inner(optimizer).get_config().get("global_clipnorm")
+
+
+def _constant_rate(optimizer: Any) -> bool:
+    return optimizer is not None and not isinstance(_inner(optimizer).get_config().get("learning_rate"), dict)
 
 
 _SHORT_NAMES = {

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.driver import Batch
 from pipeline.errors import DataError
 from pipeline.microbatch import microbatch_sizes
+from pipeline.objective import by_label
 from stages.tensors import compatible, flatten
 
 InputSpec = tuple[str, tuple[int | None, ...]]
@@ -27,28 +28,29 @@ def make_batch(
     *,
     inputs: Mapping[str, InputSpec | None],
     microbatches: int,
-    needs_target: bool,
+    labels: Sequence[str] = (),
+    judged: Sequence[str] = (),
 ) -> Batch:
     """One batch, converted, checked and cut.
 
     Args:
         x: Array or tensor (n, ...), or a list or dict of them in the order of the pipeline's inputs.
-        y: Targets (n, ...), or None where the mode needs none.
-        sample_weight: (n,) or the shape of the loss's elements, or None.
+        y: Targets (n, ...), for several outputs a list in their order or a dict by their names; None where the mode
+            needs none.
+        sample_weight: (n,) or the shape of the loss's elements, or None; one array for all outputs, or as `y`.
         inputs: The pipeline's inputs by name, with what they take, where that is known.
         microbatches: How many are wanted.
-        needs_target: Whether there is a loss to compute.
+        labels: What the outputs are called.
+        judged: Those that have a loss to compute; empty where the mode needs none.
 
     Raises:
         DataError: Everything that does not fit.
     """
     arrays = _inputs(x, inputs)
     size = next(iter(arrays.values())).shape[0]
-    target = weight = None
-    if needs_target:
-        target = _target(y, size)
-        weight = _weight(sample_weight, size)
-    return Batch(arrays, target, weight, microbatch_sizes(size, microbatches))
+    targets = _targets(y, size, labels, judged) if judged else {}
+    weights = _weights(sample_weight, size, labels, judged) if judged else {}
+    return Batch(arrays, targets, weights, microbatch_sizes(size, microbatches))
 
 
 def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray[Any, Any]:
@@ -127,28 +129,64 @@ def _input(leaf: Any, name: str, spec: InputSpec | None) -> np.ndarray[Any, Any]
     return array if array.dtype.name == dtype else array.astype(dtype)
 
 
-def _target(y: Any, size: int) -> np.ndarray[Any, Any]:
+def _targets(y: Any, size: int, labels: Sequence[str], judged: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
     if y is None:
         raise DataError("y is missing: the loss compares predictions with targets")
-    leaves = flatten(y) if isinstance(y, Mapping) else [y]
-    if len(leaves) != 1:
-        raise DataError(f"y must be one array of targets, received {len(leaves)}")
-    array = to_numpy(leaves[0], "y")
+    if len(labels) == 1 and isinstance(y, Mapping) and len(y) == 1:
+        y = next(iter(y.values()))
+    given = by_label(y, labels, judged)
+    if given is None:
+        raise DataError(_does_not_fit("y", y, labels, judged))
+    return {label: _target(given[label], size, "y" if len(labels) == 1 else f"y ({label!r})") for label in judged}
+
+
+def _weights(weight: Any, size: int, labels: Sequence[str], judged: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    if weight is None:
+        return {}
+    if not isinstance(weight, list | tuple | Mapping):
+        return dict.fromkeys(judged, _weight(weight, size, "sample_weight"))
+    if isinstance(weight, Mapping):
+        unknown = set(weight) - set(labels)
+        given = None if unknown else dict(weight)
+    else:
+        given = by_label(weight, labels, judged)
+        if given is None and len(labels) == 1:
+            given = {judged[0]: weight}
+    if given is None:
+        raise DataError(_does_not_fit("sample_weight", weight, labels, judged))
+    some = {label: given[label] for label in judged if given.get(label) is not None}
+    return {label: _weight(one, size, f"sample_weight ({label!r})") for label, one in some.items()}
+
+
+def _does_not_fit(what: str, given: Any, labels: Sequence[str], judged: Sequence[str]) -> str:
+    if len(labels) == 1:
+        return f"{what} must be one array of targets, received {len(given)}"
+    received = f"the keys {sorted(given)}" if isinstance(given, Mapping) else type(given).__name__
+    if isinstance(given, list | tuple):
+        received = f"{len(given)} entries"
+    quoted = ", ".join(map(repr, labels))
+    losses = "" if len(judged) == len(labels) else f" ({', '.join(map(repr, judged))} have a loss)"
+    return (
+        f"the pipeline has {len(labels)} outputs, {quoted}{losses}; {what} must be a list in this "
+        f"order or a dict by these names, received {received}"
+    )
+
+
+def _target(y: Any, size: int, what: str) -> np.ndarray[Any, Any]:
+    array = to_numpy(y, what)
     if array.ndim == 0 or array.shape[0] != size:
         raise DataError(
-            f"y must have one target per sample: expected {size}, received "
+            f"{what} must have one target per sample: expected {size}, received "
             f"{array.shape[0] if array.ndim else 'a scalar'}"
         )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
 
-def _weight(sample_weight: Any, size: int) -> np.ndarray[Any, Any] | None:
-    if sample_weight is None:
-        return None
-    array = to_numpy(sample_weight, "sample_weight")
+def _weight(sample_weight: Any, size: int, what: str) -> np.ndarray[Any, Any]:
+    array = to_numpy(sample_weight, what)
     if array.ndim == 0 or array.shape[0] != size:
         raise DataError(
-            f"sample_weight must have one weight per sample: expected {size}, received "
+            f"{what} must have one weight per sample: expected {size}, received "
             f"{array.shape[0] if array.ndim else 'a scalar'}"
         )
     return array.astype(keras.config.floatx())

@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,14 +37,14 @@ class Batch:
 
     Attributes:
         inputs: {input name: array (n, ...)}.
-        target: Array (n, ...), or None.
-        sample_weight: Array, or None.
+        targets: {output label: array (n, ...)}.
+        sample_weights: {output label: array}, of those that have any.
         sizes: Samples per microbatch; they sum to n.
     """
 
     inputs: Mapping[str, np.ndarray[Any, Any]]
-    target: np.ndarray[Any, Any] | None
-    sample_weight: np.ndarray[Any, Any] | None
+    targets: Mapping[str, np.ndarray[Any, Any]]
+    sample_weights: Mapping[str, np.ndarray[Any, Any]]
     sizes: tuple[int, ...]
 
 
@@ -52,18 +53,22 @@ class StepResult:
     """What a step gave.
 
     Attributes:
-        loss: The batch's loss, own losses of all stages included; None in prediction.
+        loss: The batch's loss: that of every output by its loss weight, and own losses; None in prediction.
+        losses: {output label: its loss, unweighted}.
         metrics: The metrics so far.
         outputs: In prediction: {tensor name: array (n, ...)}.
         spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
         squared_norm: Sum of squares of all gradients of all stages, where it was asked for.
+        finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
     """
 
     loss: float | None
+    losses: dict[str, float]
     metrics: dict[str, float]
     outputs: dict[str, np.ndarray[Any, Any]]
     spans: list[list[tuple[float, float]]]
     squared_norm: float | None = None
+    finite: bool = True
 
 
 class Driver:
@@ -123,8 +128,10 @@ class Driver:
         self._tell_all("build")
         self._replies(connected)
         self._crew.all_connected()
-        for answer in self._replies(self._number):
-            self.descriptions |= {int(index): description for index, description in answer.items()}
+        for worker in range(len(self.placement)):
+            text = self._crew.wait(Key("reply", self._number, DRIVER, self._crew.place(worker))).array
+            assert text is not None
+            self.descriptions |= {int(index): found for index, found in json.loads(text.tobytes()).items()}
         described = self.descriptions.values()
         if any(d["masks"] for d in described):
             self._settle_masks()
@@ -155,9 +162,19 @@ class Driver:
         for spec in self.placement[worker]:
             found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
             found |= {source for _, source in spec.inputs if source != DRIVER}
+            found |= {stage for tie in spec.ties for stage in tie["stages"] if stage != spec.index}
         return {str(stage) for stage in found}
 
-    def run(self, plan: Plan, mode: str, batch: Batch, trace: bool = False, norms: bool = False) -> StepResult:
+    def run(
+        self,
+        plan: Plan,
+        mode: str,
+        batch: Batch,
+        *,
+        trace: bool = False,
+        norms: bool = False,
+        loss_scale: float | None = None,
+    ) -> StepResult:
         """One step up to, not including, its update.
 
         Args:
@@ -166,21 +183,31 @@ class Driver:
             batch: The data.
             trace: Whether to return when each action began and ended.
             norms: Whether to return the squared norm of all gradients.
+            loss_scale: Factor on the loss while it is differentiated; then `finite` is returned too.
         """
         with self._crew.ending_on_failure(), deferred_interrupts():
             if self._masks_count and mode in _WITH_LOSS:
                 self._masks_count = self._masked(batch)
-            answers = self._step_of(plan, mode, batch, trace, norms)
+            answers = self._step_of(plan, mode, batch, trace, norms, loss_scale)
+            losses, total = self._losses(answers)
             return StepResult(
-                loss=self._loss(answers) if mode != "predict" else None,
+                loss=total if mode != "predict" else None,
+                losses=losses,
                 metrics={name: v for answer in answers for name, v in answer.get("metrics", {}).items()},
                 outputs=self._outputs(batch) if mode == "predict" else {},
                 spans=[[(a, b) for a, b in answer.get("spans", ())] for answer in answers],
                 squared_norm=sum(answer["squared_norm"] for answer in answers) if norms else None,
+                finite=all(answer.get("finite", True) for answer in answers),
             )
 
     def _step_of(
-        self, plan: Plan, mode: str, batch: Batch, trace: bool = False, norms: bool = False
+        self,
+        plan: Plan,
+        mode: str,
+        batch: Batch,
+        trace: bool = False,
+        norms: bool = False,
+        loss_scale: float | None = None,
     ) -> list[dict[str, Any]]:
         """Order a step, feed it, and return the workers' answers."""
         identity = self._announce(plan)
@@ -190,9 +217,11 @@ class Driver:
             "step": self._step,
             "mode": mode,
             "sizes": list(batch.sizes),
-            "sample_weight": batch.sample_weight is not None,
+            "sample_weights": list(batch.sample_weights),
             "trace": trace,
             "norms": norms,
+            "finite": loss_scale is not None,
+            "loss_scale": 1.0 if loss_scale is None else loss_scale,
         }
         self._tell_all("step", lambda _: value)
         self._feed(mode, batch)
@@ -207,10 +236,20 @@ class Driver:
         answers = self._step_of(plan, "masks", batch)
         return any(answer["masked"] for answer in answers)
 
-    def apply(self, learning_rate: float | None = None, scale: float | None = None) -> None:
-        """Let every stage update its variables from the step just run. Returns at once; order is kept."""
+    def apply(
+        self, learning_rates: Mapping[int, float], scale: float | None = None, divisor: float | None = None
+    ) -> None:
+        """Let every stage update its variables from the step just run. Returns at once; order is kept.
+
+        Args:
+            learning_rates: {stage: rate}; stages that are not there keep theirs.
+            scale: Factor on all gradients, for clipping by a global norm.
+            divisor: What they are divided by first, for loss scaling.
+        """
+        rates = {str(stage): rate for stage, rate in learning_rates.items()}
+        value = {"step": self._step, "learning_rates": rates, "scale": scale, "divisor": divisor}
         with self._crew.ending_on_failure():
-            self._tell_all("apply", lambda _: {"step": self._step, "learning_rate": learning_rate, "scale": scale})
+            self._tell_all("apply", lambda _: value)
 
     def discard(self) -> None:
         """Forget the gradients of the step just run."""
@@ -281,11 +320,11 @@ class Driver:
                 for name, source in spec.inputs:
                     if source == DRIVER:
                         self._send_data(worker, spec.index, "activation", name, batch.inputs[name])
-                if spec.head is not None and mode in _WITH_LOSS:
-                    assert batch.target is not None
-                    self._send_data(worker, spec.index, "target", "", batch.target)
-                    if batch.sample_weight is not None:
-                        self._send_data(worker, spec.index, "sample_weight", "", batch.sample_weight)
+                for head in spec.heads if mode in _WITH_LOSS else ():
+                    label = head["label"]
+                    self._send_data(worker, spec.index, "target", label, batch.targets[label])
+                    if label in batch.sample_weights:
+                        self._send_data(worker, spec.index, "sample_weight", label, batch.sample_weights[label])
 
     def _send_data(self, worker: int, stage: int, kind: str, name: str, array: np.ndarray[Any, Any]) -> None:
         self._crew.send(worker, Message(kind, self.incarnation, self._step, stage, DRIVER, name, array=array))
@@ -293,22 +332,30 @@ class Driver:
     def _outputs(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
         found = {}
         for spec in self.specs.values():
-            for name, consumers in spec.outputs:
-                if not consumers:
-                    keys = [Key("output", self._step, DRIVER, spec.index, name, k) for k in range(len(batch.sizes))]
-                    parts = [self._crew.wait(key).array for key in keys]
-                    found[name] = np.concatenate([part for part in parts if part is not None])
+            for name in dict.fromkeys(spec.finals):
+                keys = [Key("output", self._step, DRIVER, spec.index, name, k) for k in range(len(batch.sizes))]
+                parts = [self._crew.wait(key).array for key in keys]
+                found[name] = np.concatenate([part for part in parts if part is not None])
         return found
 
-    def _loss(self, answers: Sequence[Mapping[str, Any]]) -> float:
-        """The objective plus every stage's own losses, summed in the order of the stages."""
-        losses = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
-        objectives = [losses[i][0] for i in sorted(losses) if losses[i][0] is not None]
-        own = [losses[i][1] for i in sorted(losses) if losses[i][1] is not None]
+    def _losses(self, answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], float]:
+        """Every output's loss, and the objective: these by their weights, then every stage's own losses, in order."""
+        by_stage = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
+        specs = self.specs
+        found = [
+            (head["order"], head["label"], value, head["weight"])
+            for i, (by_head, _) in by_stage.items()
+            for head, value in zip(specs[i].heads, by_head, strict=False)
+        ]
+        losses: dict[str, float] = {}
         total = np.float32(0.0)
-        for value in [*objectives, *own]:
-            total = np.float32(total + np.float32(value))
-        return float(total)
+        for _, label, value, weight in sorted(found, key=lambda head: head[0]):
+            losses[label] = value
+            total = np.float32(total + np.float32(value) * np.float32(1.0 if weight is None else weight))
+        for _, (_, own) in sorted(by_stage.items()):
+            if own is not None:
+                total = np.float32(total + np.float32(own))
+        return losses, float(total)
 
     def _tell_all(self, do: str, value: Any = None) -> None:
         self._crew.check_open()

@@ -64,7 +64,8 @@ class Graph:
         model: The model it was read from.
         calls: All calls, in an order that can be played.
         inputs: Tensor numbers of the model's inputs, in flat order.
-        outputs: Tensor numbers of the model's outputs, in flat order.
+        outputs: Tensor numbers of the model's outputs, in flat order; one that the model gives twice is there twice.
+        labels: What Keras calls these outputs in `compile`.
         symbols: {tensor number: the symbolic tensor}.
     """
 
@@ -72,6 +73,7 @@ class Graph:
     calls: tuple[Call, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    labels: tuple[str, ...]
     symbols: Mapping[int, Any]
 
     def tensor_names(self) -> dict[int, str]:
@@ -100,13 +102,15 @@ def read_graph(model: Any) -> Graph:
     reader = _Reader()
     numbers = {id(tensor): reader.number(tensor) for tensor in functional.inputs}
     outputs = reader.read(functional, numbers)
-    return Graph(
-        model,
-        tuple(reader.calls),
-        tuple(numbers[id(tensor)] for tensor in functional.inputs),
-        tuple(outputs),
-        reader.symbols,
-    )
+    inputs = tuple(numbers[id(tensor)] for tensor in functional.inputs)
+    labels = _output_labels(functional)
+    for tensor, label in zip(outputs, labels, strict=True):
+        if tensor in inputs:
+            raise SplitError(
+                f"the output {label!r} of the model {model.name!r} is one of its inputs, untouched, so no stage makes "
+                "it; leave it out of the outputs, or pass it through keras.layers.Identity()"
+            )
+    return Graph(model, tuple(reader.calls), inputs, tuple(outputs), labels, reader.symbols)
 
 
 def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Sequence[int], name: str) -> Any:
@@ -128,6 +132,20 @@ def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Se
         results = keras.tree.flatten(call.play(tensors))
         tensors |= dict(zip(call.makes, results, strict=True))
     return keras.Model([symbols[t] for t in inputs], [tensors[t] for t in outputs], name=name)
+
+
+def _output_labels(functional: Any) -> tuple[str, ...]:
+    """The outputs' names as Keras's `compile` knows them: the keys of a dict, else the layers' names; made unique."""
+    structure = functional._outputs_struct
+    names = sorted(structure) if isinstance(structure, dict) else list(functional.output_names)
+    if len(names) != len(functional.outputs):  # nested deeper than one level
+        names = list(functional.output_names)
+    seen: dict[str, int] = {}
+    labels = []
+    for name in names:
+        count = seen[name] = seen.get(name, 0) + 1
+        labels.append(name if count == 1 else f"{name}:{count}")
+    return tuple(labels)
 
 
 def _input_like(symbol: Any) -> Any:

@@ -26,12 +26,13 @@ from pipeline.launch import prestart
 from pipeline.plan import Plan
 from pipeline.schedules import schedule_named
 from pipeline.session import Session
-from pipeline.splitter import Split, split_model
+from pipeline.splitter import Cut, Split, split_model
 from pipeline.state import State
 from pipeline.timeline import Timeline
 from pipeline.training import Trainer
 from pipeline.verify import Report, Tolerance, compare
 from pipeline.wiring import wire
+from stages.hosted import leave_undecayed
 from stages.recipes import create
 from stages.segment import Segment
 
@@ -48,6 +49,7 @@ class Pipeline:
         recompute: Keep only inputs between forward and backward and compute the forward pass again: less memory, more
             time. True, False, or one value per stage.
         threads: TensorFlow's threads per worker; default: the cores shared evenly.
+        outputs: Names of the tensors that are the model's outputs, in order; default: those that no segment takes.
 
     Raises:
         SegmentError, WiringError, ScheduleError, MicrobatchError, BadAddress: What was given does not fit together.
@@ -65,11 +67,15 @@ class Pipeline:
         *,
         recompute: bool | Sequence[bool] = False,
         threads: int | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> None:
         self._split = segments if isinstance(segments, Split) else None
-        parts = segments.segments if isinstance(segments, Split) else segments
-        self.segments = tuple(Segment.of(part) for part in parts)
-        self.wires = wire(self.segments, self._split.inputs if self._split else ())
+        if isinstance(segments, Split):
+            self.segments = segments.segments
+            self.wires = wire(self.segments, segments.inputs, segments.outputs, segments.labels)
+        else:
+            self.segments = tuple(Segment.of(part) for part in segments)
+            self.wires = wire(self.segments, outputs_named=outputs)
         self.schedule = schedule
         self.microbatches = microbatches
         self.transport = "ipc" if transport == "auto" else transport
@@ -94,13 +100,14 @@ class Pipeline:
             prestart()
 
     @classmethod
-    def split(cls, model: Any, stages: int | None = None, at: Sequence[str] | None = None, **options: Any) -> Pipeline:
+    def split(cls, model: Any, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any) -> Pipeline:
         """Cut a built Keras model into stages.
 
         Args:
             model: Sequential or Functional; models inside it are dissolved.
             stages: How many stages, parameters spread evenly.
-            at: Or: names of the layers behind which to cut.
+            at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
+                names: these and all they need come before the cut.
             **options: As for `Pipeline`.
 
         Raises:
@@ -119,7 +126,7 @@ class Pipeline:
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer given to `compile`; its learning rate may be read and set."""
+        """The optimizer given to `compile` (the first stage's, of several); its learning rate may be read and set."""
         return None if self._compiled is None else self._compiled.optimizer
 
     def compile(
@@ -132,26 +139,43 @@ class Pipeline:
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
     ) -> None:
         """Set what training does, as `keras.Model.compile`. Weights stay as they are.
 
         Args:
-            optimizer: Name or Keras optimizer; every stage gets one like it for its own variables.
-            loss: Name, function or Keras loss of the output.
-            loss_weights: Has no meaning with one loss; only None is taken.
-            metrics: Names, functions or Keras metrics.
+            optimizer: Name or Keras optimizer; every stage gets one like it for its own variables. Or a list with one
+                per stage, or a dict by the stages' names.
+            loss: Name, function or Keras loss of the output; for several outputs a list or a dict by their names, None
+                for one without a loss.
+            loss_weights: For several outputs a list of numbers or a dict by their names.
+            metrics: Names, functions or Keras metrics; for several outputs a list of lists or a dict.
             weighted_metrics: The same, updated with sample weights.
             run_eagerly: True: eager tapes, bit-identical to one tape. False: compiled functions.
             steps_per_execution: Only 1 is taken.
             jit_compile: ``"auto"`` and False are the same here; True is refused.
+            auto_scale_loss: Whether a model of the policy ``mixed_float16`` gets a `LossScaleOptimizer`, whose scale is
+                decided by all stages together.
 
         Raises:
             CompileError: An unknown name, or something that means nothing in a pipeline.
             RecipeError: A loss or metric that a worker cannot import.
         """
-        refuse_options(loss_weights=loss_weights, steps_per_execution=steps_per_execution, jit_compile=jit_compile)
-        compiled = Compiled(optimizer, loss, metrics, weighted_metrics, run_eagerly)
+        refuse_options(steps_per_execution=steps_per_execution, jit_compile=jit_compile)
+        models = [self._split.model] if self._split else [s.model for s in self.segments if s.model is not None]
+        compiled = Compiled(
+            optimizer,
+            loss,
+            metrics,
+            weighted_metrics,
+            run_eagerly,
+            loss_weights=loss_weights,
+            outputs=[(name, label) for (name, _), label in zip(self.wires.outputs, self.wires.labels, strict=True)],
+            stages=self.names,
+            mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
+        )
         compiled.check_schedule(self.schedule, self.microbatches)
+        compiled.check_undecayed([[] if s.model is None else s.model.trainable_variables for s in self.segments])
         self._session.recompile(compiled)
         self._trainer = None
 
@@ -254,6 +278,8 @@ class Pipeline:
     def predict_on_batch(self, x: Any) -> Any:
         """Outputs (n, ...) of one batch, as `keras.Model.predict_on_batch`."""
         outputs = self._session.predict(x)
+        if self._split is not None:
+            return self._split.pack(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def gradients(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, np.ndarray[Any, Any] | None]:
@@ -264,7 +290,7 @@ class Pipeline:
             on the variable.
         """
         compiled = self._session.needs_compile("gradients")
-        return self._session.gradients(self._session.batch(x, y, sample_weight, compiled.has_loss))[1]
+        return self._session.gradients(self._session.batch(x, y, sample_weight, compiled.judged))[1]
 
     def verify(self, x: Any, y: Any = None, sample_weight: Any = None, *, tolerance: float | None = None) -> Report:
         """Compare this pipeline's gradients and loss of one batch with those of one tape over the joined model.
@@ -281,7 +307,7 @@ class Pipeline:
             The report: ``report.ok`` is the verdict, ``print(report)`` the table; tests call ``raise_if_failed()``.
         """
         compiled = self._session.needs_compile("verify")
-        batch = self._session.batch(x, y, sample_weight, needs_target=compiled.has_loss)
+        batch = self._session.batch(x, y, sample_weight, compiled.judged)
         ours, gradients = self._session.gradients(batch)
         theirs, expected = self._session.one_tape(batch)
         allowed = Tolerance.default(compiled.run_eagerly) if tolerance is None else Tolerance(tolerance, "as given")
@@ -305,7 +331,7 @@ class Pipeline:
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
         values = self._session.values("weights")
-        return [values[i][k] for i, k in self._weight_places()]
+        return [values[i][k] for (i, k), *_ in self._weight_places()]
 
     def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
         """Set all weights, in the order of `get_weights`.
@@ -316,9 +342,9 @@ class Pipeline:
         places = self._weight_places()
         if len(weights) != len(places):
             raise DataError(f"set_weights expects {len(places)} array(s), received {len(weights)}")
-        by_place = dict(zip(places, weights, strict=True))
+        by_place = {place: value for uses, value in zip(places, weights, strict=True) for place in uses}
         stages = range(len(self.names))
-        self._session.set_weights({i: [by_place[p] for p in sorted(places) if p[0] == i] for i in stages})
+        self._session.set_weights({i: [by_place[p] for p in sorted(by_place) if p[0] == i] for i in stages})
 
     def save(self, path: str | Path, overwrite: bool = True) -> None:
         """Write a checkpoint: variables, optimizer, and all that is needed to go on.
@@ -332,7 +358,7 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, stages: int | None = None, at: Sequence[str] | None = None, **options: Any
+        cls, path: str | Path, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any
     ) -> Pipeline:
         """A pipeline that continues from a checkpoint.
 
@@ -380,24 +406,36 @@ class Pipeline:
         original = None if self._split is None else self._split.model
         return merging.merge(self.segments, self.wires, original, self._session.values("model"))
 
-    def _weight_places(self) -> list[tuple[int, int]]:
-        """(stage, index among its weights) of every weight, in Keras's order."""
+    def _weight_places(self) -> list[list[tuple[int, int]]]:
+        """(stage, index among its weights) of every weight, in Keras's order; several where several stages have it."""
+        described = sorted(self._running().descriptions.items())
+        counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
+        uses: dict[Any, list[tuple[int, int]]] = {}
+        for i, count in counts.items():
+            model = self.segments[i].model
+            weights = [None] * count if model is None else model.weights
+            for k, weight in enumerate(weights):
+                uses.setdefault((i, k) if weight is None else id(weight), []).append((i, k))
         if self._split is None:
-            described = sorted(self._running().descriptions.items())
-            counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
-            return [(i, k) for i, count in counts.items() for k in range(count)]
-        at = {id(w): (i, k) for i, segment in enumerate(self.segments) for k, w in enumerate(segment.model.weights)}
-        return [at[id(weight)] for weight in self._split.model.weights]
+            return list(uses.values())
+        return [uses[id(weight)] for weight in self._split.model.weights]
 
-    def _begin_from(self, state: State, compiled: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint: values, and what `compile` was given."""
-        if compiled is None:
+    def _begin_from(self, state: State, training: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: values, and what `compile` was given (see `checkpoint.load`)."""
+        if training["compile"] is None:
             self._session.start_from(State(state.model))
             return
-        self.compile(**{name: create(recipe) for name, recipe in compiled.items()})
+        arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
+        if training["undecayed"]:
+            leave_undecayed(arguments["optimizer"], training["undecayed"])
+        self.compile(**arguments)
         self._session.start_from(state)
-        if self._compiled is not None and self.optimizer is not None and state.slots is not None:
-            self._compiled.go_on_from(state.slots.shared)
+        compiled = self._session.needs_compile("load")
+        if self.optimizer is not None and state.slots is not None:
+            compiled.build_optimizers()
+            compiled.go_on_from(state.slots.shared)
+        if compiled.loss_scaling is not None and training["loss_scaling"] is not None:
+            compiled.loss_scaling.go_on_from(training["loss_scaling"])
 
     def _ready(self, what: str) -> Trainer:
         self._session.needs_compile(what)

@@ -11,10 +11,11 @@ import numpy as np
 from pipeline.compiling import Compiled
 from pipeline.data import InputSpec, make_batch
 from pipeline.driver import Batch, Driver, StepResult
-from pipeline.errors import CompileError, DataError, PipelineClosedError
+from pipeline.errors import CompileError, DataError, PipelineClosedError, WiringError
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.schedules import build_plan, forward_only
+from pipeline.sharing import state_in_two_stages, ties
 from pipeline.state import Slots, State, described_slots
 from pipeline.timeline import Span, Timeline
 from pipeline.wiring import Wires, check_shapes
@@ -65,6 +66,14 @@ class Session:
         built_here = all(segment.model is not None for segment in self.segments)
         self._seed = None if built_here or transport.startswith("inproc") else random.getrandbits(31)
         self.plan(microbatches, training=True)
+        models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
+        if found := state_in_two_stages(models):
+            layer, one, other = found
+            raise WiringError(
+                f"the layer {layer!r} is in the stages {wires.names[one]!r} and {wires.names[other]!r}, and every use "
+                "changes its state (statistics or random numbers), which cannot be in two processes at once; give each "
+                "stage a layer of its own"
+            )
 
     def driver(self) -> Driver:
         """The workers, started if they are not yet."""
@@ -111,45 +120,63 @@ class Session:
         """Forward, backward and update of one batch; the result and the number of samples."""
         compiled = self.needs_compile("training")
         compiled.needs_optimizer()
-        batch = self.batch(x, y, sample_weight, needs_target=compiled.has_loss)
-        driver = self.driver()
+        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        driver, scaling = self.driver(), compiled.loss_scaling
+        loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():
             plan = self.plan(len(batch.sizes), training=True)
-            result = driver.run(plan, "train", batch, norms=compiled.global_clipnorm is not None)
-            driver.apply(compiled.learning_rate(), compiled.clip_scale(result.squared_norm))
-            compiled.count_update()
+            norms = compiled.global_clipnorm is not None
+            result = driver.run(plan, "train", batch, norms=norms, loss_scale=loss_scale)
+            if result.finite:
+                rates = compiled.learning_rates(len(self.segments))
+                driver.apply(rates, compiled.clip_scale(result.squared_norm), loss_scale)
+                compiled.count_update()
+            else:
+                driver.discard()
+            if scaling is not None:
+                scaling.decide(result.finite)
         return result, sum(batch.sizes)
 
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
         """Loss and metrics of one batch; the result and the number of samples."""
         compiled = self.needs_compile("evaluation")
-        batch = self.batch(x, y, sample_weight, needs_target=compiled.has_loss)
+        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
         plan = self.plan(len(batch.sizes), training=False)
         return self.driver().run(plan, "test", batch), sum(batch.sizes)
 
     def predict(self, x: Any) -> list[Array]:
         """The outputs (n, ...) of one batch, in the pipeline's order."""
-        batch = self.batch(x, None, None, needs_target=False)
+        batch = self.batch(x, None, None, judged=())
         found = self.driver().run(self.plan(len(batch.sizes), training=False), "predict", batch).outputs
         return [found[name] for name, _ in self.wires.outputs]
 
     def gradients(self, batch: Batch, driver: Driver | None = None) -> tuple[StepResult, dict[str, Array | None]]:
-        """The result of one batch and its gradients under "<stage>/<variable path>"; nothing is applied."""
+        """The result of one batch and its gradients under "<stage>/<variable path>"; nothing is applied.
+
+        A variable that several stages have is there once, under the first of them.
+        """
         driver = self.driver() if driver is None else driver
+        scaling = None if self.compiled is None else self.compiled.loss_scaling
+        loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():  # or the next update would count these gradients too
-            result = driver.run(self.plan(len(batch.sizes), training=True), "gradients", batch)
+            plan = self.plan(len(batch.sizes), training=True)
+            result = driver.run(plan, "gradients", batch, loss_scale=loss_scale)
             gradients = driver.get("gradients")
             driver.discard()
         named: dict[str, Array | None] = {}
         for i, values in gradients.items():
             variables = self.driver().descriptions[i]["variables"]
             names = {trainable: name for name, _, _, trainable, _ in variables if trainable >= 0}
-            named |= {f"{self.wires.names[i]}/{names[k]}": value for k, value in enumerate(values)}
+            others = {tie["place"] for tie in driver.specs[i].ties if tie["stages"][0] != i}
+            for k, value in enumerate(values):
+                if k not in others:
+                    scaled = value if value is None or loss_scale is None else value / value.dtype.type(loss_scale)
+                    named[f"{self.wires.names[i]}/{names[k]}"] = scaled
         return result, named
 
     def timelines(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> list[Timeline]:
         """The measured times of some steps of which nothing is applied, after one that is not counted."""
-        batch = self.batch(x, y, sample_weight, needs_target=self.needs_compile("timeline").has_loss)
+        batch = self.batch(x, y, sample_weight, judged=self.needs_compile("timeline").judged)
         plan, driver, found = self.plan(len(batch.sizes), training=True), self.driver(), []
         for _ in range(repeats + 1):
             measured = driver.run(plan, "gradients", batch, trace=True).spans
@@ -210,10 +237,17 @@ class Session:
                 self._plans[key] = forward_only(stages, microbatches).validate(wiring)
         return self._plans[key]
 
-    def batch(self, x: Any, y: Any, sample_weight: Any, needs_target: bool) -> Batch:
-        """One batch, converted, checked and cut."""
-        specs = self._input_specs()
-        return make_batch(x, y, sample_weight, inputs=specs, microbatches=self.microbatches, needs_target=needs_target)
+    def batch(self, x: Any, y: Any, sample_weight: Any, judged: Sequence[str]) -> Batch:
+        """One batch, converted, checked and cut; `judged` are the outputs that need targets."""
+        return make_batch(
+            x,
+            y,
+            sample_weight,
+            inputs=self._input_specs(),
+            microbatches=self.microbatches,
+            labels=self.wires.labels,
+            judged=judged,
+        )
 
     def needs_compile(self, what: str) -> Compiled:
         """What `compile` was given.
@@ -248,14 +282,20 @@ class Session:
 
     def _spec(self, index: int, optimizer: bool = True) -> StageSpec:
         compiled, segment = self.compiled, self.segments[index]
+        given = [name for name, _ in self.wires.gives[index]]
+        variables = [] if segment.model is None else segment.model.trainable_variables
+        trains = compiled is not None and optimizer
         return StageSpec(
             index=index,
             name=self.wires.names[index],
             segment=segment.recipe(),
             inputs=self.wires.takes[index],
             outputs=self.wires.gives[index],
-            head=compiled.head_recipe if compiled is not None and index == self.wires.last else None,
-            optimizer=compiled.optimizer_recipe if compiled is not None and optimizer else None,
+            finals=[name for name, _ in self.wires.outputs if name in given],
+            heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
+            ties=[tie.plain() for tie in ties(self.segments)[index]],
+            optimizer=compiled.optimizer_recipe(index) if compiled is not None and trains else None,
+            undecayed=compiled.undecayed(index, variables) if compiled is not None and trains else (),
             run_eagerly=compiled is not None and compiled.run_eagerly,
             recompute=self.recompute[index],
             seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,

@@ -3,21 +3,26 @@
     calls   c0 c1 c2 | c3 c4 | c5 c6 c7
     stage        0   |   1   |     2
 
-A cut lies between two calls of the model's order. Whatever is alive there, skip connections included, goes straight
-from the stage that makes it to every stage that reads it.
+A cut is a set of layers or tensors: they, and all they need, come before it. Whatever is alive there, skip connections
+included, goes straight from the stage that makes it to every stage that reads it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
+
+import keras
 
 from pipeline.errors import SplitError
 from pipeline.graph import Call, Graph, play, read_graph
+from pipeline.sharing import changes_by_itself
 from stages.segment import Segment
+
+Cut = str | Iterable[str]
+"""The name of a layer or tensor, or several that one cut lies behind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,58 +32,140 @@ class Split:
     Attributes:
         model: The model; the segments share its layers (and so its weights as they are now).
         segments: One per stage.
-        cuts: Before which calls of the model's order the stages after the first begin.
+        stage_of: For each call of the model's order its stage.
         inputs: The names of the model's inputs, in the model's order.
+        outputs: The names of the tensors that the model gives, in the model's order.
+        labels: What Keras calls these outputs.
     """
 
     model: Any
     segments: tuple[Segment, ...]
-    cuts: tuple[int, ...]
+    stage_of: tuple[int, ...]
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def pack(self, outputs: Sequence[Any]) -> Any:
+        """Flat outputs in the nesting in which the model gives them."""
+        functional = getattr(self.model, "_functional", None) or self.model
+        return keras.tree.pack_sequence_as(functional._outputs_struct, list(outputs))
 
 
 def split_model(
-    model: Any, stages: int | None = None, at: Sequence[str] | None = None, cuts: Sequence[int] | None = None
+    model: Any,
+    stages: int | None = None,
+    at: Sequence[Cut] | None = None,
+    *,
+    cuts: Sequence[int] | None = None,
+    stage_of: Sequence[int] | None = None,
 ) -> Split:
     """The segments of a model.
 
     Args:
         model: A built Sequential or Functional model; models inside it are dissolved.
         stages: How many stages; cuts are chosen so that parameters are spread evenly.
-        at: Or: names of the layers behind which to cut, in the model's order.
-        cuts: Or: the cuts of an earlier split of the same model.
+        at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
+            names: these and all they need come before the cut.
+        cuts: Or: before which calls of the model's order the stages after the first begin.
+        stage_of: Or: the stage of every call, as an earlier split of the same model had it.
 
     Raises:
-        SplitError: Both or none of `stages` and `at`; a subclassed model; more stages than layers; a name that is not
-            there; a cut that leaves an empty stage; a layer whose uses would land in different stages.
+        SplitError: Not exactly one way to cut; a subclassed model; more stages than layers; a name that is not there; a
+            cut that leaves an empty stage; a layer that changes its own state used in two stages.
     """
     graph = read_graph(model)
-    if cuts is None:
-        if (stages is None) == (at is None):
-            raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
-        cuts = _even_cuts(graph, stages) if at is None else _named_cuts(graph, at)
+    if stage_of is None:
+        if cuts is None:
+            if (stages is None) == (at is None):
+                raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
+            stage_of = _stages_behind(graph, at) if at is not None else in_order(graph, _even_cuts(graph, stages))
+        else:
+            stage_of = in_order(graph, cuts)
     names = graph.tensor_names()
-    segments = _segments(graph, [0, *cuts, len(graph.calls)])
-    return Split(model, tuple(segments), tuple(cuts), tuple(names[tensor] for tensor in graph.inputs))
+    segments = _segments(graph, stage_of)
+    return Split(
+        model,
+        tuple(segments),
+        tuple(stage_of),
+        tuple(names[tensor] for tensor in graph.inputs),
+        tuple(names[tensor] for tensor in graph.outputs),
+        graph.labels,
+    )
 
 
-def _named_cuts(graph: Graph, at: Sequence[str]) -> list[int]:
-    """Positions behind the named layers."""
-    if isinstance(at, str):
-        at = [at]
-    positions = {call.name: i + 1 for i, call in enumerate(graph.calls)}
-    cuts = []
-    for name in at:
-        if name not in positions:
-            near = difflib.get_close_matches(name, positions, n=3, cutoff=0.3) or list(positions)[:5]
-            raise SplitError(f"the model has no layer {name!r} to cut behind; nearest are {', '.join(map(repr, near))}")
-        cuts.append(positions[name])
-    if cuts != sorted(set(cuts)):
-        order = [name for name, _ in sorted(positions.items(), key=lambda item: item[1]) if name in set(at)]
-        raise SplitError(f"cuts must be named once each, in the model's order: at={order}")
-    if cuts and cuts[-1] == len(graph.calls):
-        raise SplitError(f"a cut behind the last layer {at[-1]!r} leaves an empty stage; leave it out")
-    return cuts
+def in_order(graph: Graph, cuts: Sequence[int]) -> list[int]:
+    """The stage of every call, where stages are stretches of the model's order that begin at `cuts`."""
+    return [sum(i >= cut for cut in cuts) for i in range(len(graph.calls))]
+
+
+def can_cut(graph: Graph) -> list[bool]:
+    """For each position before a call, 0 to their number: whether a cut there leaves every layer's state in one stage.
+
+    A layer that changes its own variables (statistics, random numbers) and is called several times must have all its
+    calls on one side.
+    """
+    allowed = [True] * (len(graph.calls) + 1)
+    calls: dict[int, list[int]] = {}
+    for i, call in enumerate(graph.calls):
+        calls.setdefault(id(call.operation), []).append(i)
+    for uses in calls.values():
+        layer = graph.calls[uses[0]].operation
+        if len(uses) > 1 and isinstance(layer, keras.Layer) and changes_by_itself(layer):
+            for position in range(uses[0] + 1, uses[-1] + 1):
+                allowed[position] = False
+    return allowed
+
+
+def _stages_behind(graph: Graph, at: Sequence[Cut]) -> list[int]:
+    """The stage of every call, for cuts behind named layers or tensors."""
+    wanted = [at] if isinstance(at, str) else list(at)
+    makers = {tensor: i for i, call in enumerate(graph.calls) for tensor in call.makes}
+    stage_of = [len(wanted)] * len(graph.calls)
+    for stage, cut in enumerate(wanted):
+        names = [cut] if isinstance(cut, str) else list(cut)
+        before = [i for name in names for i in _calls_named(graph, name)]
+        new = 0
+        while before:
+            i = before.pop()
+            if stage_of[i] == len(wanted):
+                stage_of[i] = stage
+                new += 1
+                before += [makers[tensor] for tensor in graph.calls[i].reads if tensor in makers]
+        if not new:
+            raise SplitError(
+                f"a cut behind {_quoted(names)} leaves stage {stage} empty: all it needs is in the stages before. Cuts "
+                f"must be named once each, in the model's order{_in_model_order(graph, wanted)}"
+            )
+    if len(wanted) not in stage_of and wanted:
+        last = [wanted[-1]] if isinstance(wanted[-1], str) else wanted[-1]
+        raise SplitError(f"a cut behind the last layer {_quoted(last)} leaves an empty stage; leave it out")
+    return stage_of
+
+
+def _calls_named(graph: Graph, name: str) -> list[int]:
+    """The calls of a layer, or the one that makes a tensor of this name."""
+    by_layer = [i for i, call in enumerate(graph.calls) if call.name == name]
+    if by_layer:
+        return by_layer
+    tensors = {tensor_name: tensor for tensor, tensor_name in graph.tensor_names().items()}
+    found = [i for i, call in enumerate(graph.calls) if tensors.get(name) in call.makes]
+    if found:
+        return found
+    known = list(dict.fromkeys(call.name for call in graph.calls))
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3) or known[:5]
+    raise SplitError(f"the model has no layer {name!r} to cut behind; nearest are {', '.join(map(repr, near))}")
+
+
+def _in_model_order(graph: Graph, wanted: Sequence[Cut]) -> str:
+    """The same names as a call that works, where each cut is one name."""
+    if not all(isinstance(cut, str) for cut in wanted):
+        return ""
+    order = [call.name for call in graph.calls if call.name in set(wanted)]
+    return f": at={list(dict.fromkeys(order))}"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
 
 
 def _even_cuts(graph: Graph, stages: int | None) -> list[int]:
@@ -95,14 +182,18 @@ def _even_cuts(graph: Graph, stages: int | None) -> list[int]:
     sums = [0]
     for weight in weights:
         sums.append(sums[-1] + weight)
+    allowed = can_cut(graph)
     # best[k][i]: the lightest possible heaviest stage when the first i calls make k stages.
     best: list[list[tuple[int, int]]] = [[(0, 0)] + [(sums[-1] + 1, 0)] * calls]
     for _ in range(stages):
         previous = best[-1]
         row = [(sums[-1] + 1, 0)]
         for end in range(1, calls + 1):
-            row.append(min((max(previous[i][0], sums[end] - sums[i]), i) for i in range(end)))
+            choices = [(max(previous[i][0], sums[end] - sums[i]), i) for i in range(end) if allowed[i]]
+            row.append(min(choices, default=(sums[-1] + 1, 0)))
         best.append(row)
+    if best[-1][-1][0] > sums[-1]:
+        raise SplitError(f"the model cannot be cut into {stages} stages so that every layer's state is in one of them")
     cuts, end = [], calls
     for k in range(stages, 1, -1):
         end = best[k][end][1]
@@ -115,10 +206,10 @@ def _parameters(call: Call) -> int:
     return int(count()) if count is not None and getattr(call.operation, "built", False) else 0
 
 
-def _segments(graph: Graph, bounds: Sequence[int]) -> list[Segment]:
+def _segments(graph: Graph, stage_of: Sequence[int]) -> list[Segment]:
+    _refuse_shared_state(graph, stage_of)
     names = graph.tensor_names()
-    parts = [graph.calls[a:b] for a, b in pairwise(bounds)]
-    _refuse_shared_layers(parts)
+    parts = [[c for c, s in zip(graph.calls, stage_of, strict=True) if s == i] for i in range(max(stage_of) + 1)]
     made_in = {tensor: i for i, part in enumerate(parts) for call in part for tensor in call.makes}
     segments = []
     for i, part in enumerate(parts):
@@ -140,15 +231,15 @@ def _segments(graph: Graph, bounds: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def _refuse_shared_layers(parts: Sequence[Sequence[Call]]) -> None:
-    """Refuse a layer with weights that two stages would use: each would train a copy of its own."""
+def _refuse_shared_state(graph: Graph, stage_of: Sequence[int]) -> None:
+    """Refuse a layer with a state of its own that two stages would use: in one process each use sees the one before."""
     home: dict[int, int] = {}
-    for i, part in enumerate(parts):
-        for call in part:
-            if not getattr(call.operation, "variables", None):
-                continue
-            if home.setdefault(id(call.operation), i) != i:
-                raise SplitError(
-                    f"the layer {call.name!r} is used in the stages {home[id(call.operation)]} and {i}: each would "
-                    "train its own copy of the weights. Cut elsewhere, so that all its uses are in one stage"
-                )
+    for call, stage in zip(graph.calls, stage_of, strict=True):
+        if not isinstance(call.operation, keras.Layer) or not changes_by_itself(call.operation):
+            continue
+        if home.setdefault(id(call.operation), stage) != stage:
+            raise SplitError(
+                f"the layer {call.name!r} is used in the stages {home[id(call.operation)]} and {stage}, and every use "
+                "changes its state (statistics or random numbers), which cannot be in two processes at once. Cut "
+                "elsewhere, so that all its uses are in one stage"
+            )

@@ -18,6 +18,7 @@ import tensorflow as tf
 from pipeline import keras_files
 from pipeline.callbacks import prepared
 from pipeline.driver import StepResult
+from pipeline.objective import by_label
 from pipeline.session import Session
 
 if TYPE_CHECKING:
@@ -36,13 +37,12 @@ class Trainer(keras.Model):  # type: ignore[misc]
         super().__init__(name="pipeline")
         self.built = True
         self.pipe, self.session = pipe, session
-        self._total = np.float32(0.0)
+        self._totals: dict[str, np.float32] = {}
         self._samples = np.float32(0.0)
         self._order: list[str] = []
-        optimizer = pipe.optimizer
-        if optimizer is not None and not optimizer.built:
-            optimizer.build([])  # the variables are the workers'; Keras only asks for the rate and the iterations
-        self.compile(optimizer=optimizer, run_eagerly=True, jit_compile=False)
+        if session.compiled is not None:
+            session.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
+        self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
 
     def call(self, x: Any) -> Any:
         """One forward pass through the workers, in inference mode."""
@@ -81,11 +81,22 @@ class Trainer(keras.Model):  # type: ignore[misc]
         return keras.tree.map_structure(tf.convert_to_tensor, self.pipe.predict_on_batch(x))
 
     def _count(self, result: StepResult, size: int) -> dict[str, Any]:
-        """The logs after one more batch: the mean loss over samples since the last reset, then the metrics."""
-        self._total = np.float32(self._total + np.float32(result.loss or 0.0) * np.float32(size))
+        """The logs after one more batch: mean losses over samples since the last reset, then the metrics.
+
+        With several outputs that have a loss there is one of each, in Keras's words ``<output>_loss``, unweighted.
+        """
+        losses = {"loss": result.loss or 0.0}
+        for label in () if self.session.compiled is None else self.session.compiled.loss_labels:
+            losses[f"{label}_loss"] = result.losses[label]
+        for name, value in losses.items():
+            self._totals[name] = np.float32(
+                self._totals.get(name, np.float32(0.0)) + np.float32(value) * np.float32(size)
+            )
         self._samples = np.float32(self._samples + np.float32(size))
         metrics = {n: v if isinstance(v, float) else np.asarray(v, "float32") for n, v in result.metrics.items()}
-        logs = {"loss": float(self._total / self._samples), **metrics}
+        if len(losses) > 1:
+            metrics = dict(sorted(metrics.items()))
+        logs = {**{name: float(total / self._samples) for name, total in self._totals.items()}, **metrics}
         self._order = list(logs)
         return logs
 
@@ -100,24 +111,29 @@ class Trainer(keras.Model):  # type: ignore[misc]
     def metrics(self) -> list[Any]:
         """What callbacks look a metric's direction up in; the values come from the workers."""
         compiled = self.session.compiled if hasattr(self, "session") else None
-        return [] if compiled is None else list(compiled.head.judge.metrics)
+        return [] if compiled is None else [m for head in compiled.heads.values() for m in head.judge.metrics]
 
-    def _see(self, target: Any) -> None:
+    def _see(self, targets: Any) -> None:
         """Resolve the metrics' names here too, which needs a target and the shape of the predictions."""
-        compiled = self.session.compiled
-        if compiled is None or not compiled.has_metrics or compiled.head.built or target is None:
+        compiled, wires = self.session.compiled, self.session.wires
+        if compiled is None or not compiled.has_metrics or targets is None:
             return
-        outputs = self.session.driver().descriptions[self.session.wires.last]["outputs"]
-        if outputs is not None:
-            dtype, shape = outputs[0]
-            one = tf.convert_to_tensor(target)[:1]
+        if all(head.built for head in compiled.heads.values()):
+            return
+        given = by_label(targets, wires.labels, compiled.judged)
+        for (name, stage), label in zip(wires.outputs, wires.labels, strict=True):
+            outputs = self.session.driver().descriptions[stage]["outputs"]
+            if label not in compiled.heads or outputs is None or given is None:
+                continue
+            dtype, shape = outputs[[one for one, _ in wires.gives[stage]].index(name)]
+            one = tf.convert_to_tensor(given[label])[:1]
             free = [*one.shape, *(1 for _ in shape)]
             sizes = [free[i] if size is None else size for i, size in enumerate(shape)]
-            compiled.head.build(one, tf.zeros([1, *sizes[1:]], dtype), None)
+            compiled.heads[label].build(one, tf.zeros([1, *sizes[1:]], dtype), None)
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
-        self._total = self._samples = np.float32(0.0)
+        self._totals, self._samples = {}, np.float32(0.0)
         self.pipe.reset_metrics()
 
     def get_metrics_result(self) -> dict[str, Any]:

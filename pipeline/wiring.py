@@ -28,7 +28,8 @@ class Wires:
         takes: For each stage its inputs as (tensor name, producing stage, or DRIVER).
         gives: For each stage its outputs as (tensor name, consuming stages ascending).
         inputs: Names of the pipeline's inputs, in the order of the stages that take them.
-        outputs: (tensor name, stage) of the pipeline's outputs.
+        outputs: (tensor name, stage) of the pipeline's outputs, in the model's order.
+        labels: What these outputs are called in `compile`, for targets and in metrics.
     """
 
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class Wires:
     gives: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[tuple[str, int], ...]
+    labels: tuple[str, ...]
 
     @property
     def stages(self) -> int:
@@ -46,18 +48,20 @@ class Wires:
         """For each stage the stages it takes tensors from; what plans are checked against."""
         return Wiring({i: sorted({s for _, s in takes if s != DRIVER}) for i, takes in enumerate(self.takes)})
 
-    @property
-    def last(self) -> int:
-        """The stage that gives the pipeline's output and has the loss."""
-        return self.outputs[0][1]
 
-
-def wire(segments: Sequence[Segment], inputs_first: Sequence[str] = ()) -> Wires:
+def wire(
+    segments: Sequence[Segment],
+    inputs_first: Sequence[str] = (),
+    outputs_named: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Wires:
     """Connect segments by name.
 
     Args:
         segments: In the order of the data flow.
         inputs_first: Inputs of the pipeline that come first, in this order; the others follow as the stages take them.
+        outputs_named: The pipeline's outputs, in order; default: what nobody takes.
+        labels: What `compile` calls them; default: the same names.
 
     Raises:
         WiringError: A name that two segments give, a cycle, or a pipeline without an output; all faults together.
@@ -84,18 +88,23 @@ def wire(segments: Sequence[Segment], inputs_first: Sequence[str] = ()) -> Wires
         for given in outputs
     )
     finals = tuple((name, i) for i, given in enumerate(gives) for name, consumers in given if not consumers)
-    if len({stage for _, stage in finals}) != 1 and not faults:
-        faults.append(
-            "the outputs that nobody takes must be of one stage, found "
-            + (", ".join(f"{name!r} of {names[stage]!r}" for name, stage in finals) or "none")
-        )
+    if outputs_named is not None:
+        unknown = [name for name in outputs_named if name not in producer]
+        if unknown:
+            faults.append(f"no segment gives the output(s) {', '.join(map(repr, unknown))}; given are {list(producer)}")
+        idle = [name for name, _ in finals if name not in outputs_named]
+        if idle:
+            faults.append(f"nobody takes {', '.join(map(repr, idle))}, and it is not among the outputs")
+        finals = tuple((name, producer.get(name, 0)) for name in outputs_named)
+    if not finals and not faults:
+        faults.append("there is no output: every tensor is taken by some segment")
     if not segments:
         faults = ["a pipeline needs at least one segment"]
     if faults:
         raise WiringError("the segments cannot be wired: " + "; ".join(faults))
     free = dict.fromkeys(name for taken in takes for name, source in taken if source == DRIVER)
     free = dict.fromkeys(name for name in (*inputs_first, *free) if name in free)
-    return Wires(names, takes, gives, tuple(free), finals)
+    return Wires(names, takes, gives, tuple(free), finals, tuple(labels or (name for name, _ in finals)))
 
 
 def check_shapes(wires: Wires, stages: Mapping[int, Mapping[str, Any]]) -> None:

@@ -13,18 +13,26 @@ from typing import Any
 import tensorflow as tf
 
 Gradients = Sequence[Any | None]
+Contribution = list[Any | None]
+"""What one microbatch (or all of them, summed) adds to some variables."""
 
 
 class OrderedSum:
     """Per-variable sums of gradients, added in ascending microbatch order.
 
-    None is "no gradient": it adds nothing, and a variable that only ever got None sums to None.
+    None is "no gradient": it adds nothing, and a variable that only ever got None sums to None. A single contribution
+    stays as the tape gave it, `tf.IndexedSlices` for an embedding: an optimizer rounds these differently, as in Keras.
+
+    Args:
+        kept_apart: Variables (by place) of which every microbatch's contribution is kept besides the sum.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept_apart: Sequence[int] = ()) -> None:
+        self._kept_apart = tuple(kept_apart)
         self._sums: list[Any | None] | None = None
         self._next = 0
         self._early: dict[int, list[Gradients]] = {}
+        self._apart: list[dict[int, Any | None]] = []
 
     def add(self, microbatch: int, gradients: Gradients) -> None:
         """Add one microbatch's gradients (dense tensors or None), now or when its turn comes."""
@@ -40,22 +48,39 @@ class OrderedSum:
             self._next = max(self._next, microbatch + 1)
         return self._sums
 
+    def contributions(self, places: Sequence[int]) -> list[Contribution]:
+        """What was added to some of the variables that are kept apart: one entry per call of `add`, in order."""
+        self.total()
+        return [[dense(apart[place]) for place in places] for apart in self._apart]
+
+    def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
+        """Put other sums in place of some."""
+        sums = self.total()
+        if sums is not None:
+            for place, value in zip(places, totals, strict=True):
+                sums[place] = value
+
     def clear(self) -> None:
         """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        self._sums, self._next = None, 0
+        self._early.clear()
+        self._apart.clear()
 
     def _fold(self, microbatch: int) -> None:
         for gradients in self._early.pop(microbatch):
+            if self._kept_apart:
+                self._apart.append({place: gradients[place] for place in self._kept_apart})
             if self._sums is None:
                 self._sums = list(gradients)
             else:
-                self._sums = [_plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]
+                self._sums = [plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]
 
 
-def _plus(a: Any | None, b: Any | None) -> Any | None:
+def plus(a: Any | None, b: Any | None) -> Any | None:
+    """The sum, where None adds nothing."""
     if a is None or b is None:
         return b if a is None else a
-    return tf.add(a, b)
+    return tf.add(dense(a), dense(b))
 
 
 def dense(gradient: Any | None) -> Any | None:

@@ -10,33 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stages.errors import RecipeError
-
 Forgotten = dict[str, Any]
 
 
-def forgotten(thing: Any, config: Any, what: str) -> Forgotten:
+def forgotten(thing: Any, config: Any) -> Forgotten:
     """What is missing in the configuration of a loss, metric or optimizer.
+
+    Variable *objects* that weight decay leaves out are not in it: they exist in one process only, and whoever carries
+    an optimizer into another must say which variables they are there (`StageSpec.undecayed`).
 
     Args:
         thing: The object.
         config: What `keras.saving.serialize_keras_object` made of it.
-        what: How to call it in an error message.
 
     Returns:
         Plain data for `restore`; empty for most objects.
-
-    Raises:
-        RecipeError: It cannot be put into plain data.
     """
     found: Forgotten = {}
     if arguments := _arguments(thing, config):
         found["arguments"] = arguments
-    if getattr(thing, "_exclude_from_weight_decay", None):
-        raise RecipeError(
-            f"{what} excludes variable objects from weight decay, which do not exist in a worker; name them instead: "
-            "optimizer.exclude_from_weight_decay(var_names=['bias'])"
-        )
     if (pattern := getattr(thing, "_exclude_from_weight_decay_pattern", None)) is not None:
         found["without_decay"] = pattern.pattern
     return found

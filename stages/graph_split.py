@@ -57,6 +57,18 @@ class SplitFunctions:
     kept: tuple[Any, ...]
 
 
+def depends_on(tensors: Sequence[Any | None], seeds: Sequence[Any]) -> tuple[frozenset[int] | None, ...]:
+    """Which seeds each tensor of the graph being traced depends on; None for no tensor.
+
+    A gradient of which every seed is missing does not exist, though the traced function would compute zeros.
+    """
+    after = [_after([seed.op]) for seed in seeds]
+    return tuple(
+        None if tensor is None else frozenset(i for i, names in enumerate(after) if tensor.op.name in names)
+        for tensor in tensors
+    )
+
+
 def split_functions(
     joint: Callable[..., Traced],
     signature: Sequence[Any],
@@ -77,12 +89,13 @@ def split_functions(
     arguments: list[Any] = []
 
     def scratch(*inputs: Any) -> list[Any]:
-        arguments.extend(inputs)
-        traced.append(joint(*inputs))
+        arguments[:] = inputs
+        traced[:] = [joint(*inputs)]
         return list(traced[0].outputs)
 
-    graph = tf.function(scratch, input_signature=tuple(signature), autograph=False).get_concrete_function().graph
-    return _Cut(graph, arguments, traced[0]).functions(signature, finish)
+    # A function that makes variables when it is first called (a metric's) is traced twice; the last trace counts.
+    tf.function(scratch, input_signature=tuple(signature), autograph=False).get_concrete_function()
+    return _Cut(arguments[0].graph, arguments, traced[0]).functions(signature, finish)
 
 
 class _Cut:
@@ -93,7 +106,7 @@ class _Cut:
         self.resources = {internal.name: external for external, internal in graph.captures}
         outside = {tensor.op.name for tensor in arguments} | {name.split(":")[0] for name in self.resources}
         seeds = {tensor.op.name for tensor in traced.seeds}
-        backward = self._after(graph, seeds)
+        backward = _after([graph.get_operation_by_name(name) for name in seeds])
         constants: set[str] = set()
         kept: dict[str, Any] = {}
         readers = [tensor for op in graph.get_operations() if op.name in backward for tensor in op.inputs]
@@ -110,19 +123,6 @@ class _Cut:
         definition = graph.as_graph_def()
         self.forward_graph = _subgraph(definition, self.forward_names)
         self.backward_graph = _subgraph(definition, self.backward_names)
-
-    @staticmethod
-    def _after(graph: Any, seeds: set[str]) -> set[str]:
-        """Names of all operations that depend on a seed, the seeds included (rule 1)."""
-        found = set(seeds)
-        stack = [graph.get_operation_by_name(name) for name in seeds]
-        while stack:
-            for tensor in stack.pop().outputs:
-                for op in tensor.consumers():
-                    if op.name not in found:
-                        found.add(op.name)
-                        stack.append(op)
-        return found
 
     def functions(self, signature: Sequence[Any], finish: Callable[..., Sequence[Any]]) -> SplitFunctions:
         outputs, seeds = list(self.traced.outputs), list(self.traced.seeds)
@@ -163,6 +163,19 @@ class _Cut:
             )
         )
         return [next(found) if tensor.op.name in names else given[tensor.name] for tensor in wanted]
+
+
+def _after(operations: Sequence[Any]) -> set[str]:
+    """Names of all operations that depend on one of these, themselves included (rule 1)."""
+    found = {operation.name for operation in operations}
+    stack = list(operations)
+    while stack:
+        for tensor in stack.pop().outputs:
+            for op in tensor.consumers():
+                if op.name not in found:
+                    found.add(op.name)
+                    stack.append(op)
+    return found
 
 
 def _subgraph(definition: Any, names: set[str]) -> Any:

@@ -5,7 +5,7 @@ What a worker is told about a stage is plain data (`StageSpec`), written by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,56 @@ import numpy as np
 
 from stages import snapshot
 from stages.errors import SegmentError
+from stages.heads import Heads
 from stages.loss import Head
 from stages.recipes import Recipe, create
 from stages.segment import build_model
 from stages.stage import Stage
 from transport.message import DRIVER
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The objective of one output.
+
+    Attributes:
+        output: The tensor's name.
+        label: The output's name for targets and sample weights.
+        recipe: `Head.recipe`.
+        weight: The loss weight, or None.
+        order: Its number among all outputs of the model, the order in which losses are added.
+        named: Whether metrics are called after the output, since there are several.
+    """
+
+    output: str
+    label: str
+    recipe: Mapping[str, Recipe]
+    weight: float | None = None
+    order: int = 0
+    named: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A trainable variable that several stages have: one value, one gradient, the sum of theirs.
+
+    Attributes:
+        name: The same in all of these stages.
+        place: Which of this stage's trainable variables it is.
+        stages: The stages, ascending. The first is the owner: it sums, and reports the gradient.
+    """
+
+    name: str
+    place: int
+    stages: Sequence[int]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -31,8 +76,11 @@ class StageSpec:
         segment: How to build it (`Segment.recipe`).
         inputs: (tensor name, producing stage or DRIVER) in the order of the model's inputs.
         outputs: (tensor name, consuming stages ascending) in the order of the model's outputs.
-        head: The objective, for the stage that has it.
+        finals: Which of the outputs (by name) are outputs of the whole model.
+        heads: The objectives of outputs, as `HeadSpec.plain` gives them.
+        ties: Trainable variables that other stages have too, as `Tie.plain` gives them.
         optimizer: The optimizer, or None.
+        undecayed: Trainable variables (by place) that weight decay leaves out, besides those that its names say.
         run_eagerly: Eager tapes or compiled functions.
         recompute: Keep inputs only, compute the forward pass again in backward.
         seed: For the builder's initialisers; None leaves the process's own.
@@ -43,8 +91,11 @@ class StageSpec:
     segment: Recipe
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[tuple[str, Sequence[int]]]
-    head: Recipe = None
+    finals: Sequence[str] = ()
+    heads: Sequence[Mapping[str, Any]] = ()
+    ties: Sequence[Mapping[str, Any]] = ()
     optimizer: Recipe = None
+    undecayed: Sequence[int] = ()
     run_eagerly: bool = False
     recompute: bool = False
     seed: int | None = None
@@ -67,22 +118,36 @@ class HostedStage:
         if spec.seed is not None:
             keras.utils.set_random_seed(spec.seed)
         model = build_model(spec.segment, spec.name)
-        self.head = None if spec.head is None else Head.from_recipe(spec.head)
+        self.labels = [head["label"] for head in spec.heads]
+        self.ties = [Tie(**tie) for tie in spec.ties]
         self.stage = Stage(
             model,
             spec.name,
             run_eagerly=spec.run_eagerly,
             recompute=spec.recompute,
             input_gradients=[source != DRIVER for _, source in spec.inputs],
-            head=self.head,
+            heads=[self._head(HeadSpec(**head)) for head in spec.heads],
+            consumed=[bool(consumers) for _, consumers in spec.outputs],
+            tied=[tie.place for tie in self.ties],
         )
         self._check_arity()
         self.unmasked: frozenset[tuple[str, int]] = frozenset()
         """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
-        self.prediction_masks: list[np.ndarray[Any, Any]] | None = None
+        self.prediction_masks: dict[int, list[np.ndarray[Any, Any]]] = {}
+        """{output: its masks per microbatch}, for the denominators of masked means."""
         self.optimizer: Any = None
         if spec.optimizer is not None:
             self._new_optimizer()
+
+    @property
+    def heads(self) -> Heads:
+        """The objectives of the stage's outputs."""
+        return self.stage.heads
+
+    def _head(self, spec: HeadSpec) -> Head:
+        place = [name for name, _ in self.spec.outputs].index(spec.output)
+        label = spec.label if spec.named else None
+        return Head.from_recipe(spec.recipe, place=place, label=label, weight=spec.weight)
 
     def _check_arity(self) -> None:
         """Refuse a segment whose names do not match its model."""
@@ -106,7 +171,7 @@ class HostedStage:
             "model": lambda: model.variables,
             "weights": lambda: model.weights,
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
-            "metrics": lambda: [] if self.head is None else self.head.variables,
+            "metrics": lambda: self.heads.variables,
             "states": lambda: model.non_trainable_variables,
         }
         return list(found[what]())
@@ -123,7 +188,10 @@ class HostedStage:
 
     def _new_optimizer(self) -> None:
         self.optimizer = create(self.spec.optimizer)
-        self.optimizer.build(self.stage.trainable_variables)
+        variables = self.stage.trainable_variables
+        if self.spec.undecayed:
+            leave_undecayed(self.optimizer, [variables[place] for place in self.spec.undecayed])
+        self.optimizer.build(variables)
 
     def _has_stepped(self) -> bool:
         return any(variable.name == "iteration" and int(variable) for variable in self.optimizer.variables)
@@ -143,18 +211,32 @@ class HostedStage:
             if self.optimizer is not None
             else [],
             "masks": makes_masks(model),
-            "mean_loss": self.head is not None and self.head.is_mean,
+            "mean_loss": any(head.is_mean for head in self.heads),
             "inputs": _tensor_specs(getattr(model, "inputs", None)),
             "outputs": _tensor_specs(getattr(model, "outputs", None)),
         }
 
     def squared_norm(self) -> float:
-        """Sum of squares of the accumulated gradients, for clipping by the norm over all stages."""
-        return float(sum(np.sum(np.square(g, dtype=np.float32)) for g in self.gradients() if g is not None))
+        """Sum of squares of the accumulated gradients, for clipping by the norm over all stages; shared ones once."""
+        return float(sum(np.sum(np.square(g, dtype=np.float32)) for g in self._own_gradients()))
+
+    def all_finite(self) -> bool:
+        """Whether no accumulated gradient has an infinity or a NaN, for loss scaling."""
+        return all(bool(np.isfinite(g).all()) for g in self._own_gradients())
+
+    def _own_gradients(self) -> Iterator[np.ndarray[Any, Any]]:
+        others = {tie.place for tie in self.ties if tie.stages[0] != self.spec.index}
+        return (g for place, g in enumerate(self.gradients()) if g is not None and place not in others)
 
     def gradients(self) -> list[np.ndarray[Any, Any] | None]:
         """Accumulated gradients in the order of the trainable variables."""
         return [None if g is None else np.array(g) for g in self.stage.accumulated()]
+
+
+def leave_undecayed(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Exclude variables from weight decay, besides those that the optimizer's pattern of names excludes."""
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    optimizer.exclude_from_weight_decay(list(variables), None if pattern is None else [pattern.pattern])
 
 
 def makes_masks(model: Any) -> bool:

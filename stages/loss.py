@@ -29,15 +29,28 @@ _COUPLED_FUNCTIONS = ("dice", "tversky", "circle")
 
 
 class Head:
-    """Loss and metrics of a pipeline, as its last stage applies them.
+    """Loss and metrics of one output, as its stage applies them.
 
     Args:
         loss: What `keras.Model.compile` takes for one output: a name, function, `keras.losses.Loss`, or None.
         metrics: A list of names, functions or metric objects.
         weighted_metrics: The same, updated with the sample weights.
+        place: Which of its stage's outputs it judges.
+        label: The output's name among several; metrics are called after it, as in Keras. None: there is one output.
+        weight: What the loss weighs among several (`loss_weights`); None: 1.
     """
 
-    def __init__(self, loss: Any = None, metrics: Any = None, weighted_metrics: Any = None) -> None:
+    def __init__(
+        self,
+        loss: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        *,
+        place: int = 0,
+        label: str | None = None,
+        weight: float | None = None,
+    ) -> None:
+        self.place, self.label, self.weight = place, label, weight
         self.judge = _Judge()
         self.judge.compile(optimizer=None, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics)
         self.loss = None if loss is None else keras.losses.get(loss)
@@ -58,9 +71,9 @@ class Head:
         }
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Recipe]) -> Head:
-        """The objective that a recipe describes."""
-        return cls(**{key: create(value) for key, value in recipe.items()})
+    def from_recipe(cls, recipe: Mapping[str, Recipe], **options: Any) -> Head:
+        """The objective that a recipe describes; `options` are the keyword arguments of `Head`."""
+        return cls(**{key: create(value) for key, value in recipe.items()}, **options)
 
     @property
     def couples_samples(self) -> bool:
@@ -108,7 +121,8 @@ class Head:
     def results(self) -> dict[str, Any]:
         """The metrics' values so far, by name, in Keras's order: floats, or lists of them (a value per class)."""
         found = self.judge.get_metrics_result()
-        return {name: np.asarray(value).tolist() for name, value in found.items() if name != "loss"}
+        prefix = "" if self.label is None else f"{self.label}_"
+        return {f"{prefix}{name}": np.asarray(value).tolist() for name, value in found.items() if name != "loss"}
 
     def reset(self) -> None:
         """Start counting anew."""

@@ -15,13 +15,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
+from stages import tied
+from stages.accumulate import plus
 from stages.actions import Action, Kind
+from stages.heads import Objective, WholeBatch, whole_batch
 from stages.hosted import HostedStage
-from stages.part import mask_of, with_mask
+from stages.part import with_mask
 from stages.tapes import Key as TapeKey
-from stages.tapes import Objective
 from stages.tensors import to_array, to_tensor
 from transport.message import DRIVER, Key, Message
 
@@ -38,15 +39,17 @@ class StepOrder:
         mode: ``train`` and ``gradients`` go forward and backward, ``test`` computes the loss, ``predict`` the outputs;
             ``masks`` only finds out which elements of the predictions count, for the weights of the next step.
         sizes: Samples per microbatch.
-        sample_weight: Whether sample weights come along.
+        sample_weights: The labels of the outputs whose sample weights come along.
         trace: Whether to note when each action began and ended.
+        loss_scale: Factor on every loss while it is differentiated.
     """
 
     step: int
     mode: str
     sizes: tuple[int, ...]
-    sample_weight: bool = False
+    sample_weights: tuple[str, ...] = ()
     trace: bool = False
+    loss_scale: float = 1.0
 
     @property
     def training(self) -> bool:
@@ -76,17 +79,30 @@ class Links:
 
 
 @dataclass
+class _Judged:
+    """What one head compares the whole batch's predictions with.
+
+    Attributes:
+        target: (n, ...).
+        sample_weight: Or None.
+        weights: What each microbatch's loss weighs.
+    """
+
+    target: np.ndarray[Any, Any]
+    sample_weight: np.ndarray[Any, Any] | None
+    weights: tuple[float, ...]
+
+
+@dataclass
 class _Batch:
     """What a stage holds of the batch during a step."""
 
     inputs: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-    target: np.ndarray[Any, Any] | None = None
-    sample_weight: np.ndarray[Any, Any] | None = None
-    weights: tuple[float, ...] = ()
-    losses: dict[int, Any] = field(default_factory=dict)
+    judged: list[_Judged] | None = None
+    losses: dict[int, Sequence[Any]] = field(default_factory=dict)
     own_losses: dict[int, Any] = field(default_factory=dict)
-    outputs: dict[int, Sequence[Any]] = field(default_factory=dict)
-    loss_gradients: dict[int, Sequence[Any]] | None = None
+    outputs: dict[int, dict[int, Any]] = field(default_factory=dict)
+    whole: WholeBatch | None = None
 
 
 class Program:
@@ -114,9 +130,11 @@ class Program:
         """Carry out all actions.
 
         Returns:
-            ``losses``: {stage: [objective or None, own losses or None]}, float32 sums in microbatch order.
+            ``losses``: {stage: [each head's loss, own losses or None]}, float32 sums in microbatch order.
         """
         board = self.links.board
+        for hosted in self.hosted.values():
+            hosted.stage.loss_scale = self.order.loss_scale
         do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
         for done, action in enumerate(self.actions):
             self.current = action
@@ -125,13 +143,16 @@ class Program:
             do[action.kind](action)
             if self.order.trace:
                 self.spans[-1] = (self.spans[-1][0], time.monotonic())
+        if self.order.training:
+            tied.join(self.hosted, self._send_shared, self._take_shared)
         self.current = None
         board[0] = IDLE
-        return {
-            "losses": {
-                str(index): [_sum(batch.losses), _sum(batch.own_losses)] for index, batch in self._batches.items()
-            }
-        }
+        return {"losses": {str(index): self._losses(index, batch) for index, batch in self._batches.items()}}
+
+    def _losses(self, index: int, batch: _Batch) -> list[Any]:
+        heads = range(len(self.hosted[index].heads)) if batch.losses else ()
+        by_head = [_sum({k: losses[i] for k, losses in batch.losses.items()}) for i in heads]
+        return [by_head, _sum(batch.own_losses)]
 
     def _begin(self) -> None:
         """The action has all it needs and starts to compute."""
@@ -152,21 +173,29 @@ class Program:
     def _send(
         self, kind: str, stage: int, source: int, tensor: str, action: Action, value: Any | None, masked: bool = False
     ) -> None:
+        mark = True if masked else None
+        self._post(kind, stage, source, tensor, (action.microbatch, action.window), value, mark)
+
+    def _post(
+        self,
+        kind: str,
+        stage: int,
+        source: int,
+        tensor: str,
+        number: tuple[int, int],
+        value: Any | None,
+        mark: bool | None = None,
+    ) -> None:
         array = None if value is None else to_array(value)
-        self.links.send(
-            Message(
-                kind,
-                self.links.incarnation,
-                self.order.step,
-                stage,
-                source,
-                tensor,
-                action.microbatch,
-                action.window,
-                True if masked else None,
-                array,
-            )
-        )
+        step = self.order.step
+        self.links.send(Message(kind, self.links.incarnation, step, stage, source, tensor, *number, mark, array))
+
+    def _send_shared(self, stage: int, source: int, name: str, number: int, value: Any | None) -> None:
+        self._post("shared_gradient", stage, source, name, (number, 0), value)
+
+    def _take_shared(self, stage: int, source: int, name: str, number: int) -> Any | None:
+        array = self._take("shared_gradient", stage, source, name, number)
+        return None if array is None else to_tensor(array)
 
     def _inputs(self, hosted: HostedStage, action: Action) -> tuple[list[Any], tuple[int, ...]]:
         """The tensors that an action takes, behind them their masks; which of them have one."""
@@ -188,50 +217,56 @@ class Program:
             tensors.append(to_tensor(array))
         return [*tensors, *masks.values()], tuple(masks)
 
-    def _objective(self, hosted: HostedStage, microbatch: int) -> Objective:
-        batch = self._batches[hosted.spec.index]
-        self._receive_targets(hosted, batch)
-        part = self._slices[microbatch]
-        assert batch.target is not None
-        weight = None if batch.sample_weight is None else to_tensor(batch.sample_weight[part])
-        return Objective(to_tensor(batch.target[part]), weight, batch.weights[microbatch])
-
-    def _receive_targets(self, hosted: HostedStage, batch: _Batch) -> None:
-        if batch.target is not None:
-            return
-        index = hosted.spec.index
-        assert hosted.head is not None
-        batch.target = self._take("target", index, DRIVER)
-        if self.order.sample_weight:
-            batch.sample_weight = self._take("sample_weight", index, DRIVER)
-        weights = batch.sample_weight
-        batch.weights = hosted.head.weights(
-            self.order.sizes,
-            [batch.target[part] for part in self._slices],
-            None if weights is None else [weights[part] for part in self._slices],
-            hosted.prediction_masks,
+    def _objective(self, hosted: HostedStage, part: slice, microbatch: int | None) -> Objective:
+        """What the heads need for some samples; for all of them (microbatch None) every weight is 1."""
+        judged = self._receive_targets(hosted)
+        return Objective(
+            tuple(to_tensor(one.target[part]) for one in judged),
+            tuple(None if one.sample_weight is None else to_tensor(one.sample_weight[part]) for one in judged),
+            tuple(1.0 if microbatch is None else one.weights[microbatch] for one in judged),
         )
+
+    def _receive_targets(self, hosted: HostedStage) -> list[_Judged]:
+        batch, index = self._batches[hosted.spec.index], hosted.spec.index
+        if batch.judged is not None:
+            return batch.judged
+        batch.judged = []
+        for head, label in zip(hosted.heads, hosted.labels, strict=True):
+            target = self._take("target", index, DRIVER, label)
+            weight = None
+            if label in self.order.sample_weights:
+                weight = self._take("sample_weight", index, DRIVER, label)
+            weights = head.weights(
+                self.order.sizes,
+                [target[part] for part in self._slices],
+                None if weight is None else [weight[part] for part in self._slices],
+                hosted.prediction_masks.get(head.place),
+            )
+            batch.judged.append(_Judged(target, weight, weights))
+        return batch.judged
 
     def _forward(self, action: Action) -> None:
         hosted, index = self.hosted[action.stage], action.stage
         batch, k = self._batches[index], action.microbatch
         inputs, masked = self._inputs(hosted, action)
-        head = hosted.head if self.order.mode not in ("predict", "masks") else None
-        whole = head is not None and head.couples_samples
-        objective = None if head is None or whole else self._objective(hosted, k)
+        judges = bool(hosted.heads) and self.order.mode not in ("predict", "masks")
+        whole = judges and hosted.heads.couples_samples
+        objective = self._objective(hosted, self._slices[k], k) if judges and not whole else None
         self._begin()
         share = self.order.sizes[k] / self._total
         opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.order.training, share, objective, masked)
         if opened.own_loss is not None:
             batch.own_losses[k] = opened.own_loss
-        if opened.loss is not None:
-            batch.losses[k] = opened.loss
+        if objective is not None:
+            batch.losses[k] = opened.losses
         if whole:
-            batch.outputs[k] = (with_mask(opened.outputs[0], opened.masks.get(0)),)
+            places = {head.place for head in hosted.heads}
+            batch.outputs[k] = {i: with_mask(opened.outputs[i], opened.masks.get(i)) for i in places}
             if not self.order.training and len(batch.outputs) == len(self.order.sizes):
-                self._whole_batch_loss(hosted, batch)
-        if self.order.mode == "masks" and hosted.head is not None and 0 in opened.masks:
-            hosted.prediction_masks = [*(hosted.prediction_masks or ()), np.array(opened.masks[0])]
+                self._whole_batch(hosted)
+        if self.order.mode == "masks":
+            for place in {head.place for head in hosted.heads} & set(opened.masks):
+                hosted.prediction_masks.setdefault(place, []).append(np.array(opened.masks[place]))
         for place, (output, (name, consumers)) in enumerate(zip(opened.outputs, hosted.spec.outputs)):  # noqa: B905
             mask = opened.masks.get(place)
             for consumer in consumers:
@@ -239,7 +274,7 @@ class Program:
                 self._send("activation", consumer, index, name, action, output, with_it)
                 if with_it:
                     self._send("mask", consumer, index, name, action, mask)
-            if self.order.mode == "predict" and not consumers:
+            if self.order.mode == "predict" and name in hosted.spec.finals:
                 self._send("output", DRIVER, index, name, action, output)
 
     def _backward(self, action: Action) -> None:
@@ -252,44 +287,28 @@ class Program:
                 self._send("gradient", source, index, name, action, gradient)
 
     def _output_gradients(self, hosted: HostedStage, action: Action) -> Sequence[Any | None]:
-        batch = self._batches[action.stage]
-        if hosted.head is not None:
-            if not hosted.head.couples_samples:
-                return ()
-            if batch.loss_gradients is None:
-                self._whole_batch_loss(hosted, batch)
-            assert batch.loss_gradients is not None
-            return batch.loss_gradients[action.microbatch]
+        """What consumers and losses over the whole batch send into each output; None: nothing."""
         gradients = []
         for name, consumers in hosted.spec.outputs:
             total = None
             for consumer in reversed(consumers):  # the order in which one tape would meet them
                 array = self._take("gradient", action.stage, consumer, name, action.microbatch, action.window)
-                if array is not None:
-                    total = to_tensor(array) if total is None else total + to_tensor(array)
+                total = plus(total, None if array is None else to_tensor(array))
             gradients.append(total)
+        if hosted.heads.couples_samples:
+            judged = self._whole_batch(hosted).gradients[action.microbatch]
+            gradients = [plus(judged.get(place), gradient) for place, gradient in enumerate(gradients)]
         return gradients
 
-    def _whole_batch_loss(self, hosted: HostedStage, batch: _Batch) -> None:
-        """A loss that couples samples: computed once on the joined predictions, its gradient cut into microbatches."""
-        head = hosted.head
-        assert head is not None
-        self._receive_targets(hosted, batch)
-        assert batch.target is not None
-        parts = [batch.outputs[k][0] for k in sorted(batch.outputs)]
-        masks = [mask_of(part) for part in parts]
-        prediction = tf.concat(parts, axis=0)
-        target = to_tensor(batch.target)
-        weights = None if batch.sample_weight is None else to_tensor(batch.sample_weight)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(prediction)
-            judged = prediction if masks[0] is None else with_mask(prediction, tf.concat(masks, axis=0))
-            loss = head.value(target, judged, weights)
-        head.update(target, judged, weights)
-        batch.losses[0] = loss
-        if self.order.training:
-            gradient = tf.split(tape.gradient(loss, prediction), list(self.order.sizes))
-            batch.loss_gradients = {k: (part,) for k, part in enumerate(gradient)}
+    def _whole_batch(self, hosted: HostedStage) -> WholeBatch:
+        """Losses that couple samples: computed once on the joined predictions."""
+        batch = self._batches[hosted.spec.index]
+        if batch.whole is None:
+            parts = [batch.outputs[k] for k in sorted(batch.outputs)]
+            objective = self._objective(hosted, slice(None), None)
+            batch.whole = whole_batch(hosted.heads, parts, objective, self.order.training, self.order.loss_scale)
+            batch.losses[0] = batch.whole.values
+        return batch.whole
 
 
 def _sum(losses: Mapping[int, Any]) -> float | None:

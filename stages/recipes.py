@@ -99,7 +99,7 @@ def describe(thing: Any, what: str) -> Recipe:
             "give the class a get_config(), or pass a Segment with an importable builder"
         ) from error
     recipe = {"keras": config, "custom": custom.homes(config, what)}
-    if found := forgotten(thing, config, what):
+    if found := forgotten(thing, config):
         recipe["forgotten"] = found
     return recipe
 

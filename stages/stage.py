@@ -20,11 +20,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from stages.accumulate import Contribution
 from stages.compiled import CompiledTapes
 from stages.errors import HandoffError
+from stages.heads import Heads, Objective
 from stages.loss import Head
 from stages.part import Part, mask_of, with_mask
-from stages.tapes import EagerTapes, Key, Objective, Opened, Tapes
+from stages.tapes import EagerTapes, Key, Opened, Tapes
 from stages.tensors import describe_tensor, flatten, is_differentiable
 
 
@@ -34,12 +36,15 @@ class Stage:
     Args:
         model: A built Keras model or layer.
         name: The stage's name in messages; default the model's.
-        loss: For a last stage: what `keras.Model.compile` takes. Then `forward_loss` is available.
+        loss: For a stage that gives the model's output: what `keras.Model.compile` takes. Then `forward_loss` is
+            available.
         run_eagerly: True: one `tf.GradientTape` per microbatch, bit-identical to one tape over the whole model.
             False: compiled functions, within 1e-6 of the largest gradient.
         recompute: Keep only inputs between forward and backward, and compute the forward pass again.
         input_gradients: Which inputs (in flat order) to differentiate; None: all that can be.
-        head: A ready objective in place of `loss`.
+        heads: Ready objectives in place of `loss`, for a stage with several outputs that are judged.
+        consumed: Which outputs (in flat order) other stages take; default: all, or none with a loss.
+        tied: Which trainable variables (by place) other stages have too; see `contributions`.
 
     Example:
         >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
@@ -58,7 +63,9 @@ class Stage:
         run_eagerly: bool = True,
         recompute: bool = False,
         input_gradients: Sequence[bool] | None = None,
-        head: Head | None = None,
+        heads: Sequence[Head] | None = None,
+        consumed: Sequence[bool] | None = None,
+        tied: Sequence[int] = (),
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise HandoffError(f"a Stage holds a Keras model or layer, received {type(model).__name__}")
@@ -69,11 +76,15 @@ class Stage:
             )
         self.name = name or model.name
         self.model = model
-        self.head = head if head is not None or loss is None else Head(loss)
+        self.heads = Heads(heads if heads is not None else [] if loss is None else [Head(loss)])
         self.run_eagerly = run_eagerly
         self._part = Part(model, self.name, input_gradients)
-        kind = EagerTapes if run_eagerly else CompiledTapes
-        self._tapes: Tapes = kind(self._part, self.head, recompute)
+        self._consumed = None if consumed is None else tuple(consumed)
+        self._tapes: Tapes
+        if run_eagerly:
+            self._tapes = EagerTapes(self._part, self.heads, recompute, tied)
+        else:
+            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=not any(self._consumed or ()))
         self._opened: dict[Key, Opened] = {}
         self._inputs: dict[Key, int] = {}
 
@@ -81,6 +92,15 @@ class Stage:
     def trainable_variables(self) -> list[Any]:
         """The Keras variables that gradients are taken for."""
         return self._part.trainable_variables
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on every loss while it is differentiated; accumulated gradients are this much too large."""
+        return self._tapes.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._tapes.loss_scale = value
 
     def forward(
         self, inputs: Any, microbatch: int = 0, training: bool = True, *, window: int = 0, share: float = 1.0
@@ -117,8 +137,8 @@ class Stage:
 
         Args:
             inputs: As in `forward`.
-            target: What the loss compares with, (n, ...).
-            sample_weight: (n,) or None.
+            target: What the loss compares with, (n, ...); with several heads a list, one per head.
+            sample_weight: (n,) or None; with several heads a list, or None.
             microbatch: Number under which the tape is kept.
             weight: What this microbatch's loss weighs in the batch's.
             share: As in `forward`.
@@ -129,19 +149,27 @@ class Stage:
         Raises:
             HandoffError: The stage has no loss, or as in `forward`.
         """
-        if self.head is None:
+        heads = len(self.heads)
+        if not heads:
             raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
-        weights = None if sample_weight is None else tf.convert_to_tensor(sample_weight)
-        objective = Objective(tf.convert_to_tensor(target), weights, weight)
+        targets = [target] if heads == 1 else list(target)
+        weights = [sample_weight] if heads == 1 else [None] * heads if sample_weight is None else list(sample_weight)
+        objective = Objective(
+            tuple(tf.convert_to_tensor(one) for one in targets),
+            tuple(None if one is None else tf.convert_to_tensor(one) for one in weights),
+            (weight,) * heads,
+        )
         tensors, masked = self._tensors(inputs, microbatch)
-        return self.open(tensors, Key(microbatch), True, share, objective, masked).loss
+        opened = self.open(tensors, Key(microbatch), True, share, objective, masked)
+        (total,) = self.heads.terms(opened.losses)
+        return total
 
     def backward(self, output_gradients: Any = None, microbatch: int = 0, *, window: int = 0) -> Any:
         """Close the microbatch's tape: accumulate dL/dvariables, return dL/dinputs.
 
         Args:
             output_gradients: dL/dOut, like the outputs in nesting, shape and dtype. None for an output that nobody
-                differentiates (it counts as zeros), and for integer outputs. Left out after `forward_loss`.
+                differentiates, and for integer outputs. Left out after `forward_loss`.
             microbatch: The number given to `forward`.
             window: The window given to `forward`.
 
@@ -170,16 +198,13 @@ class Stage:
         """`forward` on flat eager tensors: values, then the masks of those that `masked` names; for workers."""
         self._part.check_inputs(inputs[: len(inputs) - len(masked)], key.microbatch)
         if not training:
-            return self._tapes.infer(inputs, share, objective, masked)
+            return self._tapes.infer(inputs, share, masked, objective)
         if key in self._opened:
             raise HandoffError(
                 f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
                 "call backward first, give the new one another number, or forget it with zero_gradients()"
             )
-        if objective is None:
-            opened = self._tapes.forward(key, inputs, share, masked)
-        else:
-            opened = self._tapes.objective(key, inputs, share, objective, masked)
+        opened = self._tapes.forward(key, inputs, share, masked, objective)
         self._opened[key] = opened
         self._inputs[key] = len(inputs) - len(masked)
         return opened
@@ -187,13 +212,10 @@ class Stage:
     def close(self, output_gradients: Sequence[Any | None], key: Key) -> tuple[Any | None, ...]:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
         values = self._values_of(key)
-        opened = self._opened[key]
-        if opened.loss is None:
-            self._check_gradients(output_gradients, values, key)
+        self._check_gradients(output_gradients, values, key)
         inputs = self._inputs.pop(key)
         del self._opened[key]
-        masks = [None] * len(opened.masked) if opened.loss is None else []
-        return self._tapes.backward(key, [*output_gradients, *masks])[:inputs]
+        return self._tapes.backward(key, output_gradients)[:inputs]
 
     def gradients(self) -> dict[str, np.ndarray[Any, Any] | None]:
         """Accumulated dL/dvariables.
@@ -209,18 +231,27 @@ class Stage:
         """The accumulated gradients as tensors, in the order of `trainable_variables`."""
         return self._tapes.gradients()
 
-    def apply(self, optimizer: Any, scale: float | None = None) -> None:
+    def contributions(self, places: Sequence[int]) -> list[Contribution]:
+        """What was accumulated for tied variables: one entry per microbatch (eager), or their sum (compiled)."""
+        return self._tapes.contributions(places)
+
+    def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
+        """Put the sums over all stages in place of what was accumulated here for tied variables."""
+        self._tapes.replace(places, totals)
+
+    def apply(self, optimizer: Any, scale: float | None = None, divisor: float | None = None) -> None:
         """One optimizer update from the accumulated gradients, which are then cleared.
 
         Args:
             optimizer: A Keras optimizer; it is built on this stage's variables if it is not yet.
             scale: Factor on the gradients, for clipping by a global norm.
+            divisor: What the gradients are divided by before that, for loss scaling.
         """
         if not optimizer.built:
             optimizer.build(self.trainable_variables)
         self._opened.clear()
         self._inputs.clear()
-        self._tapes.apply(optimizer, scale)
+        self._tapes.apply(optimizer, scale, divisor)
 
     def zero_gradients(self) -> None:
         """Forget accumulated gradients and open tapes."""
@@ -271,10 +302,10 @@ class Stage:
         return _values(self._opened[key])
 
     def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: Key) -> list[Any | None]:
-        if self._opened[key].loss is not None:
-            if given is not None:
-                raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
-            return []
+        if given is None and self._opened[key].losses:
+            return [None] * len(outputs)
+        if self._opened[key].losses and not any(self._consumed or ()):
+            raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
         leaves = [given] if len(outputs) == 1 and not isinstance(given, list | tuple | dict) else _leaves(given)
         if len(leaves) != len(outputs):
             raise HandoffError(
@@ -284,7 +315,7 @@ class Stage:
         return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
 
     def _check_gradients(self, given: Sequence[Any | None], outputs: Sequence[Any], key: Key) -> None:
-        for i, (gradient, output) in enumerate(zip(given, outputs, strict=True)):
+        for i, (gradient, output) in enumerate(zip(given, outputs)):  # noqa: B905 - with the loss on the tape: none
             if gradient is None or not is_differentiable(output.dtype):
                 continue
             if gradient.shape != output.shape or gradient.dtype != output.dtype:

@@ -2,14 +2,17 @@
 
 The compiled way is in `stages.compiled`; both keep the same contract, so a stage holds either:
 
-    forward(key, inputs, share)                    → outputs; the tape stays open under `key`
-    objective(key, inputs, target, ...)            → the same with the loss on the tape (last stage)
+    forward(key, inputs, share, masked, objective) → outputs and losses; the tape stays open under `key`
     backward(key, output_gradients)                → input gradients; variable gradients are accumulated
     gradients()                                    → per variable the sum over microbatches, or None
     apply(optimizer, scale)                        → one update from those sums, which are cleared
 
 `share` is the microbatch's part of the batch (n_k / N): own losses count with it, so they count once a batch. Inputs
 and outputs are flat values followed by the masks of those that have one (`stages.part`); `masked` says which.
+
+What several targets of one tape send into one variable or tensor is added in the order in which TensorFlow happens to
+meet it; three summands in another order differ in the last bit. So all targets of a stage go through one `IdentityN`:
+its gradient waits for all of them, and from there on the order is that of the stage alone, whatever is around it.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
-from stages.accumulate import OrderedSum, dense
-from stages.loss import Head
+from stages.accumulate import Contribution, OrderedSum, dense
+from stages.heads import Heads, Objective
 from stages.part import Part, States, spread, watch
 from stages.tensors import is_differentiable
 
@@ -30,7 +33,7 @@ Masked = Sequence[int]
 
 
 _DISTANCE = 16
-"""Longer than the way from an own loss to the tensor it is about, in operations."""
+"""Longer than the way from a loss of the stage to the tensor it is about, in operations."""
 
 
 class Key(NamedTuple):
@@ -47,14 +50,14 @@ class Opened(NamedTuple):
         structure: The outputs in the model's nesting; None where the caller asked for flat ones only.
         outputs: The outputs, flat, followed by the masks of those that have one.
         own_loss: The weighted sum of the part's own losses, a float scalar tensor, or None.
-        loss: The weighted loss, a float scalar tensor, or None without an objective.
+        losses: With an objective, one float scalar tensor per head: its loss times what the microbatch weighs.
         masked: Which outputs the masks belong to.
     """
 
     structure: Any
     outputs: tuple[Any, ...]
     own_loss: Any | None
-    loss: Any | None
+    losses: tuple[Any, ...] = ()
     masked: tuple[int, ...] = ()
 
     @property
@@ -63,43 +66,44 @@ class Opened(NamedTuple):
         return dict(zip(self.masked, self.outputs[len(self.outputs) - len(self.masked) :], strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What the last stage needs for its loss on one microbatch.
+class Tapes(Protocol):
+    """Open tapes and accumulated gradients of one part; see the module's drawing.
 
     Attributes:
-        target: Eager tensor(s), (n_k, ...).
-        sample_weight: Eager tensor or None.
-        weight: What this microbatch's loss weighs in the batch (`Head.weights`).
+        loss_scale: Factor on every loss while it is differentiated; accumulated gradients are this much too large.
     """
 
-    target: Any
-    sample_weight: Any | None
-    weight: float
+    loss_scale: float
 
-
-class Tapes(Protocol):
-    """Open tapes and accumulated gradients of one part; see the module's drawing."""
-
-    def forward(self, key: Key, inputs: Sequence[Any], share: float, masked: Masked = ()) -> Opened:
-        """Run the part in training; its tape stays open under `key`."""
-
-    def objective(
-        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective, masked: Masked = ()
+    def forward(
+        self,
+        key: Key,
+        inputs: Sequence[Any],
+        share: float,
+        masked: Masked = (),
+        objective: Objective | None = None,
     ) -> Opened:
-        """The same with the loss on the tape; the metrics count the microbatch."""
+        """Run the part in training, with its heads' losses where there is an objective; its tape stays open."""
 
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked = ()) -> Opened:
+    def infer(
+        self, inputs: Sequence[Any], share: float, masked: Masked = (), objective: Objective | None = None
+    ) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
 
     def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
-        """Close the tape: accumulate dL/dvariables, return dL/dinputs."""
+        """Close the tape: accumulate dL/dvariables, return dL/dinputs. An output without a gradient is no target."""
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables in the order of the trainable variables; None where none exists."""
 
-    def apply(self, optimizer: Any, scale: float | None) -> None:
-        """One update from the accumulated gradients (times `scale`), which are then cleared."""
+    def contributions(self, places: Sequence[int]) -> list[Contribution]:
+        """What each microbatch adds to some variables, one entry per microbatch (or one for all, compiled)."""
+
+    def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
+        """Put other sums in place of some accumulated ones."""
+
+    def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
+        """One update from the accumulated gradients (over `divisor`, times `scale`), which are then cleared."""
 
     def clear(self) -> None:
         """Drop open tapes and sums."""
@@ -119,12 +123,13 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Again:
-    """A forward pass that will be computed again: its inputs, the states it started from, its share."""
+    """A forward pass that will be computed again: its arguments, and the states it started from."""
 
     inputs: tuple[Any, ...]
     states: tuple[Any, ...]
     share: float
     masked: tuple[int, ...]
+    objective: Objective | None
 
 
 class EagerTapes:
@@ -132,77 +137,86 @@ class EagerTapes:
 
     Args:
         part: The model.
-        head: The objective, for the last stage.
+        heads: The objectives of its outputs.
         recompute: Keep only inputs and states, and run the forward pass again in backward.
+        kept_apart: Variables (by place) whose microbatches' contributions are kept, to be joined with other stages'.
     """
 
-    def __init__(self, part: Part, head: Head | None = None, recompute: bool = False) -> None:
-        self._part, self._head, self._recompute = part, head, recompute
+    def __init__(
+        self, part: Part, heads: Heads | None = None, recompute: bool = False, kept_apart: Sequence[int] = ()
+    ) -> None:
+        self._part, self._heads, self._recompute = part, heads or Heads(), recompute
         self._open: dict[Key, _Record | _Again] = {}
-        self._sum = OrderedSum()
+        self._sum = OrderedSum(kept_apart)
+        self.loss_scale = 1.0
 
-    def forward(self, key: Key, inputs: Sequence[Any], share: float, masked: Masked = ()) -> Opened:
+    def forward(
+        self,
+        key: Key,
+        inputs: Sequence[Any],
+        share: float,
+        masked: Masked = (),
+        objective: Objective | None = None,
+    ) -> Opened:
         """Run the part under a tape that stays open (or, recomputing, without one)."""
         if not self._recompute:
-            return self._run(key, inputs, share, None, masked)
-        self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share, tuple(masked))
-        called = self._part.call(inputs, training=True, masked=masked)
-        return Opened(called.structure, called.outputs, _weighted_sum(called.own, share), None, called.masked)
+            opened = self._run(key, inputs, share, masked, objective)
+        else:
+            self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share, tuple(masked), objective)
+            called = self._part.call(inputs, training=True, masked=masked)
+            own = _weighted_sum(called.own, share)
+            opened = Opened(
+                called.structure, called.outputs, own, self._losses(called.outputs, objective), called.masked
+            )
+        if objective is not None:
+            self._heads.update(opened.outputs, objective)
+        return opened
 
-    def objective(
-        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective, masked: Masked = ()
+    def infer(
+        self, inputs: Sequence[Any], share: float, masked: Masked = (), objective: Objective | None = None
     ) -> Opened:
-        """Run the part and its loss under a tape that stays open; the metrics count the microbatch."""
-        return self._run(key, inputs, share, objective, masked)
-
-    def infer(self, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked = ()) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
         structure, outputs, places, own = self._part.call(inputs, training=False, masked=masked)
-        loss = None
-        if objective is not None and self._head is not None:
-            loss = self._loss(structure, objective)
-            self._head.update(objective.target, structure, objective.sample_weight)
-        return Opened(structure, outputs, _weighted_sum(own, share), loss, places)
+        losses = self._losses(outputs, objective)
+        if objective is not None:
+            self._heads.update(outputs, objective)
+        return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
     def _run(
-        self, key: Key, inputs: Sequence[Any], share: float, objective: Objective | None, masked: Masked
+        self, key: Key, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective | None
     ) -> Opened:
         variables = self._part.trainable_variables
-        loss = None
         wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
             structure, outputs, places, own = self._part.call(inputs, training=True, masked=masked)
-            ends = tuple(_from_afar(output) for output in outputs) if own and objective is None else outputs
-            if objective is not None:
-                loss = self._loss(structure, objective)
-        targets, seeds = list(own), [tf.fill((), tf.cast(share, loss_.dtype)) for loss_ in own]
-        if loss is not None and objective is not None and self._head is not None:
-            targets, seeds = [loss, *targets], [tf.ones_like(loss), *seeds]
-            self._head.update(objective.target, structure, objective.sample_weight)
-        self._open[key] = _Record(tape, wanted, sources, ends if loss is None else (), targets, seeds)
-        return Opened(structure, outputs, _weighted_sum(own, share), loss, places)
+            losses = self._losses(outputs, objective)
+            terms = self._heads.terms(losses) if objective is not None else []
+        seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
+        targets = [*terms, *own]
+        fills = [tf.fill((), tf.cast(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]
+        self._open[key] = _Record(tape, wanted, sources, outputs, targets, fills)
+        return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
-    def _loss(self, prediction: Any, objective: Objective) -> Any:
-        assert self._head is not None
-        value = self._head.value(objective.target, prediction, objective.sample_weight)
-        return value * tf.cast(objective.weight, value.dtype)
+    def _losses(self, outputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
+        return () if objective is None else tuple(self._heads.values(outputs, objective))
 
     def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Close the tape, accumulate dL/dvariables in microbatch order, return dL/dinputs."""
         record = self._record(key)
         pairs = [
-            (output, tf.zeros_like(output) if gradient is None else gradient)
-            for output, gradient in zip(record.outputs, output_gradients, strict=True)
-            if is_differentiable(output.dtype)
+            (output, gradient)
+            for output, gradient in zip(record.outputs, output_gradients)  # noqa: B905 - masks have none
+            if gradient is not None and is_differentiable(output.dtype)
         ]
-        targets = [output for output, _ in pairs] + record.targets
-        seeds = [seed for _, seed in pairs] + record.seeds
+        seeds = record.seeds + [seed for _, seed in pairs]
         found: list[Any | None] = [None] * len(record.sources)
-        if targets:
+        if seeds:
+            with record.tape:
+                targets = joint(record.targets, [output for output, _ in pairs])
             found = record.tape.gradient(targets, record.sources, output_gradients=seeds)
         inputs = sum(record.wanted)
-        self._sum.add(key.microbatch, [dense(gradient) for gradient in found[inputs:]])
+        self._sum.add(key.microbatch, found[inputs:])
         return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
 
     def _record(self, key: Key) -> _Record:
@@ -212,7 +226,7 @@ class EagerTapes:
             states = States(self._part.model)
             now = states.read()
             states.write(record.states)
-            self._run(key, record.inputs, record.share, None, record.masked)
+            self._run(key, record.inputs, record.share, record.masked, record.objective)
             states.write(now)
             record = self._open.pop(key)
         assert isinstance(record, _Record)
@@ -220,14 +234,26 @@ class EagerTapes:
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables, in the order of the part's trainable variables; None where none exists."""
+        return [dense(gradient) for gradient in self._total()]
+
+    def _total(self) -> list[Any | None]:
+        """The same as the tapes gave them: tensors or `tf.IndexedSlices`."""
         total = self._sum.total()
         return [None] * len(self._part.trainable_variables) if total is None else list(total)
 
-    def apply(self, optimizer: Any, scale: float | None) -> None:
-        """Update the variables from the accumulated gradients (times `scale`), then clear them."""
-        pairs = [(g, v) for g, v in zip(self.gradients(), self._part.trainable_variables, strict=True) if g is not None]
+    def contributions(self, places: Sequence[int]) -> list[Contribution]:
+        """What each microbatch added to the variables that are kept apart."""
+        return self._sum.contributions(places)
+
+    def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
+        """Put other sums in place of some accumulated ones."""
+        self._sum.replace(places, totals)
+
+    def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
+        """Update the variables from the accumulated gradients (over `divisor`, times `scale`), then clear them."""
+        pairs = [(g, v) for g, v in zip(self._total(), self._part.trainable_variables, strict=True) if g is not None]
         if pairs:
-            gradients = [g if scale is None else g * tf.cast(scale, g.dtype) for g, _ in pairs]
+            gradients = rescaled([g for g, _ in pairs], scale, divisor)
             optimizer.apply(gradients, [v for _, v in pairs])
         self.clear()
 
@@ -237,16 +263,36 @@ class EagerTapes:
         self._sum.clear()
 
 
-def _from_afar(output: Any) -> Any:
-    """The output behind a chain of identities, so that its gradient comes in after those of the part's own losses.
+def joint(losses: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+    """The targets of one stage behind one operation, so that their gradients enter together; see the module.
 
-    A tape goes backward breadth first and adds what flows into one tensor in the order of arrival. In one tape over the
-    whole model the own losses arrive first, since the way through all later parts is longer; three summands in another
-    order differ in the last bit.
+    In one tape over the whole model what losses send into a tensor arrives first, since the way through all later
+    stages is longer; so beside losses, outputs are some operations farther away, and come last.
     """
-    for _ in range(_DISTANCE):
-        output = tf.identity(output)
-    return output
+    if not outputs or len(outputs) + len(losses) == 1:  # nothing comes from elsewhere, or there is nothing to order
+        return [*losses, *outputs]
+    far = list(outputs)
+    for _ in range(_DISTANCE if losses else 0):
+        far = [tf.identity(output) for output in far]
+    return list(tf.identity_n([*losses, *far]))
+
+
+def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -> list[Any]:
+    """Gradients over a divisor (the loss scale), then times a factor (of clipping); None leaves a step out."""
+    for factor, operation in ((divisor, tf.divide), (scale, tf.multiply)):
+        if factor is not None:
+            gradients = [_with_values(g, operation(_values(g), tf.cast(factor, g.dtype))) for g in gradients]
+    return list(gradients)
+
+
+def _values(gradient: Any) -> Any:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def _with_values(gradient: Any, values: Any) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return values
+    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _weighted_sum(losses: Sequence[Any], share: float) -> Any | None:

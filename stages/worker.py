@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import gc
+import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +149,7 @@ class Worker:
             self._outboxes[int(stage)] = opened[address]
         return {}
 
-    def _do_build(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+    def _do_build(self, number: int, order: Mapping[str, Any]) -> None:
         self.board[0] = BUILDING
         for spec in self.specs:
             self.board[3] = spec.index
@@ -156,7 +157,9 @@ class Worker:
         self.board[0] = IDLE
         if self.own_process:
             gc.freeze()
-        return {str(index): hosted.describe() for index, hosted in self.hosted.items()}
+        described = {str(index): hosted.describe() for index, hosted in self.hosted.items()}
+        text = json.dumps(described).encode()  # as one array: a large model's description is no small plain value
+        self._tell("reply", number, {}, np.frombuffer(text, np.uint8))
 
     def _do_plan(self, number: int, order: Mapping[str, Any]) -> None:
         array = self._take(Key("plan", number, self._place())).array
@@ -165,22 +168,29 @@ class Worker:
 
     def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         what = StepOrder(
-            order["step"], order["mode"], tuple(order["sizes"]), order["sample_weight"], order.get("trace", False)
+            order["step"],
+            order["mode"],
+            tuple(order["sizes"]),
+            tuple(order["sample_weights"]),
+            order["trace"],
+            order["loss_scale"],
         )
         links = Links(self._take, self._send, self.incarnation, self.board)
         before = self._states() if what.mode == "gradients" else None
         if what.mode == "masks":
             for hosted in self.hosted.values():
-                hosted.prediction_masks = None
+                hosted.prediction_masks = {}
         self._program = Program(what, self.plans[order["plan"]], self.hosted, links)
         answer: dict[str, Any] = self._program.run()
         if order["norms"]:
             answer["squared_norm"] = sum(hosted.squared_norm() for hosted in self.hosted.values())
+        if order["finite"]:
+            answer["finite"] = all(hosted.all_finite() for hosted in self.hosted.values())
         if before is not None:
             self._restore(before)
         elif what.mode not in ("predict", "masks"):
             answer["metrics"] = self._metrics()
-        answer["masked"] = any(hosted.prediction_masks is not None for hosted in self.hosted.values())
+        answer["masked"] = any(hosted.prediction_masks for hosted in self.hosted.values())
         if what.trace:
             answer["spans"] = [list(span) for span in self._program.spans]
         self._program = None
@@ -200,25 +210,25 @@ class Worker:
             current = self.hosted[i].variables("metrics")
             if len(metrics) == len(current):
                 snapshot.write(current, metrics, "metrics")
-            elif (head := self.hosted[i].head) is not None:
-                head.reset()
+            else:
+                self.hosted[i].heads.reset()
 
     def _metrics(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for hosted in self.hosted.values():
-            if hosted.head is not None and hosted.head.has_metrics:
-                found |= hosted.head.results()
+            if any(head.has_metrics for head in hosted.heads):
+                found |= hosted.heads.results()
         return found
 
     def _do_apply(self, number: int, order: Mapping[str, Any]) -> None:
         if order["step"] <= self._applied:
             return
         self._applied = order["step"]
-        for hosted in self.hosted.values():
-            rate = order.get("learning_rate")
+        for index, hosted in self.hosted.items():
+            rate = order["learning_rates"].get(str(index))
             if rate is not None:
                 hosted.optimizer.learning_rate = rate
-            hosted.stage.apply(hosted.optimizer, order.get("scale"))
+            hosted.stage.apply(hosted.optimizer, order.get("scale"), order.get("divisor"))
 
     def _do_discard(self, number: int, order: Mapping[str, Any]) -> None:
         for hosted in self.hosted.values():
@@ -252,8 +262,7 @@ class Worker:
         """Small services on every hosted stage."""
         for hosted in self.hosted.values():
             if order["name"] == "reset_metrics":
-                if hosted.head is not None:
-                    hosted.head.reset()
+                hosted.heads.reset()
             elif order["name"] == "finalize":
                 if hosted.optimizer is not None:
                     hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)

@@ -5,6 +5,7 @@ The environment is set here, before any test module imports TensorFlow, and chil
 
 import os
 import re
+import signal
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+# A shell's background jobs ignore Ctrl-C, and so would all their children: the tests of it need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The gate draws the same examples every time, so that it fails only for a change; the soak draws new ones.
 settings.register_profile("gate", deadline=None, derandomize=True, database=None)

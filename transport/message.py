@@ -17,7 +17,17 @@ DRIVER: Final = -1
 """The stage index that means the driver."""
 
 DATA_KINDS: Final = frozenset(
-    {"activation", "gradient", "mask", "target", "sample_weight", "state", "state_gradient", "output"}
+    {
+        "activation",
+        "gradient",
+        "mask",
+        "output",
+        "sample_weight",
+        "shared_gradient",
+        "state",
+        "state_gradient",
+        "target",
+    }
 )
 """Kinds that belong to one step and are worthless after it."""
 

@@ -238,7 +238,7 @@ DAMAGE = {
     "a list for a manifest": (lambda path: (path / "manifest.json").write_text("[]"), "not a checkpoint"),
     "another format": (lambda path: edit(path, lambda m: m.update(format="x")), "not a checkpoint"),
     "a later version": (lambda path: edit(path, lambda m: m.update(version=99)), "version 99"),
-    "lacking entries": (lambda path: edit(path, lambda m: m.pop("cuts")), "lacks cuts"),
+    "lacking entries": (lambda path: edit(path, lambda m: m.pop("stage_of")), "lacks stage_of"),
     "a file gone": (lambda path: (path / "stage-0.npz").unlink(), "stage-0.npz is missing"),
     "a flipped bit": (flip_a_byte, "stage-1.npz changed"),
     "a file cut off": (lambda path: (path / "stage-1.npz").write_bytes(b"PK"), "stage-1.npz changed"),

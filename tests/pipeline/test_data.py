@@ -15,7 +15,8 @@ B = np.arange(8).reshape(4, 2)
 
 
 def batch(x, y=None, weight=None, inputs=None, needs_target=False, microbatches=3):
-    return make_batch(x, y, weight, inputs=inputs or ONE, microbatches=microbatches, needs_target=needs_target)
+    judged = ("out",) if needs_target else ()
+    return make_batch(x, y, weight, inputs=inputs or ONE, microbatches=microbatches, labels=("out",), judged=judged)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_one_input_in_every_form(x):
     assert list(made.inputs) == ["x"] and made.inputs["x"].dtype == np.float32
     np.testing.assert_array_equal(made.inputs["x"], X)
     assert made.sizes == (2, 1, 1)
-    assert made.target is None and made.sample_weight is None
+    assert made.targets == {} and made.sample_weights == {}
 
 
 @pytest.mark.parametrize("x", [[X, B], (X, tf.constant(B)), {"b": B, "a": X}], ids=["list", "tuple", "dict"])
@@ -55,11 +56,11 @@ def test_an_input_that_only_the_worker_knows_is_taken_as_it_is():
 
 def test_targets_and_weights():
     made = batch(X, [0, 1, 2, 1], [1, 2, 3, 4], needs_target=True)
-    assert made.target.tolist() == [0, 1, 2, 1] and made.target.dtype.kind == "i"
-    assert made.sample_weight.dtype == np.float32
-    assert batch(X, X.astype("float64"), needs_target=True).target.dtype == np.float32
-    assert batch(X, {"only": X}, needs_target=True).target.shape == (4, 3)
-    assert batch(X, "ignored", "ignored").target is None
+    assert made.targets["out"].tolist() == [0, 1, 2, 1] and made.targets["out"].dtype.kind == "i"
+    assert made.sample_weights["out"].dtype == np.float32
+    assert batch(X, X.astype("float64"), needs_target=True).targets["out"].dtype == np.float32
+    assert batch(X, {"only": X}, needs_target=True).targets["out"].shape == (4, 3)
+    assert batch(X, "ignored", "ignored").targets == {}
 
 
 @pytest.mark.parametrize(

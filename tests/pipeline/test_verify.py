@@ -133,9 +133,9 @@ def test_json_says_what_the_table_says(eager):
 def wrong_weight(monkeypatch):
     right = program.Program._objective
 
-    def divided(self, hosted, microbatch):
-        objective = right(self, hosted, microbatch)
-        return type(objective)(objective.target, objective.sample_weight, 1 / len(self.order.sizes))
+    def divided(self, hosted, part, microbatch):
+        objective = right(self, hosted, part, microbatch)
+        return type(objective)(objective.targets, objective.sample_weights, (1 / len(self.order.sizes),))
 
     monkeypatch.setattr(program.Program, "_objective", divided)
 

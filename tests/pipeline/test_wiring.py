@@ -20,7 +20,7 @@ def test_a_chain_needs_no_names():
     assert wires.takes == ((("x", DRIVER),), (("y0", 0),), (("y1", 1),))
     assert wires.gives == ((("y0", (1,)),), (("y1", (2,)),), (("y2", ()),))
     assert wires.inputs == ("x",) and wires.outputs == (("y2", 2),)
-    assert wires.last == 2 and wires.stages == 3
+    assert wires.labels == ("y2",) and wires.stages == 3
     assert [wires.upstream()[i] for i in range(3)] == [(), (0,), (1,)]
 
 
@@ -68,19 +68,33 @@ def test_inputs_may_be_put_first():
             ["'p' takes 'h' from 'q', which does not come before"],
         ),
         ([part("p", ("h",), ("h",))], ["'p' takes 'h' from 'p'"]),
-        ([part("p", ("a",), ("b",)), part("q", ("c",), ("d",))], ["must be of one stage", "'b' of 'p'", "'d' of 'q'"]),
         (
             [part("p", ("g",), ("h",)), part("q", ("h",), ("h",)), part("r", ("h",), ("g",))],
             ["given by both", "'p' takes 'g' from 'r'"],
         ),
     ],
-    ids=["given twice", "against the flow", "itself", "two ends", "all faults together"],
+    ids=["given twice", "against the flow", "itself", "all faults together"],
 )
 def test_faults_are_told_together(segments, matches):
     with pytest.raises(WiringError) as caught:
         wire(segments)
     for match in matches:
         assert match in str(caught.value)
+
+
+def test_outputs_may_be_anywhere_and_in_any_order():
+    two = [part("p", ("a",), ("b",)), part("q", ("b",), ("c", "d"))]
+    assert wire(two).outputs == (("c", 1), ("d", 1))
+    assert wire(two, outputs_named=["d", "b", "c"]).outputs == (("d", 1), ("b", 0), ("c", 1))
+    assert wire([part("p", ("a",), ("b",)), part("q", ("c",), ("d",))]).outputs == (("b", 0), ("d", 1))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "match"), [(["d", "e"], "no segment gives the output.s. 'e'"), (["b"], "nobody takes 'd'")]
+)
+def test_outputs_that_are_none_are_told(outputs, match):
+    with pytest.raises(WiringError, match=match):
+        wire([part("p", ("a",), ("b",)), part("q", ("b",), ("d",))], outputs_named=outputs)
 
 
 def test_two_stages_of_one_name():

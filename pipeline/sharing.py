@@ -1,0 +1,58 @@
+"""Variables that several segments have, because their models share layers: which they are, and which cannot be shared.
+
+A trainable variable used in two stages is trained as one (`stages.tied`). A variable that a forward pass changes by
+itself, a moving statistic or the state of a random generator, cannot be: in one process each use sees what the use
+before it left, and two processes run at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stages.hosted import Tie
+from stages.segment import Segment
+
+
+def ties(segments: Sequence[Segment]) -> dict[int, list[Tie]]:
+    """For each stage its trainable variables that other stages have too."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for i, segment in enumerate(segments):
+        if segment.model is not None:
+            for k, variable in enumerate(segment.model.trainable_variables):
+                places.setdefault(id(variable), []).append((i, k))
+    found: dict[int, list[Tie]] = {i: [] for i in range(len(segments))}
+    shared = [uses for uses in places.values() if len(uses) > 1]
+    for number, uses in enumerate(shared):
+        stages = tuple(i for i, _ in uses)
+        for i, k in uses:
+            found[i].append(Tie(f"tie{number}", k, stages))
+    return found
+
+
+def changes_by_itself(layer: Any) -> bool:
+    """Whether calling a layer changes a variable: statistics, seed generators, a power iteration's vector."""
+    return any(True for _ in _states(layer))
+
+
+def state_in_two_stages(models: Mapping[int, Any]) -> tuple[str, int, int] | None:
+    """A layer that changes its own variables in two of these models: (name, stage, stage); None if there is none."""
+    home: dict[int, int] = {}
+    for i, model in models.items():
+        for layer in model._flatten_layers(include_self=False):
+            for variable in _own_states(layer):
+                if home.setdefault(id(variable), i) != i:
+                    return layer.name, home[id(variable)], i
+    return None
+
+
+def _states(layer: Any) -> Iterator[Any]:
+    for inner in layer._flatten_layers():
+        yield from _own_states(inner)
+
+
+def _own_states(layer: Any) -> Iterator[Any]:
+    """Variables that were made to be changed by calls, not by an optimizer; a frozen weight is none."""
+    yield from getattr(layer, "_non_trainable_variables", ())
+    for generator in getattr(layer, "_seed_generators", ()):
+        yield generator.state

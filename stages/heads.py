@@ -1,0 +1,159 @@
+"""The objectives of one stage: a head for each of its outputs that a loss or a metric judges.
+
+    outputs  o0 ──► other stages         o1 ──► head "main" (weight 1)        o2 ──► head "aux" (weight 0.3)
+
+What Keras's trainer adds up over all outputs, w0 * L0 + w1 * L1 + ..., is here spread over the stages that have the
+outputs: every head's term is a target of its own on its stage's tape, with the seed 1 (times the loss scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from stages.loss import Head
+from stages.part import mask_of, with_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a stage's heads need for their losses on one microbatch, one entry per head.
+
+    Attributes:
+        targets: Eager tensors (n_k, ...).
+        sample_weights: Eager tensors, or None where a head has none.
+        weights: What this microbatch's loss weighs in the batch's (`Head.weights`).
+    """
+
+    targets: tuple[Any, ...]
+    sample_weights: tuple[Any | None, ...]
+    weights: tuple[Any, ...]
+
+    @property
+    def weighted(self) -> tuple[bool, ...]:
+        """Which heads have sample weights."""
+        return tuple(weight is not None for weight in self.sample_weights)
+
+    def tensors(self) -> tuple[Any, ...]:
+        """Targets, then the sample weights that there are."""
+        return (*self.targets, *(weight for weight in self.sample_weights if weight is not None))
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Any], weighted: Sequence[bool], weights: Sequence[Any]) -> Objective:
+        """The objective that `tensors` came from."""
+        targets, rest = tensors[: len(weighted)], iter(tensors[len(weighted) :])
+        return cls(tuple(targets), tuple(next(rest) if there else None for there in weighted), tuple(weights))
+
+
+class Heads:
+    """The heads of one stage, in the order of the model's outputs."""
+
+    def __init__(self, heads: Sequence[Head] = ()) -> None:
+        self._heads = tuple(heads)
+
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a loss needs the whole batch at once; then all of the stage's are computed so."""
+        return any(head.couples_samples for head in self)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The metrics' state."""
+        return [variable for head in self for variable in head.variables]
+
+    def values(self, outputs: Sequence[Any], objective: Objective) -> list[Any]:
+        """Each head's loss on a microbatch, times what the microbatch weighs in the batch: float scalars."""
+        found = []
+        for head, target, sample_weight, weight in self._with(objective):
+            value = head.value(target, outputs[head.place], sample_weight)
+            found.append(value * tf.cast(weight, value.dtype))
+        return found
+
+    def terms(self, values: Sequence[Any]) -> list[Any]:
+        """What is differentiated: the sum of the values times their loss weights, if any head has a loss.
+
+        One sum, as Keras makes one: what a tensor gets from several losses is then added in Keras's order.
+        """
+        weighted = [
+            value if head.weight is None else value * tf.cast(head.weight, value.dtype)
+            for head, value in zip(self, values, strict=True)
+            if head.loss is not None
+        ]
+        return [sum(weighted[1:], start=weighted[0])] if weighted else []
+
+    def update(self, outputs: Sequence[Any], objective: Objective) -> None:
+        """Let the metrics count a microbatch."""
+        for head, target, sample_weight, _ in self._with(objective):
+            head.update(target, outputs[head.place], sample_weight)
+
+    def results(self) -> dict[str, Any]:
+        """The metrics' values so far, by the names that Keras gives them."""
+        return {name: value for head in self for name, value in head.results().items()}
+
+    def reset(self) -> None:
+        """Let the metrics count anew."""
+        for head in self:
+            head.reset()
+
+    def _with(self, objective: Objective) -> Iterator[tuple[Head, Any, Any | None, Any]]:
+        return zip(self, objective.targets, objective.sample_weights, objective.weights, strict=True)
+
+
+def whole_batch(
+    heads: Heads, parts: Sequence[Mapping[int, Any]], objective: Objective, training: bool, loss_scale: float = 1.0
+) -> WholeBatch:
+    """Losses over a whole batch, for heads that couple its samples.
+
+    Args:
+        heads: Of one stage.
+        parts: For each microbatch {output: its tensor (n_k, ...), with its mask}.
+        objective: Of the whole batch, every weight 1.
+        training: Whether gradients are wanted.
+        loss_scale: Factor on the gradients.
+
+    Returns:
+        Each head's value, and the gradients of the weighted sum, cut into microbatches.
+    """
+    places = sorted({head.place for head in heads})
+    joined = {place: tf.concat([part[place] for part in parts], axis=0) for place in places}
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        for tensor in joined.values():
+            tape.watch(tensor)
+        judged = {place: with_mask(tensor, _joined_mask(parts, place)) for place, tensor in joined.items()}
+        values = heads.values(judged, objective)  # type: ignore[arg-type]
+        terms = heads.terms(values)
+    heads.update(judged, objective)  # type: ignore[arg-type]
+    cut: dict[int, list[Any]] = {}
+    if training:
+        sizes = [int(part[places[0]].shape[0]) for part in parts]
+        seeds = [tf.fill((), tf.cast(loss_scale, term.dtype)) for term in terms]
+        found = tape.gradient(terms, list(joined.values()), output_gradients=seeds)
+        cut = {place: tf.split(g, sizes) for place, g in zip(places, found, strict=True) if g is not None}
+    return WholeBatch(values, [{place: pieces[k] for place, pieces in cut.items()} for k in range(len(parts))])
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBatch:
+    """What losses over a whole batch give.
+
+    Attributes:
+        values: One per head.
+        gradients: For each microbatch {output: dL/doutput, (n_k, ...)}.
+    """
+
+    values: list[Any]
+    gradients: list[dict[int, Any]]
+
+
+def _joined_mask(parts: Sequence[Mapping[int, Any]], place: int) -> Any | None:
+    masks = [mask_of(part[place]) for part in parts]
+    return None if masks[0] is None else tf.concat(masks, axis=0)
