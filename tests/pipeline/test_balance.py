@@ -119,6 +119,19 @@ def test_a_cheap_border_is_preferred():
     assert balanced_cuts(costs, 2, transfer=Transfer(0.0, 0.0)) == (2,)
 
 
+def test_no_gradient_comes_back_for_integers():
+    """15 bytes of integers cross once, 10 bytes of floats twice."""
+    costs = chain(*[(1.0, 1.0, (), ())] * 3)
+    tensors = {**costs.tensors, 1: TensorCost("words", 15.0, differentiable=False), 2: TensorCost("floats", 10.0)}
+    costs = Costs(costs.calls, tensors, costs.inputs, costs.outputs)
+    assert balanced_cuts(costs, 2, transfer=Transfer(0.0, 1.0)) == (1,)
+
+
+def test_a_kept_tensor_that_two_calls_read_counts_once_in_a_stage():
+    costs = chain((0, 0, (), (("k", 100),)), (0, 0, (), (("k", 100),)), (0, 0, (), (("j", 100),)))
+    assert balanced_cuts(costs, 2, "memory", microbatches=1) == (2,)
+
+
 def test_what_passes_over_a_stage_weighs_nothing_there():
     """The skip connection t1 goes from call 0 straight to call 3, whatever lies between."""
     calls = (

@@ -87,6 +87,12 @@ def test_a_skip_connection_goes_to_every_stage_that_reads_it():
     assert dict(prediction.wiring) == {0: (), 1: (0,), 2: (0, 1)}
 
 
+def test_a_tensor_that_one_stage_reads_twice_goes_there_once():
+    calls = (CallCost("a", (0,), (1,)), CallCost("b", (1,), (2,)), CallCost("c", (1, 2), (3,)))
+    costs = Costs(calls, {i: TensorCost(f"t{i}", 8.0) for i in range(4)}, (0,), (3,))
+    assert [stage.sent for stage in predict(costs, (0, 1, 1)).stages] == [8.0, 0.0]
+
+
 def test_stages_need_not_be_stretches_of_the_order():
     prediction = predict(two_branches(), (0, 1, 0, 2), microbatches=2, transfer=FREE)
     assert [stage.forward for stage in prediction.stages] == [2.0, 1.0, 1.0]
