@@ -39,7 +39,7 @@ from pipeline.graph import Call, Graph
 from stages.accumulate import dense
 from stages.tensors import flatten, is_differentiable
 
-__all__ = ["measure"]
+__all__ = ["measure", "weigh"]
 
 REPEATS = 5
 _ALIASES = {"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "PreventGradient"}
@@ -75,6 +75,17 @@ def measure(graph: Graph, sample: Any, *, repeats: int = REPEATS, threads: int |
     inputs = [tf.convert_to_tensor(arrays[name]) for name, _ in symbols]
     with _undisturbed(graph):
         return _measured(graph, inputs, names, repeats, threads)
+
+
+def weigh(graph: Graph) -> Costs:
+    """The costs that are known without running anything: parameters. Seconds and bytes are 0."""
+    names = graph.tensor_names()
+    calls = tuple(CallCost(call.name, call.reads, call.makes, weights=_weights(call)) for call in graph.calls)
+    tensors = {
+        tensor: TensorCost(names[tensor], 0.0, is_differentiable(graph.symbols[tensor].dtype))
+        for tensor in (*graph.inputs, *(tensor for call in graph.calls for tensor in call.makes))
+    }
+    return Costs(calls, tensors, graph.inputs, graph.outputs)
 
 
 def _measured(graph: Graph, inputs: Sequence[Any], names: dict[int, str], repeats: int, threads: int | None) -> Costs:

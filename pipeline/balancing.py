@@ -1,0 +1,79 @@
+"""From a model and a sample to cuts and what they should cost: measure, balance, predict.
+
+graph, sample ─► costs ─► cuts ─► prediction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.balance import BALANCES, balanced_cuts
+from pipeline.costs import assignment
+from pipeline.errors import SplitError
+from pipeline.graph import Graph
+from pipeline.measuring import measure, weigh
+from pipeline.plan import Plan
+from pipeline.prediction import Prediction, predict
+from pipeline.transfer import measure_transfer
+
+__all__ = ["Balanced", "balance"]
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Where to cut, and what that should cost.
+
+    Attributes:
+        cuts: Before which calls of the model's order the stages after the first begin.
+        prediction: What the split should cost; None without a sample.
+    """
+
+    cuts: tuple[int, ...]
+    prediction: Prediction | None
+
+
+def balance(
+    graph: Graph,
+    stages: int,
+    by: str,
+    sample: Any = None,
+    *,
+    microbatches: int = 8,
+    schedule: str | Callable[..., Plan] = "1f1b",
+    transport: str = "ipc",
+    threads: int | None = None,
+    allowed: Sequence[bool] | None = None,
+) -> Balanced:
+    """Cut a model so that the slowest (or largest) stage is as fast (or small) as possible.
+
+    Args:
+        graph: The model.
+        stages: How many stages.
+        by: ``"time"``, ``"parameters"`` or ``"memory"``; see `pipeline.balance`.
+        sample: One microbatch as `fit` takes it, (n, ...). Only ``"parameters"`` can do without.
+        microbatches: Microbatches per step.
+        schedule: As `Pipeline` takes it; for the prediction.
+        transport: As `Pipeline` takes it; what its messages cost is measured.
+        threads: TensorFlow's threads per worker. Default: all cores that this process has.
+        allowed: For each position, 0 to the number of calls, whether a stage may begin there; default: everywhere.
+
+    Raises:
+        SplitError: The model cannot be measured or cut so.
+        DataError: The sample does not fit the model.
+    """
+    if by not in BALANCES:
+        raise SplitError(f"balance must be one of {', '.join(map(repr, BALANCES))}, received {by!r}")
+    if sample is None:
+        if by != "parameters":
+            raise SplitError(
+                f"balance={by!r} measures the model, for which it needs data: give one microbatch, sample=x[:32]"
+            )
+        return Balanced(balanced_cuts(weigh(graph), stages, by, allowed=allowed), None)
+    inside = transport.startswith("inproc")  # then the stages are threads that share this process's cores
+    costs = measure(graph, sample, threads=None if inside else threads)
+    messages = measure_transfer(transport.partition("://")[0])
+    cuts = balanced_cuts(costs, stages, by, microbatches=microbatches, transfer=messages, allowed=allowed)
+    stage_of = assignment(cuts, len(costs.calls))
+    return Balanced(cuts, predict(costs, stage_of, schedule=schedule, microbatches=microbatches, transfer=messages))
