@@ -44,6 +44,7 @@ def balance(
     schedule: str | Callable[..., Plan] = "1f1b",
     transport: str = "ipc",
     threads: int | None = None,
+    recompute: bool | Sequence[bool] = False,
     allowed: Sequence[bool] | None = None,
 ) -> Balanced:
     """Cut a model so that the slowest (or largest) stage is as fast (or small) as possible.
@@ -57,6 +58,7 @@ def balance(
         schedule: As `Pipeline` takes it; for the prediction.
         transport: As `Pipeline` takes it; what its messages cost is measured.
         threads: TensorFlow's threads per worker. Default: all cores that this process has.
+        recompute: As `Pipeline` takes it; for the prediction. Balanced is the model that keeps its tapes.
         allowed: For each position, 0 to the number of calls, whether a stage may begin there; default: everywhere.
 
     Raises:
@@ -76,4 +78,7 @@ def balance(
     messages = measure_transfer(transport.partition("://")[0])
     cuts = balanced_cuts(costs, stages, by, microbatches=microbatches, transfer=messages, allowed=allowed)
     stage_of = assignment(cuts, len(costs.calls))
-    return Balanced(cuts, predict(costs, stage_of, schedule=schedule, microbatches=microbatches, transfer=messages))
+    return Balanced(
+        cuts,
+        predict(costs, stage_of, schedule=schedule, microbatches=microbatches, transfer=messages, recompute=recompute),
+    )

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.balance import SLOTS
-from pipeline.costs import Costs, Transfer
+from pipeline.costs import CallCost, Costs, Transfer
 from pipeline.errors import TimelineError
 from pipeline.plan import Plan
 from pipeline.schedules import build_plan
@@ -261,6 +261,7 @@ def predict(
     transfer: Transfer | None = None,
     names: Sequence[str] = (),
     slots: int = SLOTS,
+    recompute: bool | Sequence[bool] = False,
 ) -> Prediction:
     """What a split should cost.
 
@@ -272,9 +273,12 @@ def predict(
         transfer: What messages take. Default: `Transfer()`.
         names: The stages' names; default stage0, stage1 ...
         slots: Values that the optimizer keeps beside each trainable one.
+        recompute: As `Pipeline` takes it. A stage with an output of the model has a loss there and goes forward and
+            backward in one, so it has nothing to compute again.
 
     Raises:
-        TimelineError: There is not one stage for each call, a stage has none, or there is not one name a stage.
+        TimelineError: There is not one stage for each call, a stage has none, or there is not one name, or one value of
+            `recompute`, a stage.
     """
     count = 1 + max(stage_of, default=-1)
     if len(stage_of) != len(costs.calls) or set(stage_of) != set(range(count)):
@@ -284,27 +288,41 @@ def predict(
     titles = tuple(names) or tuple(f"stage{i}" for i in range(count))
     if len(titles) != count:
         raise TimelineError(f"expected one name for each of {count} stages, received {list(titles)}")
+    again = (recompute,) * count if isinstance(recompute, bool) else tuple(recompute)
+    if len(again) != count:
+        raise TimelineError(f"expected one value of `recompute` for each of {count} stages, received {list(again)}")
     sent = _messages(costs, stage_of)
     transfer = transfer or Transfer()
     stages = []
     for i, name in enumerate(titles):
         calls = [call for call, stage in zip(costs.calls, stage_of, strict=True) if stage == i]
-        weights = {weight.key: weight for call in calls for weight in call.weights}.values()
         sizes = [size for (source, _), each in sent.items() if source == i for size in each]
-        stages.append(
-            StagePrediction(
-                name=name,
-                forward=math.fsum(call.forward for call in calls),
-                backward=math.fsum(call.backward for call in calls),
-                transfer=transfer.seconds(sizes),
-                sent=math.fsum(sizes),
-                parameters=sum(weight.count for weight in weights),
-                memory=sum(weight.bytes * (2 + slots if weight.trainable else 1) for weight in weights),
-                activations=sum({name: size for call in calls for name, size in call.kept}.values()),
-            )
-        )
+        way = StagePrediction(name, 0.0, 0.0, transfer.seconds(sizes), math.fsum(sizes), 0, 0, 0)
+        stages.append(_with_calls(way, costs, calls, slots, again[i]))
     upstream = Wiring({i: sorted({a for a, b in sent if b == i}) for i in range(count)})
     return Prediction(tuple(stages), costs.samples, microbatches, schedule, upstream)
+
+
+def _with_calls(
+    stage: StagePrediction, costs: Costs, calls: Sequence[CallCost], slots: int, again: bool
+) -> StagePrediction:
+    """The stage with what its calls need; `again`: it computes its forward again in backward."""
+    weights = {weight.key: weight for call in calls for weight in call.weights}.values()
+    forward, backward = math.fsum(call.forward for call in calls), math.fsum(call.backward for call in calls)
+    kept = sum({name: size for call in calls for name, size in call.kept}.values())
+    made = {tensor for call in calls for tensor in call.makes}
+    if again and not made & set(costs.outputs):
+        backward += forward
+        taken = {tensor for call in calls for tensor in call.reads} - made
+        kept = round(math.fsum(costs.tensors[tensor].bytes for tensor in taken) * costs.samples)
+    return replace(
+        stage,
+        forward=forward,
+        backward=backward,
+        parameters=sum(weight.count for weight in weights),
+        memory=sum(weight.bytes * (2 + slots if weight.trainable else 1) for weight in weights),
+        activations=kept,
+    )
 
 
 def _messages(costs: Costs, stage_of: Sequence[int]) -> dict[tuple[int, int], list[float]]:

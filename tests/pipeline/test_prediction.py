@@ -117,6 +117,17 @@ def test_memory_grows_with_the_microbatches_that_are_open():
     assert gpipe.peak_memory() == (fixed + 8 * 200, fixed + 8 * 200)
 
 
+def test_recomputing_takes_a_forward_more_and_keeps_the_inputs_only():
+    costs = chain(4, samples=2)
+    keeping = predict(costs, (0, 0, 1, 1), transfer=FREE)
+    first, last = predict(costs, (0, 0, 1, 1), transfer=FREE, recompute=True).stages
+    assert (first.forward, first.backward, first.activations) == (2.0, 4.0 + 2.0, 2 * 10)
+    assert last == keeping.stages[1]  # it has the loss
+    assert predict(costs, (0, 0, 1, 1), transfer=FREE, recompute=[False, True]).stages == keeping.stages
+    with pytest.raises(TimelineError, match="one value of `recompute` for each of 2 stages"):
+        predict(costs, (0, 0, 1, 1), recompute=[True])
+
+
 def test_a_measurement_stands_beside_the_prediction():
     prediction = predict(chain(4), (0, 0, 0, 1), microbatches=4, transfer=FREE, names=("bottom", "top"))
     found = prediction.beside(slower(prediction.timeline, 3.0))
