@@ -23,6 +23,8 @@ layers, ops = keras.layers, keras.ops
 VOCABULARY = 6
 STEPS = 3
 
+OUTPUTS = ("first", "second", "third")
+"""Names of outputs where they are in a dict; in alphabetical order, as Keras puts them."""
 INPUTS = ("floats", "number", "tokens")
 """(n, 3) floats; (n,) integers for an embedding; (n, 3) integers of which 0 is masked."""
 
@@ -46,12 +48,13 @@ ONE: dict[str, Callable[[int, int], Any]] = {
     "layer": lambda *_: layers.LayerNormalization(epsilon=0.1),
     "activity": lambda *_: layers.ActivityRegularization(l2=0.1),
     "spread": lambda *_: Spread(0.2),
+    "nested": lambda size, seed: _nested(size, seed),
     "tanh": lambda *_: ops.tanh,
-    "scaled": lambda *_: _scaled,
+    "shifted": lambda *_: _shifted,
     "stopped": lambda *_: ops.stop_gradient,
 }
-SIZED = ("dense", "gelu", "regularised", "active", "frozen")
-MASKABLE = ("dense", "gelu", "dropout", "layer", "tanh", "scaled", "stopped")
+SIZED = ("dense", "gelu", "regularised", "active", "frozen", "nested", "recurrent")
+MASKABLE = ("dense", "gelu", "dropout", "layer", "tanh", "shifted", "stopped")
 """What also reads values of rank 3, and passes their masks on or loses them as Keras does."""
 SEVERAL: dict[str, Callable[[Sequence[Any]], Any]] = {
     "add": lambda values: layers.Add()(values),
@@ -60,7 +63,13 @@ SEVERAL: dict[str, Callable[[Sequence[Any]], Any]] = {
     "subtract": lambda values: values[0] - values[1],
     "concatenate": lambda values: layers.Concatenate()(values),
 }
-READS = {"batch": 4, "layer": 4, "activity": 2, "spread": 2, "gelu": 1}
+STEPWISE: dict[str, Callable[[int], Any]] = {
+    "pool": lambda _: layers.GlobalAveragePooling1D(),
+    "recurrent": lambda size: layers.GRU(size),
+    "attention": lambda _: _attend,
+}
+"""What reads only values of rank 3."""
+READS = {"batch": 4, "renormalised": 4, "layer": 4, "activity": 2, "spread": 2, "attention": 4, "recurrent": 3}
 """How many operations of a node read its value, where that is more than one; at most, for it only excuses."""
 
 
@@ -69,7 +78,8 @@ class Node:
     """One call.
 
     Attributes:
-        kind: A name in the tables above, or ``embed``, ``pool``, ``halves``, ``shared``.
+        kind: A name in the tables above, or ``embed``, ``halves``, ``shared`` (one of two dense layers),
+            ``renormalised`` (a shared normalisation).
         reads: Numbers of values; inputs come first.
         size: Width of the result where it is free; for ``shared`` the number of the layer.
         stage: Where it runs, no lower than the stages it reads from.
@@ -97,6 +107,7 @@ class Sketch:
         weighted: Whether samples have weights.
         eager: Eager tapes or compiled functions.
         recompute: As `Pipeline` takes it.
+        named: Whether inputs and outputs are dicts, else lists.
     """
 
     inputs: tuple[str, ...]
@@ -110,11 +121,12 @@ class Sketch:
     weighted: bool = False
     eager: bool = True
     recompute: bool = False
+    named: bool = False
 
-    def build(self) -> Built:
-        """The Keras model, the same each time."""
+    def build(self) -> tuple[Any, Callable[[Any], list[int]]]:
+        """The Keras model, the same each time, and what gives the stage of every call of its graph."""
         keras.utils.set_random_seed(1)
-        values: list[Any] = [_input(kind, i) for i, kind in enumerate(self.inputs)]
+        values: list[Any] = [_input(kind, name) for kind, name in zip(self.inputs, self.input_names, strict=True)]
         given = list(values)
         made_in = [0] * len(values)
         shared: dict[int, Any] = {}
@@ -122,9 +134,23 @@ class Sketch:
             found = _play(node, [values[i] for i in node.reads], number, shared)
             values += found
             made_in += [node.stage] * len(found)
-        model = keras.Model(given, [values[i] for i in self.outputs])
+        model = keras.Model(
+            self.pack(given, self.input_names),
+            self.pack([values[i] for i in self.outputs], OUTPUTS),
+        )
         stages = {id(value): stage for value, stage in zip(values, made_in, strict=True)}
-        return Built(model, stages)
+        return model, lambda graph: _stage_of(graph, stages)
+
+    @property
+    def input_names(self) -> list[str]:
+        """Of the inputs, in their order."""
+        return [f"{kind}{number}" for number, kind in enumerate(self.inputs)]
+
+    def pack(self, values: Sequence[Any], names: Sequence[str]) -> Any:
+        """What belongs to inputs or outputs, as Keras takes it: one value as it is, several as a list or a dict."""
+        if self.named:
+            return dict(zip(names, values, strict=False))
+        return list(values) if len(values) > 1 else values[0]
 
     def data(self) -> tuple[list[Any], list[Any], list[Any] | None]:
         """Inputs, targets and sample weights, as lists."""
@@ -153,8 +179,7 @@ class Sketch:
     def sums_alike(self) -> bool:
         """Whether no sum of three or more gradients can have another order in the cut model than in the whole one.
 
-        A value that operations of several stages read must have at most two terms. A variable that several stages use
-        is excluded: the one sums over microbatches first, the other over stages.
+        A value or a layer that several stages read must have at most two terms.
         """
         made_in = self.places()
         terms: list[list[int]] = [[] for _ in made_in]  # for each value the stage of every operation that reads it
@@ -167,61 +192,62 @@ class Sketch:
             made += 2 if node.kind == "halves" else 1
         for i in self.outputs:
             terms[i] += [made_in[i]] * 2
-        uses: dict[int, set[int]] = {}
+        uses: dict[int, list[int]] = {}
         for node in self.nodes:
             if node.kind == "shared":
-                uses.setdefault(node.size, set()).add(node.stage)
-        halved = all(len(stages) == 1 for stages in uses.values())
-        return halved and all(len(stages) <= 2 or len(set(stages)) == 1 for stages in terms)
+                uses.setdefault(node.size, []).append(node.stage)
+        return all(len(stages) <= 2 or len(set(stages)) == 1 for stages in [*terms, *uses.values()])
 
 
-@dataclass(frozen=True)
-class Built:
-    """A model of a sketch.
+def _stage_of(graph: Any, stages: dict[int, int]) -> list[int]:
+    """The stage of every call of a graph, without empty ones.
 
-    Attributes:
-        model: The Keras model.
-        stages: {id of a symbolic tensor: the stage that makes it}; inputs are in 0.
+    Keras adds calls of its own, which make masks, and a nested model's are not nodes; each is where its value is.
+
+    Args:
+        graph: What `pipeline.graph.read_graph` made of the model.
+        stages: {id of a symbolic tensor: the stage that makes it}.
     """
-
-    model: Any
-    stages: dict[int, int]
-
-    def stage_of(self, graph: Any) -> list[int]:
-        """The stage of every call of the model's graph, without empty ones.
-
-        Keras adds calls of its own, which make masks; each is where its value is.
-        """
-        places = dict.fromkeys(graph.inputs, 0)
-        for call in graph.calls:
-            least = max((places[tensor] for tensor in call.reads), default=0)
-            places |= {tensor: self.stages.get(id(graph.symbols[tensor]), least) for tensor in call.makes}
-        found = [places[call.makes[0]] for call in graph.calls]
-        order = sorted(set(found))
-        return [order.index(stage) for stage in found]
+    places = dict.fromkeys(graph.inputs, 0)
+    for call in graph.calls:
+        least = max((places[tensor] for tensor in call.reads), default=0)
+        places |= {tensor: stages.get(id(graph.symbols[tensor]), least) for tensor in call.makes}
+    found = [places[call.makes[0]] for call in graph.calls]
+    order = sorted(set(found))
+    return [order.index(stage) for stage in found]
 
 
-def _scaled(value: Any) -> Any:
-    return value * 0.7
+def _shifted(value: Any) -> Any:
+    return value + 0.7  # not times: Keras would call the result sparse
 
 
-def _input(kind: str, number: int) -> Any:
+def _nested(size: int, seed: int) -> Any:
+    """A model inside the model; its calls join those around it."""
+    return keras.Sequential([layers.Dense(4, "tanh"), layers.Dropout(0.2, seed=seed), layers.Dense(size)])
+
+
+def _attend(value: Any) -> Any:
+    return layers.MultiHeadAttention(1, 2)(value, value)
+
+
+def _input(kind: str, name: str) -> Any:
     if kind == "floats":
-        return keras.Input((STEPS,), name=f"floats{number}")
-    return keras.Input((STEPS,) if kind == "tokens" else (), dtype="int32", name=f"{kind}{number}")
+        return keras.Input((STEPS,), name=name)
+    return keras.Input((STEPS,) if kind == "tokens" else (), dtype="int32", name=name)
 
 
 def _play(node: Node, values: Sequence[Any], number: int, shared: dict[int, Any]) -> list[Any]:
     """The results of one node."""
     if node.kind == "embed":
         return [layers.Embedding(VOCABULARY, node.size, mask_zero=values[0].ndim == 2)(values[0])]
-    if node.kind == "pool":
-        return [layers.GlobalAveragePooling1D()(values[0])]
+    if node.kind in STEPWISE:
+        return [STEPWISE[node.kind](node.size)(values[0])]
     if node.kind == "halves":
         return list(ops.split(values[0], [values[0].shape[-1] // 2], axis=-1))
     if node.kind == "shared":
-        layer = shared.setdefault(node.size, layers.Dense(SHARED_WIDTH, "tanh"))
-        return [layer(values[0])]
+        return [shared.setdefault(node.size, layers.Dense(SHARED_WIDTH, "tanh"))(values[0])]
+    if node.kind == "renormalised":
+        return [shared.setdefault(-1, layers.BatchNormalization(epsilon=0.1))(values[0])]
     if node.kind in SEVERAL:
         return [SEVERAL[node.kind](values)]
     return [ONE[node.kind](node.size, number)(values[0])]

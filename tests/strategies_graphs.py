@@ -19,29 +19,34 @@ from tests.random_graphs import (
     SHARED_WIDTH,
     SIZED,
     STEPS,
+    STEPWISE,
     Node,
     Sketch,
     widths,
 )
 
 WIDEST = 10
-KINDS = [*ONE, *SEVERAL, "halves", "embed", "pool", "shared"]
-READABLE = {"embed": ("number", "tokens"), "pool": ("steps",), **dict.fromkeys(MASKABLE, ("flat", "steps"))}
+KINDS = [*ONE, *SEVERAL, *STEPWISE, "halves", "embed", "shared", "renormalised"]
+READABLE = {
+    "embed": ("number", "tokens"),
+    **dict.fromkeys(STEPWISE, ("steps",)),
+    **dict.fromkeys(MASKABLE, ("flat", "steps")),
+}
 """Which values a node reads, if not flat ones."""
 
 
 class _Drawing:
     """A sketch while it is drawn: values with their width, rank and stage."""
 
-    def __init__(self, draw: Any, inputs: Sequence[str], stages: int, planned: int, tied: bool) -> None:
-        self.draw, self.inputs, self.tied = draw, len(inputs), tied
+    def __init__(self, draw: Any, inputs: Sequence[str], stages: int, planned: int) -> None:
+        self.draw, self.inputs = draw, len(inputs)
         self.stages, self.planned = stages, planned
         self.nodes: list[Node] = []
         self.widths: list[int] = []
         self.kinds: list[str] = []  # flat, steps, number, tokens
         self.stage: list[int] = []
         self.read: list[int] = []
-        self.shared: dict[int, int] = {}
+        self.home: int | None = None  # of the shared normalisation
         self.choice = [*KINDS, *["shared"] * (draw(st.integers(0, 1)) * len(KINDS))]
         for kind in inputs:
             self.value("flat" if kind == "floats" else kind, STEPS, 0)
@@ -61,13 +66,15 @@ class _Drawing:
 
     def node(self, kind: str, reads: Sequence[int], size: int = 0, stage: int | None = None) -> None:
         lowest = max(self.stage[i] for i in reads)
-        if stage is None:
+        if kind == "nested":
+            stage = lowest  # its calls have no stages of their own
+        elif stage is None:
             stage = max(lowest, self._stage())
         node = Node(kind, tuple(reads), size, stage)
         self.nodes.append(node)
         self.read += reads
         ranks = "steps" if kind == "embed" and self.kinds[reads[0]] == "tokens" else "flat"
-        if kind != "pool" and self.kinds[reads[0]] == "steps":
+        if kind not in ("pool", "recurrent") and self.kinds[reads[0]] == "steps":
             ranks = "steps"
         for width in widths(node, [self.widths[i] for i in reads]):
             self.value(ranks, width, stage)
@@ -91,8 +98,8 @@ class _Drawing:
         """One more node."""
         kind = self.draw(st.sampled_from([kind for kind in self.choice if self._some(kind)]))
         size = self.draw(st.integers(2, 5))
-        if kind == "shared":
-            self._share(size % 2)
+        if kind in ("shared", "renormalised"):
+            self._share(kind, size % 2)
         elif kind in SEVERAL:
             self._join(kind)
         else:
@@ -115,16 +122,16 @@ class _Drawing:
         if self.widths[-1] > WIDEST:
             self.node("dense", [len(self.kinds) - 1], 4)
 
-    def _share(self, layer: int) -> None:
-        """One more use of a shared layer; all are in one stage unless tied weights may be in several."""
-        home = None if self.tied else self.shared.get(layer)
+    def _share(self, kind: str, layer: int) -> None:
+        """One more use of a shared layer; of one that changes its own state, all are in one stage."""
+        home = None if kind == "shared" else self.home
         fitting = [i for i in self._found(("flat",), SHARED_WIDTH, 1) if home is None or self.stage[i] <= home]
         if not fitting:
             self.node("dense", [self.pick("flat")], SHARED_WIDTH)
-        else:
-            source = fitting[self.draw(st.integers(0, len(fitting) - 1))]
-            self.node("shared", [source], layer, home)
-            self.shared.setdefault(layer, self.nodes[-1].stage)
+            return
+        self.node(kind, [fitting[self.draw(st.integers(0, len(fitting) - 1))]], layer, home)
+        if kind != "shared":
+            self.home = self.nodes[-1].stage
 
     def end(self, most: int) -> None:
         """Let every value reach an output, at most so many outputs that nobody reads, and something be trained."""
@@ -141,28 +148,21 @@ class _Drawing:
 
 
 @st.composite
-def sketches(draw: Any, *, several_outputs: bool = True, tied: bool = True, eager: bool | None = None) -> Sketch:
-    """Sketches of up to four stages.
-
-    Args:
-        draw: Hypothesis's.
-        several_outputs: Whether there may be more than one output, each with a loss.
-        tied: Whether a shared layer's uses may be in several stages.
-        eager: How they run; None: either way.
-    """
+def sketches(draw: Any) -> Sketch:
+    """Sketches of up to four stages and three outputs."""
     inputs = draw(st.lists(st.sampled_from(INPUTS), min_size=1, max_size=3))
     planned = draw(st.integers(2, 12))
-    drawing = _Drawing(draw, inputs, draw(st.sampled_from([2, 3, 4, 1])), planned, tied)
+    drawing = _Drawing(draw, inputs, draw(st.sampled_from([2, 3, 4, 1])), planned)
     for _ in range(planned):
         drawing.grow()
-    drawing.end(draw(st.integers(1, 3)) if several_outputs else 1)
+    drawing.end(draw(st.integers(1, 3)))
     outputs = drawing.sinks()
     inside = [
         i
         for i, (kind, width) in enumerate(zip(drawing.kinds, drawing.widths, strict=True))
         if i >= len(inputs) and kind == "flat" and width > 1 and i not in outputs
     ]
-    if several_outputs and inside and len(outputs) < 3 and draw(st.booleans()):
+    if inside and len(outputs) < 3 and draw(st.booleans()):
         outputs.append(draw(st.sampled_from(inside)))  # one that others read too
     count = len(outputs)
     return Sketch(
@@ -175,6 +175,7 @@ def sketches(draw: Any, *, several_outputs: bool = True, tied: bool = True, eage
         microbatches=draw(st.integers(1, 4)),
         samples=draw(st.integers(1, 7)),
         weighted=draw(st.booleans()),
-        eager=draw(st.booleans()) if eager is None else eager,
+        eager=draw(st.booleans()),
         recompute=draw(st.booleans()),
+        named=draw(st.booleans()),
     )
