@@ -14,6 +14,7 @@ check_origins()
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.callbacks import PipelineCheckpoint as PipelineCheckpoint
+    from pipeline.cuts import CutTable as CutTable
     from pipeline.errors import CheckpointError as CheckpointError
     from pipeline.errors import CompileError as CompileError
     from pipeline.errors import DataError as DataError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.plan import Plan as Plan
     from pipeline.plan import validate as validate
     from pipeline.plots import save_timeline as save_timeline
+    from pipeline.prediction import Comparison as Comparison
+    from pipeline.prediction import Prediction as Prediction
     from pipeline.schedules import SCHEDULES as SCHEDULES
     from pipeline.schedules import build_plan as build_plan
     from pipeline.schedules import schedule_named as schedule_named
@@ -61,6 +64,10 @@ _HOME = {
     "Timeline": "pipeline.timeline",
     "save_timeline": "pipeline.plots",
     "microbatch_sizes": "pipeline.microbatch",
+    # cuts
+    "Comparison": "pipeline.prediction",
+    "CutTable": "pipeline.cuts",
+    "Prediction": "pipeline.prediction",
     # errors
     "CheckpointError": "pipeline.errors",
     "CompileError": "pipeline.errors",

@@ -29,10 +29,12 @@ import numpy as np
 
 from pipeline.errors import CheckpointError
 from pipeline.merging import merge
+from pipeline.sharing import groups, share
 from pipeline.splitter import Cut, Split, split_model
 from pipeline.state import Slots, State
 from pipeline.wiring import wire
 from stages import snapshot
+from stages.hosted import leave_undecayed
 from stages.recipes import create, describe
 from stages.segment import Segment
 
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 
 FORMAT = "tapeline checkpoint"
 VERSION = 2
-_ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "stages"}
+_ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "shared"}
+_ENTRIES |= {"stages"}
 
 
 def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
@@ -97,6 +100,7 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
         "compile": None if compiled is None else compiled.recipe(),
         "loss_scaling": None if compiled is None or compiled.loss_scaling is None else compiled.loss_scaling.state(),
         "undecayed": [] if compiled is None else [_undecayed(pipe, i) for i in range(len(pipe.segments))],
+        "shared": [] if split is not None else groups(pipe.segments),
         "outputs": None if split is not None else [name for name, _ in pipe.wires.outputs],
         "stages": stages,
     }
@@ -129,8 +133,26 @@ def load(
         saved["outputs"] = manifest["outputs"]
     pipe = kind(parts, **{**saved, **options})
     training = {"compile": manifest["compile"], "loss_scaling": manifest["loss_scaling"], "undecayed": undecayed}
-    pipe._begin_from(state, training)
+    _go_on(pipe, state, training)
     return pipe
+
+
+def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
+    """Let a new pipeline go on from saved values, compiled as the saved one was."""
+    if training["compile"] is None:
+        pipe._session.start_from(State(state.model))
+        return
+    arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
+    if training["undecayed"]:
+        leave_undecayed(arguments["optimizer"], training["undecayed"])
+    pipe.compile(**arguments)
+    pipe._session.start_from(state)
+    compiled = pipe._session.needs_compile("load")
+    if pipe.optimizer is not None and state.slots is not None:
+        compiled.build_optimizers()
+        compiled.go_on_from(state.slots.shared)
+    if compiled.loss_scaling is not None and training["loss_scaling"] is not None:
+        compiled.loss_scaling.go_on_from(training["loss_scaling"])
 
 
 def _undecayed(pipe: Pipeline, stage: int) -> list[int]:
@@ -183,6 +205,7 @@ def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
             found.append(Segment(model=create(recipe["model"]), **names))
         else:
             found.append(Segment(build=recipe["build"], kwargs=recipe["kwargs"], **names))
+    share([segment.model for segment in found], manifest["shared"])
     return found
 
 

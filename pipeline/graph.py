@@ -187,7 +187,7 @@ class _Reader:
 
 def _is_plain_call(node: Any) -> bool:
     """Whether a nested model is called with tensors only, so that its inside can stand in its place."""
-    options = {key: value for key, value in node.arguments.kwargs.items() if value is not None}
+    options = [value for value in keras.tree.flatten(node.arguments.kwargs) if value is not None]
     inner = _functional(node.operation)
     return inner is not None and not options and len(node.input_tensors) == len(inner.inputs)
 

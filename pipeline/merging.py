@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from pipeline.sharing import groups, share
 from pipeline.wiring import Wires
 from stages import snapshot
 from stages.recipes import create, describe
@@ -70,10 +71,9 @@ def _like_original(segments: Sequence[Segment], original: Any) -> Merged:
 
 def _composed(segments: Sequence[Segment], wires: Wires) -> Merged:
     tensors: dict[str, Any] = {}
-    parts = []
-    for i, segment in enumerate(segments):
-        part = copy_model(segment)
-        parts.append(part)
+    parts = [copy_model(segment) for segment in segments]
+    share(parts, groups(segments))
+    for i, part in enumerate(parts):
         part.name = wires.names[i]
         for (name, _), symbol in zip(wires.takes[i], part.inputs, strict=True):
             if name not in tensors:

@@ -19,21 +19,21 @@ import numpy as np
 from pipeline import checkpoint, merging
 from pipeline.compiling import Compiled, refuse_options
 from pipeline.crew import check_transport
+from pipeline.cuts import CutTable, cut_table
 from pipeline.data import class_weights
 from pipeline.driver import Driver, default_threads
 from pipeline.errors import CompileError, DataError
+from pipeline.graph import read_graph
 from pipeline.launch import prestart
 from pipeline.plan import Plan
+from pipeline.prediction import Prediction
 from pipeline.schedules import schedule_named
 from pipeline.session import Session
-from pipeline.splitter import Cut, Split, split_model
-from pipeline.state import State
+from pipeline.splitter import Cut, Split, can_cut, split_model
 from pipeline.timeline import Timeline
 from pipeline.training import Trainer
 from pipeline.verify import Report, Tolerance, compare
 from pipeline.wiring import wire
-from stages.hosted import leave_undecayed
-from stages.recipes import create
 from stages.segment import Segment
 
 
@@ -100,20 +100,50 @@ class Pipeline:
             prestart()
 
     @classmethod
-    def split(cls, model: Any, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any) -> Pipeline:
+    def split(
+        cls,
+        model: Any,
+        stages: int | None = None,
+        at: Sequence[Cut] | None = None,
+        *,
+        balance: str = "parameters",
+        sample: Any = None,
+        **options: Any,
+    ) -> Pipeline:
         """Cut a built Keras model into stages.
 
         Args:
             model: Sequential or Functional; models inside it are dissolved.
-            stages: How many stages, parameters spread evenly.
+            stages: How many stages; the slowest (or largest) is made as small as it can be.
             at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
                 names: these and all they need come before the cut.
+            balance: What `stages` are balanced by: ``"parameters"``, or, measured on a sample, ``"time"`` (transfer
+                included) or ``"memory"``.
+            sample: One microbatch of inputs, as `fit` takes them. With it, `prediction` says what a step should cost.
             **options: As for `Pipeline`.
 
         Raises:
             SplitError: The model cannot be cut, or not there.
         """
-        return cls(split_model(model, stages, at), **options)
+        return cls(split_model(model, stages, at, balance=balance, sample=sample, options=options), **options)
+
+    @staticmethod
+    def cuts(model: Any, sample: Any) -> CutTable:
+        """The places where a model can be cut, with what crosses there and what is on either side.
+
+        Args:
+            model: Sequential or Functional.
+            sample: One microbatch of inputs, as `fit` takes them; times and sizes are measured on it.
+
+        Returns:
+            One row per cut: ``print`` shows a table, ``.rows`` has the figures, ``row.at`` is an entry for `split`.
+        """
+        return cut_table(model, sample, threads=default_threads(2), allowed=can_cut(read_graph(model)))
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What a step should cost, by what was measured for `split`; ``prediction.beside(timeline)`` compares."""
+        return None if self._split is None else self._split.prediction
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -407,35 +437,7 @@ class Pipeline:
         return merging.merge(self.segments, self.wires, original, self._session.values("model"))
 
     def _weight_places(self) -> list[list[tuple[int, int]]]:
-        """(stage, index among its weights) of every weight, in Keras's order; several where several stages have it."""
-        described = sorted(self._running().descriptions.items())
-        counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
-        uses: dict[Any, list[tuple[int, int]]] = {}
-        for i, count in counts.items():
-            model = self.segments[i].model
-            weights = [None] * count if model is None else model.weights
-            for k, weight in enumerate(weights):
-                uses.setdefault((i, k) if weight is None else id(weight), []).append((i, k))
-        if self._split is None:
-            return list(uses.values())
-        return [uses[id(weight)] for weight in self._split.model.weights]
-
-    def _begin_from(self, state: State, training: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint: values, and what `compile` was given (see `checkpoint.load`)."""
-        if training["compile"] is None:
-            self._session.start_from(State(state.model))
-            return
-        arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
-        if training["undecayed"]:
-            leave_undecayed(arguments["optimizer"], training["undecayed"])
-        self.compile(**arguments)
-        self._session.start_from(state)
-        compiled = self._session.needs_compile("load")
-        if self.optimizer is not None and state.slots is not None:
-            compiled.build_optimizers()
-            compiled.go_on_from(state.slots.shared)
-        if compiled.loss_scaling is not None and training["loss_scaling"] is not None:
-            compiled.loss_scaling.go_on_from(training["loss_scaling"])
+        return self._session.weight_places(None if self._split is None else self._split.model)
 
     def _ready(self, what: str) -> Trainer:
         self._session.needs_compile(what)

@@ -209,6 +209,22 @@ class Session:
         """The optimizer's values by what they belong to."""
         return Slots.of_stages(described_slots(self.driver().descriptions), self.values("optimizer"))
 
+    def weight_places(self, original: Any | None) -> list[list[tuple[int, int]]]:
+        """(stage, index among its weights) of every weight; several where several stages have it.
+
+        Args:
+            original: The model whose order of weights counts; None: stage after stage.
+        """
+        described = sorted(self.driver().descriptions.items())
+        counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
+        uses: dict[Any, list[tuple[int, int]]] = {}
+        for i, count in counts.items():
+            model = self.segments[i].model
+            weights = [None] * count if model is None else model.weights
+            for k, weight in enumerate(weights):
+                uses.setdefault((i, k) if weight is None else id(weight), []).append((i, k))
+        return list(uses.values()) if original is None else [uses[id(weight)] for weight in original.weights]
+
     def set_weights(self, weights: Mapping[int, Sequence[Any]]) -> None:
         """Set every stage's weights, in order.
 

@@ -30,6 +30,39 @@ def ties(segments: Sequence[Segment]) -> dict[int, list[Tie]]:
     return found
 
 
+def groups(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:
+    """The places (stage, index among its trainable variables) of each variable that several segments have."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for i, some in ties(segments).items():
+        for tie in some:
+            found.setdefault(tie.name, []).append((i, tie.place))
+    return list(found.values())
+
+
+def share(models: Sequence[Any], places: Sequence[Sequence[Sequence[int]]]) -> None:
+    """Let models that were made one by one have variables in common again.
+
+    Args:
+        models: One per stage.
+        places: What `groups` said of the models they are copies of.
+    """
+    concerned = {i for uses in places for i, _ in uses}
+    before = {i: list(models[i].trainable_variables) for i in concerned}
+    for (owner, place), *others in places:
+        for i, k in others:
+            _replace(models[i], before[i][k], before[owner][place])
+
+
+def _replace(model: Any, old: Any, new: Any) -> None:
+    """Let every layer of a model that has one variable have another in its place."""
+    for layer in model._flatten_layers():
+        for name, value in vars(layer).items():
+            if value is old:
+                layer.__dict__[name] = new
+            elif isinstance(value, list) and any(item is old for item in value):
+                value[:] = [new if item is old else item for item in value]
+
+
 def changes_by_itself(layer: Any) -> bool:
     """Whether calling a layer changes a variable: statistics, seed generators, a power iteration's vector."""
     return any(True for _ in _states(layer))

@@ -10,16 +10,22 @@ included, goes straight from the stage that makes it to every stage that reads i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import keras
 
+from pipeline.balancing import balance
+from pipeline.driver import default_threads
 from pipeline.errors import SplitError
-from pipeline.graph import Call, Graph, play, read_graph
+from pipeline.graph import Graph, play, read_graph
+from pipeline.prediction import Prediction
 from pipeline.sharing import changes_by_itself
 from stages.segment import Segment
+
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 Cut = str | Iterable[str]
 """The name of a layer or tensor, or several that one cut lies behind."""
@@ -36,6 +42,7 @@ class Split:
         inputs: The names of the model's inputs, in the model's order.
         outputs: The names of the tensors that the model gives, in the model's order.
         labels: What Keras calls these outputs.
+        prediction: What a step should cost, where that was measured.
     """
 
     model: Any
@@ -44,6 +51,7 @@ class Split:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     labels: tuple[str, ...]
+    prediction: Prediction | None = None
 
     def pack(self, outputs: Sequence[Any]) -> Any:
         """Flat outputs in the nesting in which the model gives them."""
@@ -56,6 +64,9 @@ def split_model(
     stages: int | None = None,
     at: Sequence[Cut] | None = None,
     *,
+    balance: str = "parameters",
+    sample: Any = None,
+    options: Mapping[str, Any] = _NO_OPTIONS,
     cuts: Sequence[int] | None = None,
     stage_of: Sequence[int] | None = None,
 ) -> Split:
@@ -63,9 +74,12 @@ def split_model(
 
     Args:
         model: A built Sequential or Functional model; models inside it are dissolved.
-        stages: How many stages; cuts are chosen so that parameters are spread evenly.
+        stages: How many stages, balanced by `balance`.
         at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
             names: these and all they need come before the cut.
+        balance: ``"parameters"``, ``"time"`` or ``"memory"``; see `pipeline.balance`.
+        sample: One microbatch to measure on; only ``"parameters"`` can do without.
+        options: How the pipeline will run, as `Pipeline` takes it.
         cuts: Or: before which calls of the model's order the stages after the first begin.
         stage_of: Or: the stage of every call, as an earlier split of the same model had it.
 
@@ -73,14 +87,18 @@ def split_model(
         SplitError: Not exactly one way to cut; a subclassed model; more stages than layers; a name that is not there; a
             cut that leaves an empty stage; a layer that changes its own state used in two stages.
     """
-    graph = read_graph(model)
-    if stage_of is None:
-        if cuts is None:
-            if (stages is None) == (at is None):
-                raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
-            stage_of = _stages_behind(graph, at) if at is not None else in_order(graph, _even_cuts(graph, stages))
+    graph, prediction = read_graph(model), None
+    if stage_of is None and cuts is not None:
+        stage_of = in_order(graph, cuts)
+    elif stage_of is None:
+        if (stages is None) == (at is None):
+            raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
+        if at is not None:
+            if balance != "parameters" or sample is not None:
+                raise SplitError("balance= and sample= choose the cuts for stages=; with at= they are chosen already")
+            stage_of = _stages_behind(graph, at)
         else:
-            stage_of = in_order(graph, cuts)
+            stage_of, prediction = _balanced(graph, stages, balance, sample, options)
     names = graph.tensor_names()
     segments = _segments(graph, stage_of)
     return Split(
@@ -90,6 +108,7 @@ def split_model(
         tuple(names[tensor] for tensor in graph.inputs),
         tuple(names[tensor] for tensor in graph.outputs),
         graph.labels,
+        prediction,
     )
 
 
@@ -143,12 +162,13 @@ def _stages_behind(graph: Graph, at: Sequence[Cut]) -> list[int]:
 
 
 def _calls_named(graph: Graph, name: str) -> list[int]:
-    """The calls of a layer, or the one that makes a tensor of this name."""
+    """All calls of a layer, or the one that makes a tensor of this name (``name:1`` is a layer's first)."""
     by_layer = [i for i, call in enumerate(graph.calls) if call.name == name]
     if by_layer:
         return by_layer
     tensors = {tensor_name: tensor for tensor, tensor_name in graph.tensor_names().items()}
-    found = [i for i, call in enumerate(graph.calls) if tensors.get(name) in call.makes]
+    wanted = tensors.get(name.removesuffix(":1"))
+    found = [i for i, call in enumerate(graph.calls) if wanted in call.makes]
     if found:
         return found
     known = list(dict.fromkeys(call.name for call in graph.calls))
@@ -168,9 +188,10 @@ def _quoted(names: Iterable[str]) -> str:
     return " and ".join(map(repr, names))
 
 
-def _even_cuts(graph: Graph, stages: int | None) -> list[int]:
-    """Cuts that make the heaviest stage as light as possible; the weight of a call is its parameters, plus one."""
-    assert stages is not None
+def _balanced(
+    graph: Graph, stages: int | None, by: str, sample: Any, options: Mapping[str, Any]
+) -> tuple[list[int], Prediction | None]:
+    """The stage of every call, the slowest (or largest) stage as small as it can be; what a step should cost."""
     calls = len(graph.calls)
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise SplitError(f"the number of stages must be a whole number of at least 1, received {stages!r}")
@@ -178,32 +199,19 @@ def _even_cuts(graph: Graph, stages: int | None) -> list[int]:
         raise SplitError(
             f"the model has {calls} layer(s) to give to stages, {stages} stages were asked for; ask for at most {calls}"
         )
-    weights = [_parameters(call) + 1 for call in graph.calls]
-    sums = [0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-    allowed = can_cut(graph)
-    # best[k][i]: the lightest possible heaviest stage when the first i calls make k stages.
-    best: list[list[tuple[int, int]]] = [[(0, 0)] + [(sums[-1] + 1, 0)] * calls]
-    for _ in range(stages):
-        previous = best[-1]
-        row = [(sums[-1] + 1, 0)]
-        for end in range(1, calls + 1):
-            choices = [(max(previous[i][0], sums[end] - sums[i]), i) for i in range(end) if allowed[i]]
-            row.append(min(choices, default=(sums[-1] + 1, 0)))
-        best.append(row)
-    if best[-1][-1][0] > sums[-1]:
-        raise SplitError(f"the model cannot be cut into {stages} stages so that every layer's state is in one of them")
-    cuts, end = [], calls
-    for k in range(stages, 1, -1):
-        end = best[k][end][1]
-        cuts.append(end)
-    return cuts[::-1]
-
-
-def _parameters(call: Call) -> int:
-    count = getattr(call.operation, "count_params", None)
-    return int(count()) if count is not None and getattr(call.operation, "built", False) else 0
+    given = {name: options[name] for name in ("microbatches", "schedule", "recompute") if name in options}
+    transport = options.get("transport", "auto")
+    found = balance(
+        graph,
+        stages,
+        by,
+        sample,
+        transport="ipc" if transport == "auto" else transport,
+        threads=options.get("threads") or default_threads(stages),
+        allowed=can_cut(graph),
+        **given,
+    )
+    return in_order(graph, found.cuts), found.prediction
 
 
 def _segments(graph: Graph, stage_of: Sequence[int]) -> list[Segment]:

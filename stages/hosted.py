@@ -131,6 +131,9 @@ class HostedStage:
             tied=[tie.place for tie in self.ties],
         )
         self._check_arity()
+        for tie in self.ties:
+            if tie.stages[0] != spec.index:
+                self.stage.trainable_variables[tie.place].regularizer = None  # counts once, in the owner
         self.unmasked: frozenset[tuple[str, int]] = frozenset()
         """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
         self.prediction_masks: dict[int, list[np.ndarray[Any, Any]]] = {}

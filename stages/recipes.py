@@ -98,6 +98,8 @@ def describe(thing: Any, what: str) -> Recipe:
             f"{what} ({type(thing).__name__}) cannot be described for another process: {error}; "
             "give the class a get_config(), or pass a Segment with an importable builder"
         ) from error
+    if isinstance(config, dict):
+        config.pop("compile_config", None)  # what a model was compiled with is no part of it; a pipeline has its own
     recipe = {"keras": config, "custom": custom.homes(config, what)}
     if found := forgotten(thing, config):
         recipe["forgotten"] = found
