@@ -76,6 +76,11 @@ class Compiled:
         return self.optimizers[0]
 
     @property
+    def averages(self) -> bool:
+        """Whether an optimizer keeps moving averages of the weights, which replace them when training ends."""
+        return any(getattr(_inner(optimizer), "use_ema", False) for optimizer in self.optimizers)
+
+    @property
     def judged(self) -> tuple[str, ...]:
         """The labels of the outputs that need targets."""
         return tuple(self.heads)

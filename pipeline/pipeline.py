@@ -293,8 +293,8 @@ class Pipeline:
         """One update on one batch, as `keras.Model.train_on_batch`: the loss, or [loss, *metrics]."""
         trainer = self._ready("train_on_batch")
         if class_weight is not None:
-            if sample_weight is not None:
-                raise CompileError("give sample_weight or class_weight, not both")
+            if sample_weight is not None or len(self.wires.labels) > 1:
+                raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
             sample_weight = class_weights(y, class_weight)
         trainer.reset_metrics()
         return trainer.returned(trainer.train_step((x, y, sample_weight)), return_dict)

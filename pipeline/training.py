@@ -50,7 +50,7 @@ class Trainer(keras.Model):  # type: ignore[misc]
 
     def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
         """Keras's `fit`, with callbacks that were looked through first."""
-        finalize = bool(getattr(self.optimizer, "use_ema", False))
+        finalize = self.session.needs_compile("fit").averages
         return super().fit(*args, callbacks=prepared(callbacks, self.session, finalize), **kwargs)
 
     def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
