@@ -22,6 +22,9 @@ layers, ops = keras.layers, keras.ops
 
 VOCABULARY = 6
 STEPS = 3
+SHARED_WIDTH = 3
+REGULARISED = 1
+"""Which of the two shared layers has a regulariser."""
 
 OUTPUTS = ("first", "second", "third")
 """Names of outputs where they are in a dict; in alphabetical order, as Keras puts them."""
@@ -196,6 +199,8 @@ class Sketch:
         for node in self.nodes:
             if node.kind == "shared":
                 uses.setdefault(node.size, []).append(node.stage)
+        if REGULARISED in uses:
+            uses[REGULARISED].append(min(uses[REGULARISED]))
         return all(len(stages) <= 2 or len(set(stages)) == 1 for stages in [*terms, *uses.values()])
 
 
@@ -245,15 +250,14 @@ def _play(node: Node, values: Sequence[Any], number: int, shared: dict[int, Any]
     if node.kind == "halves":
         return list(ops.split(values[0], [values[0].shape[-1] // 2], axis=-1))
     if node.kind == "shared":
-        return [shared.setdefault(node.size, layers.Dense(SHARED_WIDTH, "tanh"))(values[0])]
+        regularizer = "l2" if node.size == REGULARISED else None
+        layer = layers.Dense(SHARED_WIDTH, "tanh", kernel_regularizer=regularizer)
+        return [shared.setdefault(node.size, layer)(values[0])]
     if node.kind == "renormalised":
         return [shared.setdefault(-1, layers.BatchNormalization(epsilon=0.1))(values[0])]
     if node.kind in SEVERAL:
         return [SEVERAL[node.kind](values)]
     return [ONE[node.kind](node.size, number)(values[0])]
-
-
-SHARED_WIDTH = 3
 
 
 def widths(node: Node, reads: Sequence[int]) -> list[int]:
