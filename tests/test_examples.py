@@ -15,6 +15,8 @@ ARGUMENTS = {
     "jacobian_memory.py": (),
     "classifier.py": (),
     "character_model.py": ("--steps", "160"),
+    "applications.py": ("--epochs", "3", "--accuracy", "0.4"),
+    "fine_tuning.py": (),
 }
 
 
