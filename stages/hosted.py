@@ -16,6 +16,7 @@ from stages import snapshot
 from stages.errors import SegmentError
 from stages.heads import Heads
 from stages.loss import Head
+from stages.part import changed_by_calls
 from stages.recipes import Recipe, create
 from stages.segment import build_model
 from stages.stage import Stage
@@ -175,7 +176,7 @@ class HostedStage:
             "weights": lambda: model.weights,
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
             "metrics": lambda: self.heads.variables,
-            "states": lambda: model.non_trainable_variables,
+            "states": lambda: changed_by_calls(model),
         }
         return list(found[what]())
 

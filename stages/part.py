@@ -167,14 +167,26 @@ def spread(wanted: Sequence[bool], found: Sequence[Any | None]) -> tuple[Any | N
     return tuple(next(gradients) if yes else None for yes in wanted)
 
 
+def changed_by_calls(model: Any) -> list[Any]:
+    """The Keras variables that a forward pass may change by itself: moving statistics, seed generators.
+
+    Among them trainable ones: SpectralNormalization divides its kernel by its norm on the spot, in every call.
+    """
+    found = {id(variable): variable for variable in model.non_trainable_variables}
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            found.setdefault(id(layer.kernel), layer.kernel)
+    return list(found.values())
+
+
 class States:
-    """The variables that a forward pass changes by itself: moving statistics, seed generators.
+    """The values of variables that a forward pass changes by itself.
 
     Computing a forward pass again must start from the states it started from, and leave them as they are now.
     """
 
     def __init__(self, model: Any) -> None:
-        self._variables = [variable.value for variable in model.non_trainable_variables]
+        self._variables = [variable.value for variable in changed_by_calls(model)]
 
     def read(self) -> tuple[Any, ...]:
         """Their values now."""

@@ -43,7 +43,7 @@ def natural_tape(
         The loss with regularisers, and dL/dvariables in the order of the model's trainable variables.
     """
     samples = len(y[0])
-    states = [variable for variable in model.variables if not variable.trainable]
+    states = model.variables  # all: SpectralNormalization changes weights too
     before = [variable.numpy() for variable in states]
     loss, sums = 0.0, [None] * len(model.trainable_variables)
     for rows in np.array_split(np.arange(samples), min(microbatches, samples)):
