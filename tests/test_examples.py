@@ -15,7 +15,8 @@ ARGUMENTS = {
     "jacobian_memory.py": (),
     "classifier.py": (),
     "character_model.py": ("--steps", "160"),
-    "applications.py": ("--epochs", "3", "--accuracy", "0.4"),
+    "vanilla_rnn.py": (),
+    "applications.py": ("--epochs", "2", "--accuracy", "0.3"),
     "fine_tuning.py": (),
 }
 
