@@ -56,11 +56,16 @@ def share(models: Sequence[Any], places: Sequence[Sequence[Sequence[int]]]) -> N
 def _replace(model: Any, old: Any, new: Any) -> None:
     """Let every layer of a model that has one variable have another in its place."""
     for layer in model._flatten_layers():
-        for name, value in vars(layer).items():
-            if value is old:
-                layer.__dict__[name] = new
-            elif isinstance(value, list) and any(item is old for item in value):
-                value[:] = [new if item is old else item for item in value]
+        replace_in(layer, old, new)
+
+
+def replace_in(layer: Any, old: Any, new: Any) -> None:
+    """Let a layer have one object (a variable, a seed generator) wherever it has another now."""
+    for name, value in vars(layer).items():
+        if value is old:
+            layer.__dict__[name] = new
+        elif isinstance(value, list) and any(item is old for item in value):
+            value[:] = [new if item is old else item for item in value]
 
 
 def changes_by_itself(layer: Any) -> bool:

@@ -1,8 +1,8 @@
 """Sum gradients over microbatches in one fixed order, whatever order they arrive in.
 
-Floating-point sums depend on order, so the order is part of the contract: ascending microbatch (and, within one,
-ascending window order of arrival). A contribution that arrives early waits; one that continues the sequence is added at
-once, so a schedule that runs backwards in ascending order holds a single sum.
+Floating-point sums depend on order, so the order is part of the contract: the windows of a microbatch are added as they
+come, which is backward in time, and microbatches in ascending order. A contribution that arrives early waits; one that
+continues the sequence is added at once, so a schedule that runs backwards in ascending order holds a single sum.
 """
 
 from __future__ import annotations
@@ -31,13 +31,24 @@ class OrderedSum:
         self._kept_apart = tuple(kept_apart)
         self._sums: list[Any | None] | None = None
         self._next = 0
-        self._early: dict[int, list[Gradients]] = {}
+        self._early: dict[int, list[Any | None]] = {}
+        self._complete: set[int] = set()
         self._apart: list[dict[int, Any | None]] = []
 
-    def add(self, microbatch: int, gradients: Gradients) -> None:
-        """Add one microbatch's gradients (dense tensors or None), now or when its turn comes."""
-        self._early.setdefault(microbatch, []).append(gradients)
-        while self._next in self._early:
+    def add(self, microbatch: int, gradients: Gradients, complete: bool = True) -> None:
+        """Add a microbatch's gradients (of one of its windows), now or when its turn comes.
+
+        Args:
+            microbatch: Its number, from 0.
+            gradients: Dense tensors, `tf.IndexedSlices` or None, one per variable.
+            complete: Whether these are its last.
+        """
+        so_far = self._early.get(microbatch)
+        total = list(gradients) if so_far is None else [plus(a, b) for a, b in zip(so_far, gradients, strict=True)]
+        self._early[microbatch] = total
+        if complete:
+            self._complete.add(microbatch)
+        while self._next in self._complete:
             self._fold(self._next)
             self._next += 1
 
@@ -64,16 +75,18 @@ class OrderedSum:
         """Forget everything."""
         self._sums, self._next = None, 0
         self._early.clear()
+        self._complete.clear()
         self._apart.clear()
 
     def _fold(self, microbatch: int) -> None:
-        for gradients in self._early.pop(microbatch):
-            if self._kept_apart:
-                self._apart.append({place: gradients[place] for place in self._kept_apart})
-            if self._sums is None:
-                self._sums = list(gradients)
-            else:
-                self._sums = [plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]
+        gradients = self._early.pop(microbatch)
+        self._complete.discard(microbatch)
+        if self._kept_apart:
+            self._apart.append({place: gradients[place] for place in self._kept_apart})
+        if self._sums is None:
+            self._sums = list(gradients)
+        else:
+            self._sums = [plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]
 
 
 def plus(a: Any | None, b: Any | None) -> Any | None:

@@ -24,7 +24,7 @@ from stages.calls import direct, portable, portable_dtype, restore
 from stages.graph_split import Traced, depends_on, split_functions
 from stages.heads import Heads, Objective
 from stages.part import Part, States, spread, watch
-from stages.tapes import Key, Masked, Opened, rescaled
+from stages.tapes import Blocks, Key, Masked, Opened, rescaled, update
 from stages.tensors import is_differentiable
 
 _SCALAR = tf.TensorSpec((), tf.float32)
@@ -43,6 +43,7 @@ class _Layout:
         inputs: How many input tensors there are, masks included.
         takes: Which inputs have a mask.
         weighted: With an objective: which heads have sample weights; None without one.
+        window: 0, or 1 for any later window, which has no regularisers of weights.
         wanted: Which inputs are differentiated.
         outputs: Dtypes of the outputs, masks included.
         masked: Which outputs have a mask.
@@ -53,6 +54,7 @@ class _Layout:
     inputs: int
     takes: tuple[int, ...] = ()
     weighted: tuple[bool, ...] | None = None
+    window: int = 0
     wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
     masked: tuple[int, ...] = ()
@@ -114,6 +116,7 @@ class CompiledTapes:
     recompute: bool = False
     ends: bool = True
     loss_scale: float = 1.0
+    blocks: Blocks = field(default_factory=Blocks)
     _functions: dict[Any, Any] = field(default_factory=dict)
     _open: dict[Key, _Open] = field(default_factory=dict)
     _accumulators: list[Any] = field(default_factory=list)
@@ -132,7 +135,7 @@ class CompiledTapes:
         if objective is not None and self.ends:
             return self._all_at_once(key, inputs, share, masked, objective)
         trace = self._trace_recomputing if self.recompute else self._trace_pair
-        pair: _Pair = self._function("pair", inputs, masked, objective, trace)
+        pair: _Pair = self._function("pair", inputs, masked, objective, trace, key.window)
         outputs, own, losses, kept = pair.layout.results(pair.forward(*_arguments(inputs, objective)))
         self._open[key] = _Open(pair, tuple(kept), outputs, share)
         return Opened(None, outputs, None if own is None else own * _scalar(share), losses, pair.layout.masked)
@@ -141,7 +144,7 @@ class CompiledTapes:
         self, key: Key, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective
     ) -> Opened:
         """Forward, losses, metrics and backward as one function; `backward` hands the result out."""
-        run, layout = self._function("fused", inputs, masked, objective, self._trace_fused)
+        run, layout = self._function("fused", inputs, masked, objective, self._trace_fused, key.window)
         scalars = (_scalar(share), _scalar(self.loss_scale))
         _, own, losses, gradients = layout.results(run(*_arguments(inputs, objective), *scalars))
         reached = layout.reached(frozenset((0,)))
@@ -152,10 +155,15 @@ class CompiledTapes:
         return Opened(None, (), own, losses)
 
     def infer(
-        self, inputs: Sequence[Any], share: float, masked: Masked = (), objective: Objective | None = None
+        self,
+        inputs: Sequence[Any],
+        share: float,
+        masked: Masked = (),
+        objective: Objective | None = None,
+        window: int = 0,
     ) -> Opened:
         """Run the compiled evaluation: no gradients, `training=False`."""
-        run, layout = self._function("infer", inputs, masked, objective, self._trace_inference)
+        run, layout = self._function("infer", inputs, masked, objective, self._trace_inference, window)
         outputs, own, losses, _ = layout.results(run(*_arguments(inputs, objective), _scalar(share)))
         return Opened(None, outputs, own, losses, layout.masked)
 
@@ -212,8 +220,6 @@ class CompiledTapes:
         self._prepare()
         self._open.clear()
         reached = tuple(self._reached)
-        if not any(reached):
-            return
         name = ("apply", optimizer, reached, scale is not None, divisor is not None)
         if name not in self._functions:
             trace = self._trace_apply(optimizer, scale is not None, divisor is not None)
@@ -237,18 +243,25 @@ class CompiledTapes:
         self._reached = [False] * len(variables)
 
     def _function(
-        self, name: str, inputs: Sequence[Any], masked: Masked, objective: Objective | None, trace: Callable[..., Any]
+        self,
+        name: str,
+        inputs: Sequence[Any],
+        masked: Masked,
+        objective: Objective | None,
+        trace: Callable[..., Any],
+        window: int,
     ) -> Any:
         """The function for tensors like these; traced once per dtype and shape without the batch."""
+        later = int(window > 0 and self.part.regularised > 0)
         tensors = inputs if objective is None else (*inputs, *objective.tensors())
         weighted = None if objective is None else objective.weighted
         shapes = ((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors)
-        key = (name, tuple(masked), weighted, *shapes)
+        key = (name, tuple(masked), weighted, later, *shapes)
         found = self._functions.get(key)
         if found is None:
             self._prepare()
             specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
-            layout = _Layout(len(inputs), tuple(masked), weighted)
+            layout = _Layout(len(inputs), tuple(masked), weighted, later)
             found = self._functions[key] = trace(layout, *specs)
         return found
 
@@ -273,7 +286,7 @@ class CompiledTapes:
         def forward(*arguments: Any) -> list[Any]:
             before = states.read()
             inputs, objective = layout.unpack(arguments)
-            _, outputs, _, own = self.part.call(inputs, True, layout.takes)
+            _, outputs, _, own = self.part.call(inputs, True, layout.takes, layout.window)
             results = [portable(tensor) for tensor in outputs]
             results += [tf.add_n(own)] if own else []
             if objective is not None:
@@ -320,7 +333,7 @@ class CompiledTapes:
         layout.wanted = self.part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, layout.wanted, self._variables)
-            _, outputs, layout.masked, own = self.part.call(inputs, True, layout.takes)
+            _, outputs, layout.masked, own = self.part.call(inputs, True, layout.takes, layout.window)
             values = [] if objective is None else self.heads.values(outputs, objective)
             terms = [] if objective is None else self.heads.terms(values)
         if objective is not None and counts:
@@ -354,7 +367,7 @@ class CompiledTapes:
             layout.wanted = self.part.wanted(inputs)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 sources = watch(tape, inputs, layout.wanted, self._variables)
-                _, outputs, _, own = self.part.call(inputs, True, layout.takes)
+                _, outputs, _, own = self.part.call(inputs, True, layout.takes, layout.window)
                 values = self.heads.values(outputs, objective)
                 terms = self.heads.terms(values)
             self.heads.update(outputs, objective)
@@ -374,7 +387,7 @@ class CompiledTapes:
         def infer(*arguments: Any) -> list[Any]:
             *given, share = arguments
             inputs, objective = layout.unpack(given)
-            _, outputs, layout.masked, own = self.part.call(inputs, False, layout.takes)
+            _, outputs, layout.masked, own = self.part.call(inputs, False, layout.takes, layout.window)
             layout.outputs, layout.own = tuple(output.dtype for output in outputs), bool(own)
             results = [portable(output) for output in outputs]
             results += [tf.add_n(own) * share] if own else []
@@ -392,7 +405,7 @@ class CompiledTapes:
             pairs = [(accumulator, variable) for variable, accumulator, there in reached if there]
             gradients = [tf.convert_to_tensor(accumulator) for accumulator, _ in pairs]
             gradients = rescaled(gradients, scale if scaled else None, divisor if divided else None)
-            optimizer.apply(gradients, [variable for _, variable in pairs])
+            update(optimizer, gradients, [variable for _, variable in pairs])
             for accumulator, _ in pairs:
                 accumulator.assign(tf.zeros_like(accumulator))
             return [tf.constant(True)]

@@ -57,19 +57,27 @@ class Part:
         """The Keras variables that gradients are taken for, in the model's order."""
         return list(self.model.trainable_variables)
 
-    def call(self, inputs: Sequence[Any], training: bool, masked: Sequence[int] = ()) -> Called:
+    @property
+    def regularised(self) -> int:
+        """How many of the model's own losses are regularisers of weights; Keras lists them last."""
+        return sum(v.regularizer is not None for v in self.model.trainable_weights)
+
+    def call(self, inputs: Sequence[Any], training: bool, masked: Sequence[int] = (), window: int = 0) -> Called:
         """Run the model.
 
         Args:
             inputs: Flat tensors in the model's input order, then masks.
             training: Keras's flag.
             masked: Which inputs the masks belong to.
+            window: Regularisers of weights are among the own losses of window 0 only: they count once a batch.
         """
         values = list(inputs[: len(inputs) - len(masked)])
         for place, mask in zip(masked, inputs[len(values) :], strict=True):
             values[place] = with_mask(values[place], mask)
         structure = self.model(self._pack(values), training=training)
-        own = tuple(tf.reduce_sum(tf.cast(loss, keras.config.floatx())) for loss in self.model.losses)
+        losses = list(self.model.losses)
+        losses = losses[: len(losses) - self.regularised] if window else losses
+        own = tuple(tf.reduce_sum(tf.cast(loss, keras.config.floatx())) for loss in losses)
         outputs = flatten(structure)
         masks = {place: mask for place, output in enumerate(outputs) if (mask := mask_of(output)) is not None}
         return Called(structure, (*outputs, *masks.values()), tuple(masks), own)

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.accumulate import Contribution
+from stages.carried import Carried
 from stages.compiled import CompiledTapes
 from stages.errors import HandoffError
 from stages.heads import Heads, Objective
@@ -45,6 +46,9 @@ class Stage:
         heads: Ready objectives in place of `loss`, for a stage with several outputs that are judged.
         consumed: Which outputs (in flat order) other stages take; default: all, or none with a loss.
         tied: Which trainable variables (by place) other stages have too; see `contributions`.
+        states: Names of the states that the stage hands to its own next window: the model takes them behind its inputs
+            and gives them behind its outputs. See `stages.carried`.
+        begins: Whether the model takes one input more, (n, 1), that is 1 in window 0 and 0 in later ones.
 
     Example:
         >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
@@ -66,6 +70,8 @@ class Stage:
         heads: Sequence[Head] | None = None,
         consumed: Sequence[bool] | None = None,
         tied: Sequence[int] = (),
+        states: Sequence[str] = (),
+        begins: bool = False,
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise HandoffError(f"a Stage holds a Keras model or layer, received {type(model).__name__}")
@@ -78,15 +84,35 @@ class Stage:
         self.model = model
         self.heads = Heads(heads if heads is not None else [] if loss is None else [Head(loss)])
         self.run_eagerly = run_eagerly
+        self.carried = self._states(model, states, begins)
+        if self.carried is not None and input_gradients is not None:
+            input_gradients = [*input_gradients, *self.carried.differentiable()]
         self._part = Part(model, self.name, input_gradients)
         self._consumed = None if consumed is None else tuple(consumed)
         self._tapes: Tapes
         if run_eagerly:
             self._tapes = EagerTapes(self._part, self.heads, recompute, tied)
         else:
-            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=not any(self._consumed or ()))
+            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=self._ends)
         self._opened: dict[Key, Opened] = {}
         self._inputs: dict[Key, int] = {}
+
+    def _states(self, model: Any, names: Sequence[str], begins: bool) -> Carried | None:
+        if not names:
+            return None
+        inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)
+        extra = len(names) + begins
+        if inputs is None or outputs is None or len(inputs) <= extra or len(outputs) < len(names):
+            raise HandoffError(
+                f"stage {self.name!r} with the states {', '.join(names)} needs a Functional model that takes them "
+                "behind its inputs and gives them behind its outputs"
+            )
+        return Carried(self.name, names, inputs[len(inputs) - extra :], begins)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether nothing but losses comes back to the stage."""
+        return self.carried is None and not any(self._consumed or ())
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -103,7 +129,14 @@ class Stage:
         self._tapes.loss_scale = value
 
     def forward(
-        self, inputs: Any, microbatch: int = 0, training: bool = True, *, window: int = 0, share: float = 1.0
+        self,
+        inputs: Any,
+        microbatch: int = 0,
+        training: bool = True,
+        *,
+        window: int = 0,
+        share: float = 1.0,
+        state: Sequence[Any] | None = None,
     ) -> Any:
         """Run the segment; in training, keep its tape open for `backward`.
 
@@ -111,7 +144,9 @@ class Stage:
             inputs: Array or tensor, or a nesting of them as the model takes it; (n, ...).
             microbatch: Number under which the tape is kept.
             training: False: evaluation; nothing is kept.
-            window: Second part of the number, for passes through time.
+            window: Second part of the number, for passes through time: ascending from 0, each window takes the state
+                that the one before it left.
+            state: For a stage with states, in window 0: the initial ones, (n, ...) each; default zeros.
             share: The microbatch's part of its batch (n_k / N): regularisers and `add_loss` count with it.
 
         Returns:
@@ -121,7 +156,7 @@ class Stage:
             HandoffError: The tape of this microbatch is still open, or the inputs do not fit the model.
         """
         tensors, masked = self._tensors(inputs, microbatch)
-        return self._nest(self.open(tensors, Key(microbatch, window), training, share, masked=masked))
+        return self._nest(self.open(tensors, Key(microbatch, window), training, share, masked=masked, state=state))
 
     def forward_loss(
         self,
@@ -130,8 +165,10 @@ class Stage:
         sample_weight: Any = None,
         microbatch: int = 0,
         *,
+        window: int = 0,
         weight: float = 1.0,
         share: float = 1.0,
+        state: Sequence[Any] | None = None,
     ) -> Any:
         """Run the segment and its loss under one tape; `backward` then needs no output gradients.
 
@@ -140,8 +177,10 @@ class Stage:
             target: What the loss compares with, (n, ...); with several heads a list, one per head.
             sample_weight: (n,) or None; with several heads a list, or None.
             microbatch: Number under which the tape is kept.
-            weight: What this microbatch's loss weighs in the batch's.
+            window: As in `forward`, like `share` and `state`.
+            weight: What the loss of this microbatch (and window) weighs in the batch's.
             share: As in `forward`.
+            state: As in `forward`.
 
         Returns:
             The weighted loss, a float scalar tensor.
@@ -160,31 +199,61 @@ class Stage:
             (weight,) * heads,
         )
         tensors, masked = self._tensors(inputs, microbatch)
-        opened = self.open(tensors, Key(microbatch), True, share, objective, masked)
+        opened = self.open(tensors, Key(microbatch, window), True, share, objective, masked, state)
         (total,) = self.heads.terms(opened.losses)
         return total
 
-    def backward(self, output_gradients: Any = None, microbatch: int = 0, *, window: int = 0) -> Any:
+    def backward(
+        self,
+        output_gradients: Any = None,
+        microbatch: int = 0,
+        *,
+        window: int = 0,
+        state_gradient: Sequence[Any | None] | None = None,
+    ) -> Any:
         """Close the microbatch's tape: accumulate dL/dvariables, return dL/dinputs.
 
         Args:
             output_gradients: dL/dOut, like the outputs in nesting, shape and dtype. None for an output that nobody
                 differentiates, and for integer outputs. Left out after `forward_loss`.
             microbatch: The number given to `forward`.
-            window: The window given to `forward`.
+            window: The window given to `forward`; windows go backward in descending order.
+            state_gradient: For a stage with states, in the last window: dL/d(final states), one each or None.
 
         Returns:
             dL/dinputs in the inputs' flat order: one tensor for one input, else a list. None for an input that cannot
             have a gradient (integers, booleans) or that the outputs do not depend on.
 
         Raises:
-            HandoffError: There is no open tape for this microbatch, or the gradients do not fit the outputs.
+            HandoffError: There is no open tape for this microbatch and window, the next window is still to go backward,
+                or the gradients do not fit the outputs.
         """
         key = Key(microbatch, window)
         values = self._values_of(key)
         given = self._flat_gradients(output_gradients, values, key)
-        found = self.close(given, key)
+        found = self.close(given, key, state_gradient)
         return found[0] if len(found) == 1 else list(found)
+
+    def state(self, microbatch: int = 0, training: bool = True) -> tuple[Any, ...]:
+        """The states behind the last window that went forward, (n, ...) each.
+
+        Raises:
+            HandoffError: The stage has none, or no window went forward.
+        """
+        return self._carrying().state(microbatch, training)
+
+    def initial_state_gradients(self, microbatch: int = 0) -> tuple[Any | None, ...]:
+        """dL/d(initial states) of a microbatch whose window 0 has gone backward.
+
+        Raises:
+            HandoffError: The stage has no states, or window 0 has not gone backward.
+        """
+        return tuple(self._carrying().initial_gradients(microbatch))
+
+    def _carrying(self) -> Carried:
+        if self.carried is None:
+            raise HandoffError(f"stage {self.name!r} carries no states; make it with Stage(model, states=('h',))")
+        return self.carried
 
     def open(
         self,
@@ -194,28 +263,59 @@ class Stage:
         share: float = 1.0,
         objective: Objective | None = None,
         masked: Sequence[int] = (),
+        state: Sequence[Any] | None = None,
     ) -> Opened:
         """`forward` on flat eager tensors: values, then the masks of those that `masked` names; for workers."""
-        self._part.check_inputs(inputs[: len(inputs) - len(masked)], key.microbatch)
+        count = len(inputs) - len(masked)
+        entered: tuple[Any, ...] = ()
+        if self.carried is not None:
+            entered = self.carried.enter(key.microbatch, key.window, _samples(inputs), training, state)
+        elif state is not None:
+            self._carrying()
+        values = (*inputs[:count], *entered)
+        self._part.check_inputs(values, key.microbatch)
+        whole = (*values, *inputs[count:])
         if not training:
-            return self._tapes.infer(inputs, share, masked, objective)
+            return self._left(key, self._tapes.infer(whole, share, masked, objective, key.window), entered, training)
         if key in self._opened:
             raise HandoffError(
                 f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
                 "call backward first, give the new one another number, or forget it with zero_gradients()"
             )
-        opened = self._tapes.forward(key, inputs, share, masked, objective)
+        opened = self._left(key, self._tapes.forward(key, whole, share, masked, objective), entered, training)
         self._opened[key] = opened
-        self._inputs[key] = len(inputs) - len(masked)
+        self._inputs[key] = count
         return opened
 
-    def close(self, output_gradients: Sequence[Any | None], key: Key) -> tuple[Any | None, ...]:
+    def _left(self, key: Key, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
+        """What a window gives to others; its states stay here for the next one."""
+        if self.carried is None:
+            return opened
+        values = _values(opened)
+        count = len(values) - len(self.carried)
+        self.carried.leave(key.microbatch, key.window, tuple(entered), values[count:], training)
+        masks = {place: mask for place, mask in opened.masks.items() if place < count}
+        return opened._replace(structure=None, outputs=(*values[:count], *masks.values()), masked=tuple(masks))
+
+    def close(
+        self,
+        output_gradients: Sequence[Any | None],
+        key: Key,
+        state_gradient: Sequence[Any | None] | None = None,
+    ) -> tuple[Any | None, ...]:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
         values = self._values_of(key)
         self._check_gradients(output_gradients, values, key)
+        states: Sequence[Any | None] = ()
+        if self.carried is not None:
+            waiting = Key(key.microbatch, key.window + 1) in self._opened
+            states = self.carried.gradients(key.microbatch, key.window, waiting, state_gradient)
         inputs = self._inputs.pop(key)
         del self._opened[key]
-        return self._tapes.backward(key, output_gradients)[:inputs]
+        found = self._tapes.backward(key, [*output_gradients, *states])
+        if self.carried is not None:
+            self.carried.hand_back(key.microbatch, key.window, found[inputs:])
+        return found[:inputs]
 
     def gradients(self) -> dict[str, np.ndarray[Any, Any] | None]:
         """Accumulated dL/dvariables.
@@ -249,15 +349,19 @@ class Stage:
         """
         if not optimizer.built:
             optimizer.build(self.trainable_variables)
-        self._opened.clear()
-        self._inputs.clear()
+        self._forget_open()
         self._tapes.apply(optimizer, scale, divisor)
 
     def zero_gradients(self) -> None:
         """Forget accumulated gradients and open tapes."""
+        self._forget_open()
+        self._tapes.clear()
+
+    def _forget_open(self) -> None:
         self._opened.clear()
         self._inputs.clear()
-        self._tapes.clear()
+        if self.carried is not None:
+            self.carried.forget()
 
     def strips(self) -> tuple[int, ...]:
         """Which inputs, in flat order, lose their Keras mask to a layer of this stage."""
@@ -275,6 +379,8 @@ class Stage:
 
     def _converted(self, leaves: Sequence[Any], microbatch: int) -> tuple[Any, ...]:
         expected = self._part.expected_inputs()
+        if expected is not None and self.carried is not None:
+            expected = expected[: len(expected) - len(self.carried) - self.carried.begins]
         if expected is None or len(expected) != len(leaves):
             return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
         converted = []
@@ -323,6 +429,11 @@ class Stage:
                     f"stage {self.name!r}, backward of microbatch {key.microbatch}: the gradient of output {i} must be "
                     f"like the output, {describe_tensor(output)}, received {describe_tensor(gradient)}"
                 )
+
+
+def _samples(inputs: Sequence[Any]) -> int:
+    """How many samples a microbatch has."""
+    return int(inputs[0].shape[0])
 
 
 def _values(opened: Opened) -> tuple[Any, ...]:

@@ -43,6 +43,26 @@ class Key(NamedTuple):
     window: int = 0
 
 
+class Blocks(NamedTuple):
+    """How a step's windows form blocks that gradients stay in (truncation); one block unless said otherwise.
+
+    Attributes:
+        number: Blocks per microbatch.
+        length: Windows per block; None: all.
+    """
+
+    number: int = 1
+    length: int | None = None
+
+    def of(self, key: Key) -> int:
+        """The block that a window is in, among those of all microbatches."""
+        return key.microbatch * self.number + (0 if self.length is None else key.window // self.length)
+
+    def completes(self, key: Key) -> bool:
+        """Whether a window is the last of its block to go backward."""
+        return (key.window if self.length is None else key.window % self.length) == 0
+
+
 class Opened(NamedTuple):
     """What a forward pass gives.
 
@@ -71,9 +91,11 @@ class Tapes(Protocol):
 
     Attributes:
         loss_scale: Factor on every loss while it is differentiated; accumulated gradients are this much too large.
+        blocks: How windows are grouped when gradients are added.
     """
 
     loss_scale: float
+    blocks: Blocks
 
     def forward(
         self,
@@ -86,7 +108,12 @@ class Tapes(Protocol):
         """Run the part in training, with its heads' losses where there is an objective; its tape stays open."""
 
     def infer(
-        self, inputs: Sequence[Any], share: float, masked: Masked = (), objective: Objective | None = None
+        self,
+        inputs: Sequence[Any],
+        share: float,
+        masked: Masked = (),
+        objective: Objective | None = None,
+        window: int = 0,
     ) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
 
@@ -149,6 +176,7 @@ class EagerTapes:
         self._open: dict[Key, _Record | _Again] = {}
         self._sum = OrderedSum(kept_apart)
         self.loss_scale = 1.0
+        self.blocks = Blocks()
 
     def forward(
         self,
@@ -173,10 +201,15 @@ class EagerTapes:
         return opened
 
     def infer(
-        self, inputs: Sequence[Any], share: float, masked: Masked = (), objective: Objective | None = None
+        self,
+        inputs: Sequence[Any],
+        share: float,
+        masked: Masked = (),
+        objective: Objective | None = None,
+        window: int = 0,
     ) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
-        structure, outputs, places, own = self._part.call(inputs, training=False, masked=masked)
+        structure, outputs, places, own = self._part.call(inputs, False, masked, window)
         losses = self._losses(outputs, objective)
         if objective is not None:
             self._heads.update(outputs, objective)
@@ -189,7 +222,7 @@ class EagerTapes:
         wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
-            structure, outputs, places, own = self._part.call(inputs, training=True, masked=masked)
+            structure, outputs, places, own = self._part.call(inputs, True, masked, key.window)
             losses = self._losses(outputs, objective)
             terms = self._heads.terms(losses) if objective is not None else []
         seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
@@ -216,7 +249,7 @@ class EagerTapes:
                 targets = joint(record.targets, [output for output, _ in pairs])
             found = record.tape.gradient(targets, record.sources, output_gradients=seeds)
         inputs = sum(record.wanted)
-        self._sum.add(key.microbatch, found[inputs:])
+        self._sum.add(self.blocks.of(key), found[inputs:], self.blocks.completes(key))
         return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
 
     def _record(self, key: Key) -> _Record:
@@ -252,9 +285,7 @@ class EagerTapes:
     def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
         """Update the variables from the accumulated gradients (over `divisor`, times `scale`), then clear them."""
         pairs = [(g, v) for g, v in zip(self._total(), self._part.trainable_variables, strict=True) if g is not None]
-        if pairs:
-            gradients = rescaled([g for g, _ in pairs], scale, divisor)
-            optimizer.apply(gradients, [v for _, v in pairs])
+        update(optimizer, rescaled([g for g, _ in pairs], scale, divisor), [v for _, v in pairs])
         self.clear()
 
     def clear(self) -> None:
@@ -275,6 +306,19 @@ def joint(losses: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
     for _ in range(_DISTANCE if losses else 0):
         far = [tf.identity(output) for output in far]
     return list(tf.identity_n([*losses, *far]))
+
+
+def update(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """One step of an optimizer, also where no objective reaches a variable of the stage.
+
+    One optimizer over all stages counts every step, and takes every variable into its averages. Keras's `apply` does
+    nothing without gradients; the stage's count would stay behind, and its averages would stay zero.
+    """
+    if gradients:
+        optimizer.apply(gradients, variables)
+    else:
+        optimizer._backend_apply_gradients([], [])
+        optimizer._iterations.assign_add(1)
 
 
 def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -> list[Any]:
