@@ -31,6 +31,7 @@ class Plan:
         programs: for each worker, its actions in the order in which it takes them.
         placement: for each stage, the worker that hosts it. Left out: stage i is on worker i.
         windows: number of windows of the time axis; 1 where there is no time axis.
+        truncate: number of windows that a state's gradient goes back through; None: all.
         training: whether every forward has a backward; False for evaluation and prediction.
         in_flight: for each worker, the most tapes that the schedule promises to hold open at once. Left out:
             nothing is promised.
@@ -44,6 +45,7 @@ class Plan:
     windows: int = 1
     training: bool = True
     in_flight: tuple[int, ...] = ()
+    truncate: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "programs", tuple(tuple(program) for program in self.programs))
@@ -85,7 +87,7 @@ class Plan:
             The actions that must have finished before, as `stages.actions.dependencies` gives them.
         """
         wiring = chain(self.stages) if wiring is None else wiring
-        return dependencies(action, wiring, windows=self.windows, halved=self.halved)
+        return dependencies(action, wiring, windows=self.windows, truncate=self.truncate, halved=self.halved)
 
     def peak_in_flight(self) -> tuple[int, ...]:
         """For each worker, the most tapes open at once: forwards done whose backward has not finished.
@@ -161,7 +163,8 @@ class Plan:
         """One line that names the schedule and its size: `1f1b: 3 stages, 4 microbatches`."""
         parts = [_count(self.stages, "stage"), _count(self.microbatches, "microbatch", "microbatches")]
         if self.windows > 1:
-            parts.append(_count(self.windows, "window"))
+            cut = "" if self.truncate is None else f", gradients through {self.truncate}"
+            parts.append(_count(self.windows, "window") + cut)
         if self.workers != self.stages:
             parts.append(_count(self.workers, "worker"))
         return f"{self.name}: {', '.join(parts)}"

@@ -15,7 +15,8 @@ The rules of `dependencies`, numbered because tests cite them (s stage, m microb
 3. B(s,m,w) needs F(s,m,w): the tape.
 4. B(s,m,w) needs the input gradients of every stage d downstream of s: B(d,m,w), or I(d,m,w) where d's
    backward comes in halves.
-5. B(s,m,w) needs the same of its own next window, B(s,m,w+1) or I(s,m,w+1): the state's gradient.
+5. B(s,m,w) needs the same of its own next window, B(s,m,w+1) or I(s,m,w+1): the state's gradient; not where
+   truncation cuts it, behind every `truncate`-th window.
 6. I needs what B needs; W(s,m,w) needs I(s,m,w).
 """
 
@@ -143,6 +144,7 @@ def dependencies(
     wiring: Mapping[int, Iterable[int]],
     *,
     windows: int = 1,
+    truncate: int | None = None,
     halved: Container[tuple[int, int, int]] = frozenset(),
 ) -> tuple[Action, ...]:
     """The actions that must have finished before `action` may start (rules 1 to 6 of this module).
@@ -151,6 +153,7 @@ def dependencies(
         action: the action that wants to start.
         wiring: stage -> its upstream stages; a `Wiring` is fastest, others are inverted anew.
         windows: how many windows the plan has; the last one has no later window to wait for.
+        truncate: how many windows a state's gradient goes back through; None: all.
         halved: the (stage, microbatch, window) whose backward is an input half and a weight half.
 
     Returns:
@@ -171,7 +174,8 @@ def dependencies(
         return Action(kind, of, microbatch, at)
 
     tape = Action(Kind.FORWARD, stage, microbatch, window)
-    state = (gradient(stage, window + 1),) if window + 1 < windows else ()
+    later = window + 1 < windows and (truncate is None or (window + 1) % truncate)
+    state = (gradient(stage, window + 1),) if later else ()
     return (tape, *state, *(gradient(sink, window) for sink in wiring.downstream(stage)))
 
 

@@ -1,6 +1,7 @@
 """The schedules by name, and the one way from a name or a function to a checked plan.
 
-A schedule is a function `(stages, microbatches, *, windows=1) -> Plan`; a user's own one has the same form.
+A schedule is a function `(stages, microbatches, *, windows=1, truncate=None) -> Plan`; a user's own one has the same
+form, and may leave out what it does not know.
 A new schedule is a new file here and a row in `SCHEDULES`.
 """
 
@@ -22,7 +23,7 @@ __all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_
 class Schedule(Protocol):
     """What makes plans: a function of the number of stages, of microbatches and of windows."""
 
-    def __call__(self, stages: int, microbatches: int, *, windows: int = 1) -> Plan:
+    def __call__(self, stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None) -> Plan:
         """The plan for one step of so many stages, microbatches and windows, each at least 1."""
         ...
 
@@ -61,6 +62,7 @@ def build_plan(
     microbatches: int,
     *,
     windows: int = 1,
+    truncate: int | None = None,
     wiring: Mapping[int, Iterable[int]] | None = None,
 ) -> Plan:
     """The checked plan of a schedule.
@@ -71,6 +73,7 @@ def build_plan(
         microbatches: number of microbatches in the step, at least 1.
         windows: number of windows of the time axis, at least 1. A function that knows no windows is fine for
             1.
+        truncate: number of windows that a state's gradient goes back through; None: all.
         wiring: stage -> upstream stages; None means a chain.
 
     Raises:
@@ -78,7 +81,10 @@ def build_plan(
         PlanError: the plan cannot run; with every fault.
     """
     make = schedule_named(schedule)
-    plan = make(stages, microbatches) if windows == 1 else make(stages, microbatches, windows=windows)
+    options = {} if windows == 1 else {"windows": windows}
+    if truncate is not None and windows > 1:
+        options["truncate"] = truncate
+    plan = make(stages, microbatches, **options)
     if not isinstance(plan, Plan):
         raise ScheduleError(f"the schedule {schedule!r} must return a Plan, it returned {plan!r}")
     asked, made = (stages, microbatches, windows), (plan.stages, plan.microbatches, plan.windows)
@@ -86,6 +92,11 @@ def build_plan(
         raise ScheduleError(
             f"the schedule {schedule!r} was asked for (stages, microbatches, windows) = {asked}, but its plan "
             f"has {made}"
+        )
+    if plan.truncate != options.get("truncate"):
+        raise ScheduleError(
+            f"the schedule {schedule!r} was asked to cut gradients behind every {truncate} windows, its plan cuts them "
+            f"behind {plan.truncate}"
         )
     return validate(plan, wiring)
 

@@ -1,7 +1,8 @@
-"""What all schedules share: the check of their numbers and the blocks of windows that stand for a microbatch.
+"""What all schedules share: the check of their numbers, and the blocks that they arrange.
 
 Time runs forward in the forward pass and backward in the backward pass, so a microbatch of W windows is the
-block F/0 F/1 ... F/W-1 and later the block B/W-1 ... B/0.
+block F/0 F/1 ... F/W-1 and later the block B/W-1 ... B/0.  Where gradients are cut behind every k windows
+(truncation), each k windows are a block of their own, and a microbatch is a row of blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from operator import index
 from pipeline.errors import ScheduleError
 from stages.actions import Action, Kind
 
-__all__ = ["backwards", "check", "forwards"]
+__all__ = ["Block", "backwards", "blocks", "check", "forwards"]
+
+Block = tuple[int, range]
+"""A microbatch and the windows of it that gradients stay in."""
 
 
 def check(stages: int, microbatches: int, windows: int) -> None:
@@ -29,17 +33,24 @@ def check(stages: int, microbatches: int, windows: int) -> None:
             raise ScheduleError(f"`{name}` must be a whole number of at least 1, received {value!r}")
 
 
-def forwards(stage: int, microbatches: range, windows: int) -> tuple[Action, ...]:
-    """The forwards of `stage` on some microbatches in ascending order, windows ascending within each."""
-    return tuple(
-        Action(Kind.FORWARD, stage, microbatch, window) for microbatch in microbatches for window in range(windows)
-    )
+def blocks(microbatches: int, windows: int, truncate: int | None = None) -> list[Block]:
+    """All blocks of a step, microbatches ascending, and windows ascending within each.
+
+    Raises:
+        ScheduleError: `truncate` is no whole number of at least 1.
+    """
+    if truncate is not None:
+        check(1, 1, truncate)
+    length = windows if truncate is None else truncate
+    starts = range(0, windows, length)
+    return [(m, range(start, min(start + length, windows))) for m in range(microbatches) for start in starts]
 
 
-def backwards(stage: int, microbatches: range, windows: int) -> tuple[Action, ...]:
-    """The backwards of `stage` on some microbatches in ascending order, windows descending within each."""
-    return tuple(
-        Action(Kind.BACKWARD, stage, microbatch, window)
-        for microbatch in microbatches
-        for window in reversed(range(windows))
-    )
+def forwards(stage: int, some: list[Block]) -> tuple[Action, ...]:
+    """The forwards of `stage` on some blocks, windows ascending within each."""
+    return tuple(Action(Kind.FORWARD, stage, microbatch, w) for microbatch, windows in some for w in windows)
+
+
+def backwards(stage: int, some: list[Block]) -> tuple[Action, ...]:
+    """The backwards of `stage` on some blocks, windows descending within each."""
+    return tuple(Action(Kind.BACKWARD, stage, microbatch, w) for microbatch, windows in some for w in reversed(windows))

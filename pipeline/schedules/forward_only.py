@@ -10,7 +10,7 @@ It is not in the registry of schedules, as it cannot train; whatever the schedul
 from __future__ import annotations
 
 from pipeline.plan import Plan
-from pipeline.schedules.common import check, forwards
+from pipeline.schedules.common import blocks, check, forwards
 
 __all__ = ["forward_only"]
 
@@ -35,7 +35,7 @@ def forward_only(stages: int, microbatches: int, *, windows: int = 1) -> Plan:
         stages=stages,
         microbatches=microbatches,
         windows=windows,
-        programs=tuple(forwards(stage, range(microbatches), windows) for stage in range(stages)),
+        programs=tuple(forwards(stage, blocks(microbatches, windows)) for stage in range(stages)),
         training=False,
         in_flight=(0,) * stages,
     )

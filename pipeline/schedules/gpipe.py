@@ -13,18 +13,19 @@ of p workers, and so is its price: the tapes of all m microbatches are open at o
 from __future__ import annotations
 
 from pipeline.plan import Plan
-from pipeline.schedules.common import backwards, check, forwards
+from pipeline.schedules.common import backwards, blocks, check, forwards
 
 __all__ = ["gpipe"]
 
 
-def gpipe(stages: int, microbatches: int, *, windows: int = 1) -> Plan:
+def gpipe(stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None) -> Plan:
     """The GPipe plan, for any wiring: stage i on worker i.
 
     Args:
         stages: number of stages p, at least 1.
         microbatches: number of microbatches m, at least 1.
         windows: number of windows W, at least 1.
+        truncate: number of windows that a state's gradient goes back through; None: all.
 
     Returns:
         A plan with m·W tapes in flight on every worker.
@@ -33,12 +34,13 @@ def gpipe(stages: int, microbatches: int, *, windows: int = 1) -> Plan:
         ScheduleError: a number is no whole number of at least 1.
     """
     check(stages, microbatches, windows)
-    every = range(microbatches)
+    every = blocks(microbatches, windows, truncate)
     return Plan(
         name="gpipe",
         stages=stages,
         microbatches=microbatches,
         windows=windows,
-        programs=tuple(forwards(stage, every, windows) + backwards(stage, every, windows) for stage in range(stages)),
+        programs=tuple(forwards(stage, every) + backwards(stage, every) for stage in range(stages)),
         in_flight=(microbatches * windows,) * stages,
+        truncate=truncate,
     )

@@ -12,42 +12,45 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 from __future__ import annotations
 
 from pipeline.plan import Plan
-from pipeline.schedules.common import backwards, check, forwards
+from pipeline.schedules.common import Block, backwards, blocks, check, forwards
 from stages.actions import Action
 
 __all__ = ["one_f_one_b"]
 
 
-def one_f_one_b(stages: int, microbatches: int, *, windows: int = 1) -> Plan:
+def one_f_one_b(stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None) -> Plan:
     """The 1F1B plan, stage i on worker i, for every wiring in which stages only feed higher numbers.
 
     Args:
         stages: number of stages p, at least 1.
         microbatches: number of microbatches m, at least 1.
         windows: number of windows W, at least 1; the W windows of a microbatch form one block.
+        truncate: number of windows k that a state's gradient goes back through; then every k windows form a block.
 
     Returns:
-        A plan with min(p-i, m)·W tapes in flight on worker i.
+        A plan with min(p-i, blocks) blocks of tapes in flight on worker i: min(p-i, m)·W tapes without truncation.
 
     Raises:
         ScheduleError: a number is no whole number of at least 1.
     """
     check(stages, microbatches, windows)
-    held = tuple(min(stages - stage, microbatches) for stage in range(stages))
+    every = blocks(microbatches, windows, truncate)
+    held = tuple(min(stages - stage, len(every)) for stage in range(stages))
     return Plan(
         name="1f1b",
         stages=stages,
         microbatches=microbatches,
         windows=windows,
-        programs=tuple(_program(stage, held[stage], microbatches, windows) for stage in range(stages)),
-        in_flight=tuple(count * windows for count in held),
+        programs=tuple(_program(stage, held[stage], every) for stage in range(stages)),
+        in_flight=tuple(count * min(windows, truncate or windows) for count in held),
+        truncate=truncate,
     )
 
 
-def _program(stage: int, held: int, microbatches: int, windows: int) -> tuple[Action, ...]:
-    """Fill up to `held` tapes, then each backward makes room for one more forward, then drain."""
-    program = forwards(stage, range(held), windows)
-    for microbatch in range(microbatches):
-        program += backwards(stage, range(microbatch, microbatch + 1), windows)
-        program += forwards(stage, range(microbatch + held, min(microbatch + held + 1, microbatches)), windows)
+def _program(stage: int, held: int, every: list[Block]) -> tuple[Action, ...]:
+    """Fill up to `held` blocks, then each backward makes room for one more forward, then drain."""
+    program = forwards(stage, every[:held])
+    for done in range(len(every)):
+        program += backwards(stage, every[done : done + 1])
+        program += forwards(stage, every[done + held : done + held + 1])
     return program

@@ -211,3 +211,26 @@ def test_a_plan_is_a_value():
     assert gpipe(2, 3).counts() == {Kind.FORWARD: 6, Kind.BACKWARD: 6}
     assert gpipe(2, 3).dependencies(Action(Kind.FORWARD, 1, 2)) == (Action(Kind.FORWARD, 0, 2),)
     assert gpipe(2, 3).validate(chain(2)) == gpipe(2, 3)
+
+
+@pytest.mark.parametrize("truncate", [1, 2, 3, 5])
+def test_truncated_plans_keep_every_rule_and_hold_blocks(schedule, truncate):
+    """Every k windows are a block: forward ascending, then backward descending, so 1F1B holds p-i blocks."""
+    for (stages, microbatches), windows in product(SIZES, [1, 3, 4]):
+        plan = validate(schedule(stages, microbatches, windows=windows, truncate=truncate))
+        count = microbatches * -(-windows // truncate)
+        if schedule is one_f_one_b:
+            assert plan.in_flight == tuple(min(s, count) * min(windows, truncate) for s in range(stages, 0, -1))
+        assert all(held <= bound for held, bound in zip(plan.peak_in_flight(), plan.in_flight, strict=True))
+        for program in plan.programs:
+            backwards = [(a.microbatch, a.window // truncate, -a.window) for a in program if a.kind is Kind.BACKWARD]
+            assert backwards == sorted(backwards)
+
+
+def test_a_cut_gradient_is_waited_for_by_nobody():
+    """Windows 0 1 | 2: the backward of window 1 needs nothing of window 2, that of window 0 needs window 1's."""
+    plan = one_f_one_b(1, 1, windows=3, truncate=2)
+    assert [str(action) for action in plan.programs[0]] == ["F0.0", "F0.0/1", "B0.0/1", "B0.0", "F0.0/2", "B0.0/2"]
+    assert Action(Kind.BACKWARD, 0, 0, 2) not in plan.dependencies(Action(Kind.BACKWARD, 0, 0, 1))
+    assert Action(Kind.BACKWARD, 0, 0, 1) in plan.dependencies(Action(Kind.BACKWARD, 0, 0, 0))
+    assert plan.headline() == "1f1b: 1 stage, 1 microbatch, 3 windows, gradients through 2"
