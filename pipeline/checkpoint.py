@@ -145,12 +145,12 @@ def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
     arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
     if training["undecayed"]:
         leave_undecayed(arguments["optimizer"], training["undecayed"])
-    pipe.compile(**arguments)
+    pipe.compile(**arguments, auto_scale_loss=False)  # an optimizer that scales the loss was saved as one
     pipe._session.start_from(state)
     compiled = pipe._session.needs_compile("load")
     if pipe.optimizer is not None and state.slots is not None:
         compiled.build_optimizers()
-        compiled.go_on_from(state.slots.shared)
+        compiled.go_on_from(state.slots)
     if compiled.loss_scaling is not None and training["loss_scaling"] is not None:
         compiled.loss_scaling.go_on_from(training["loss_scaling"])
 

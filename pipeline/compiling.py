@@ -15,9 +15,10 @@ import keras
 import numpy as np
 
 from pipeline.errors import CompileError
-from pipeline.loss_scaling import LossScaling
+from pipeline.loss_scaling import LossScaling, unscaled
 from pipeline.objective import objectives
 from pipeline.schedules import gpipe
+from pipeline.state import Slots
 from stages.hosted import HeadSpec
 from stages.loss import Head
 from stages.recipes import describe
@@ -78,7 +79,7 @@ class Compiled:
     @property
     def averages(self) -> bool:
         """Whether an optimizer keeps moving averages of the weights, which replace them when training ends."""
-        return any(getattr(_inner(optimizer), "use_ema", False) for optimizer in self.optimizers)
+        return any(getattr(unscaled(optimizer), "use_ema", False) for optimizer in self.optimizers)
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -90,6 +91,11 @@ class Compiled:
         """The labels of outputs whose losses are logged one by one: all with a loss, where there are several."""
         found = tuple(one.label for one in self.objectives if one.loss is not None)
         return found if len(found) > 1 else ()
+
+    def has_optimizers_of(self, other: Compiled) -> bool:
+        """Whether the other one's optimizers are the same objects, so that training goes on with their state."""
+        pairs = list(zip(self.optimizers, other.optimizers, strict=False))
+        return len(self.optimizers) == len(other.optimizers) and all(unscaled(a) is unscaled(b) for a, b in pairs)
 
     def recipe(self) -> dict[str, Any]:
         """The arguments of `compile` as plain data."""
@@ -107,7 +113,7 @@ class Compiled:
         optimizer = self.optimizers[stage if len(self.optimizers) > 1 else 0]
         if optimizer is None:
             return None
-        recipe = describe(_inner(optimizer), "the optimizer")
+        recipe = describe(unscaled(optimizer), "the optimizer")
         config = recipe["keras"]["config"]
         config["global_clipnorm"] = None  # decided over all stages together
         config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
@@ -115,7 +121,7 @@ class Compiled:
 
     def undecayed(self, stage: int, variables: Sequence[Any]) -> list[int]:
         """Which variable objects, by place, the user's optimizer leaves out of weight decay in a stage."""
-        optimizer = _inner(self.optimizers[stage if len(self.optimizers) > 1 else 0])
+        optimizer = unscaled(self.optimizers[stage if len(self.optimizers) > 1 else 0])
         excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
         return [i for i, variable in enumerate(variables) if excluded and optimizer._var_key(variable) in excluded]
 
@@ -126,7 +132,7 @@ class Compiled:
             variables: For each stage its trainable variables, as far as they are known here.
         """
         for stage, optimizer in enumerate(self.optimizers):
-            inner = _inner(optimizer)
+            inner = unscaled(optimizer)
             wanted = set(getattr(inner, "_exclude_from_weight_decay", None) or ())
             parts = variables if len(self.optimizers) == 1 else variables[stage : stage + 1]
             found = {inner._var_key(variable) for part in parts for variable in part} if wanted else set()
@@ -182,7 +188,7 @@ class Compiled:
     def _iterations(self) -> list[Any]:
         """The optimizers' counts of all updates; `optimizer.iterations` counts accumulated ones only."""
         return [
-            next(variable for variable in _inner(optimizer).variables if variable.name == "iteration")
+            next(variable for variable in unscaled(optimizer).variables if variable.name == "iteration")
             for optimizer in self.optimizers
         ]
 
@@ -197,12 +203,13 @@ class Compiled:
         for iteration in self._iterations:
             iteration.value.assign_add(1)
 
-    def go_on_from(self, shared: Mapping[str, Any], rate: bool = False) -> None:
+    def go_on_from(self, slots: Slots, rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
-        for iteration in self._iterations:
-            iteration.assign(shared["iterations"])
-        if rate and self.constant_rate:
-            self.optimizer.learning_rate = float(shared["learning_rate"])
+        for stage, (optimizer, iteration) in enumerate(zip(self.optimizers, self._iterations, strict=True)):
+            own = slots.own_of(stage)
+            iteration.assign(own["iterations"])
+            if rate and self._constant_rates[stage]:
+                optimizer.learning_rate = float(own["learning_rate"])
 
     def needs_optimizer(self) -> None:
         """Refuse to train without one."""
@@ -274,7 +281,7 @@ def _optimizer(optimizer: Any) -> Any:
         found = keras.optimizers.get(optimizer)
     except (ValueError, TypeError) as error:
         raise CompileError(f"unknown optimizer: {error}") from error
-    inner = _inner(found)
+    inner = unscaled(found)
     if getattr(inner, "gradient_accumulation_steps", None) and getattr(inner, "global_clipnorm", None):
         raise CompileError(
             "global_clipnorm with gradient_accumulation_steps would clip the gradients of every step here, where Keras "
@@ -290,17 +297,12 @@ def _scaled(optimizer: Any, mixed_float16: bool) -> Any:
     return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
 
 
-def _inner(optimizer: Any) -> Any:
-    """The optimizer that updates, without loss scaling around it."""
-    return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
-
-
 def _global_clipnorm(optimizer: Any) -> float | None:
-    return None if optimizer is None else _inner(optimizer).get_config().get("global_clipnorm")
+    return None if optimizer is None else unscaled(optimizer).get_config().get("global_clipnorm")
 
 
 def _constant_rate(optimizer: Any) -> bool:
-    return optimizer is not None and not isinstance(_inner(optimizer).get_config().get("learning_rate"), dict)
+    return optimizer is not None and not isinstance(unscaled(optimizer).get_config().get("learning_rate"), dict)
 
 
 _SHORT_NAMES = {

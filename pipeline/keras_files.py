@@ -1,7 +1,8 @@
 """Keras's own files (``.keras``, ``.weights.h5``) of a pipeline: the joined model with its optimizer's state.
 
 What Keras's callbacks write and read through "the model" is what they would write for the unsplit model: a file opens
-with `keras.models.load_model`, compiled, and training continues from it, here or in plain Keras.
+with `keras.models.load_model`, compiled, and training continues from it, here or in plain Keras. Only where each stage
+has an optimizer of its own, which no Keras model has, the file holds the model and its weights alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
+from pipeline.loss_scaling import LossScaling, unscaled
 from pipeline.merging import Merged
 from pipeline.state import Place, Slots, described_slots
 from stages.recipes import create
@@ -26,7 +28,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool, **options: Any) -> None:
 
 
 def save_weights(pipe: Pipeline, path: Path, overwrite: bool) -> None:
-    """Write weights and optimizer state as a ``.weights.h5`` file."""
+    """Write weights and, of one optimizer for all stages, its state as a ``.weights.h5`` file."""
     _trained(pipe).model.save_weights(path, overwrite=overwrite)
 
 
@@ -34,39 +36,47 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     """Read a ``.weights.h5`` file into the stages; the optimizer's state too where the file has it."""
     driver = pipe._running()
     with h5py.File(path) as file:
-        compiled = "optimizer" in file and len(file["optimizer"].get("vars", ())) > 0
-    merged = _trained(pipe) if compiled and pipe.optimizer is not None else pipe._merged()
+        trained = "optimizer" in file and len(file["optimizer"].get("vars", ())) > 0
+    merged = _trained(pipe) if trained and pipe.optimizer is not None else pipe._merged()
     merged.model.load_weights(path, **options)
     driver.set("model", merged.values())
-    optimizer = merged.model.optimizer
-    if optimizer is not None:
+    optimizer, compiled = merged.model.optimizer, pipe._compiled
+    if optimizer is not None and compiled is not None:
         places = _slot_places(merged)
-        values = read(optimizer.variables)
+        values = read(unscaled(optimizer).variables)
         slots = Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
         driver.set("optimizer", slots.for_stages(described_slots(driver.descriptions)))
-        assert pipe._compiled is not None
-        pipe._compiled.go_on_from(slots.shared, rate=True)
+        compiled.go_on_from(slots, rate=True)
+        if compiled.loss_scaling is not None:
+            compiled.loss_scaling.go_on_from(LossScaling(optimizer).state())
 
 
 def _trained(pipe: Pipeline) -> Merged:
-    """The joined model, compiled like the pipeline, its optimizer as far as the pipeline's stages are."""
-    merged = pipe._merged()
-    if pipe._compiled is None:
+    """The joined model, compiled like the pipeline, its optimizer as far as the pipeline's stages are.
+
+    Not compiled where each stage has an optimizer of its own.
+    """
+    merged, compiled = pipe._merged(), pipe._compiled
+    if compiled is None or not compiled.one_optimizer:
         return merged
-    merged.model.compile(**{name: create(recipe) for name, recipe in pipe._compiled.recipe().items()})
-    if merged.model.optimizer is not None:
-        merged.model.optimizer.build(merged.model.trainable_variables)
+    arguments = {name: create(recipe) for name, recipe in compiled.recipe().items()}
+    merged.model.compile(**arguments, auto_scale_loss=False)  # the optimizer scales already, where it should
+    optimizer = merged.model.optimizer
+    if optimizer is not None:
+        optimizer.build(merged.model.trainable_variables)
         values = pipe._session.slots().ordered(_slot_places(merged))
-        for variable, value in zip(merged.model.optimizer.variables, values, strict=True):
+        for variable, value in zip(unscaled(optimizer).variables, values, strict=True):
             variable.assign(value)
-        if pipe._compiled.constant_rate:
-            merged.model.optimizer.learning_rate = float(pipe.optimizer.learning_rate)
+        if compiled.constant_rate:
+            optimizer.learning_rate = float(pipe.optimizer.learning_rate)
+        if compiled.loss_scaling is not None:
+            LossScaling(optimizer).go_on_from(compiled.loss_scaling.state())
     return merged
 
 
-def _slot_places(merged: Merged) -> list[tuple[Place | None, str]]:
-    """What each variable of the joined model's optimizer belongs to, by stage."""
+def _slot_places(merged: Merged) -> list[tuple[Place, str]]:
+    """What each variable of the joined model's (inner) optimizer belongs to, by stage."""
     at = {id(v): (i, k) for i, part in enumerate(merged.trainable) for k, v in enumerate(part)}
     trainable = merged.model.trainable_variables
-    slots = optimizer_slots(merged.model.optimizer, trainable)
-    return [(at[id(trainable[slot.variable])] if slot.variable >= 0 else None, slot.name) for slot in slots]
+    slots = optimizer_slots(unscaled(merged.model.optimizer), trainable)
+    return [(at[id(trainable[slot.variable])] if slot.variable >= 0 else (0, -1), slot.name) for slot in slots]

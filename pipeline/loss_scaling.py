@@ -12,6 +12,11 @@ from typing import Any
 import keras
 
 
+def unscaled(optimizer: Any) -> Any:
+    """The optimizer that updates, without loss scaling around it."""
+    return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
+
+
 class LossScaling:
     """The scale and its rule; the state is in the user's own `LossScaleOptimizer`.
 

@@ -93,13 +93,31 @@ class Session:
 
     def recompile(self, compiled: Compiled) -> None:
         """Go on under other rules: the values stay, the optimizer's too where it is the same object, as in Keras."""
-        same = self.compiled is not None and self.compiled.optimizer is compiled.optimizer
+        same = self.compiled is not None and self.compiled.has_optimizers_of(compiled)
         if self._driver is not None and not self._driver.closed:
-            self._start = State(self.values("model"), self.slots() if same else None)
+            slots = self.slots().among(self._trained_before(), self._trained_now()) if same else None
+            self._start = State(self.values("model"), slots)
             self.stop("compile() was called")
         elif self._start is not None and not same:
             self._start = State(self._start.model)
         self.compiled = compiled
+
+    def _trained_before(self) -> dict[int, list[int]]:
+        """Which of its model's variables every stage trains at present, in the order of its trainable ones."""
+        found = {}
+        for i, stage in self.driver().descriptions.items():
+            places = {trainable: k for k, (_, _, _, trainable, _) in enumerate(stage["variables"]) if trainable >= 0}
+            found[i] = [places[trainable] for trainable in sorted(places)]
+        return found
+
+    def _trained_now(self) -> dict[int, list[int]]:
+        """The same for stages that will be built from the models as they are now: layers may have been frozen."""
+        found = self._trained_before()
+        for i, segment in enumerate(self.segments):
+            if segment.model is not None:
+                number = {id(variable): k for k, variable in enumerate(segment.model.variables)}
+                found[i] = [number[id(variable)] for variable in segment.model.trainable_variables]
+        return found
 
     def start_from(self, state: State) -> None:
         """Let workers that are still to be started begin with these values."""

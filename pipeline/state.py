@@ -6,13 +6,13 @@ so that other cuts of the same layers, and the joined Keras model, can take it o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, CompileError
 from stages.snapshot import Slot
 
 Array = np.ndarray[Any, Any]
@@ -28,52 +28,76 @@ class Slots:
 
     Attributes:
         of_variable: {place of a trainable variable: {slot name: value}}.
-        shared: {name: value} of the optimizer's own (iterations, learning rate), equal in every stage.
+        own: {stage: {name: value}} of the stages' optimizers' own: iterations, learning rate.
     """
 
     of_variable: dict[Place, dict[str, Array]] = field(default_factory=dict)
-    shared: dict[str, Array] = field(default_factory=dict)
+    own: dict[int, dict[str, Array]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entries: Iterator[tuple[Place | None, str, Array]]) -> Slots:
-        """From (place, or None for the optimizer's own; slot name; value)."""
+    def of(cls, entries: Iterable[tuple[Place, str, Array]]) -> Slots:
+        """From (place, with the index -1 for the optimizer's own; slot name; value)."""
         slots = cls()
         for place, name, value in entries:
-            home = slots.shared if place is None else slots.of_variable.setdefault(place, {})
+            stage, k = place
+            home = slots.own.setdefault(stage, {}) if k < 0 else slots.of_variable.setdefault(place, {})
             home[name] = value
         return slots
+
+    def own_of(self, stage: int) -> dict[str, Array]:
+        """What belongs to a stage's optimizer itself; the first's, where one optimizer was saved for all stages."""
+        return self.own[stage] if stage in self.own else self.own.get(min(self.own, default=0), {})
 
     @classmethod
     def of_stages(cls, described: Described, values: Mapping[int, Sequence[Array]]) -> Slots:
         """From every stage's optimizer variables, as the stages describe them (see `stages.snapshot.Slot`)."""
         return cls.of(
-            ((i, slot.variable) if slot.variable >= 0 else None, slot.name, value)
+            ((i, slot.variable), slot.name, value)
             for i, slots in described.items()
             for slot, value in zip((Slot(*entry) for entry in slots), values[i], strict=True)
         )
 
-    def ordered(self, wanted: Sequence[tuple[Place | None, str]]) -> list[Array]:
-        """The values for an optimizer's variables.
+    def ordered(self, wanted: Sequence[tuple[Place, str]]) -> list[Array]:
+        """The values for an optimizer's variables, asked for as `of` takes them.
 
         Raises:
             CheckpointError: A slot is missing, as when another optimizer was saved.
         """
         found = []
         for place, name in wanted:
-            source = self.shared if place is None else self.of_variable.get(place, {})
+            source = self.own_of(place[0]) if place[1] < 0 else self.of_variable.get(place, {})
             if name not in source:
                 raise CheckpointError(
-                    f"there is no optimizer slot {name!r} for "
-                    f"{'the optimizer' if place is None else f'stage {place[0]}'}: it was saved with another optimizer"
+                    f"there is no optimizer slot {name!r} for stage {place[0]}: it was saved with another optimizer"
                 )
             found.append(source[name])
         return found
 
     def for_stages(self, described: Described) -> dict[int, list[Array]]:
         """The values in the order of stages that describe their optimizer variables so."""
-        return {
-            i: self.ordered([((i, k) if k >= 0 else None, name) for k, name in slots]) for i, slots in described.items()
-        }
+        return {i: self.ordered([((i, k), name) for k, name in slots]) for i, slots in described.items()}
+
+    def among(self, before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> Slots:
+        """The same slots when other variables of the same stages are trained.
+
+        Args:
+            before: For each stage its trainable variables, each a number among all its variables, as slots are kept.
+            after: The same, of which slots are asked for now.
+
+        Raises:
+            CompileError: The optimizer has no slots for a variable.
+        """
+        found = Slots(own=self.own)
+        for i, numbers in after.items():
+            places = {number: k for k, number in enumerate(before[i])}
+            for k, number in enumerate(numbers):
+                if number not in places:
+                    raise CompileError(
+                        "a layer was made trainable that the optimizer does not know; compile with a new optimizer "
+                        "object, as in Keras, whose optimizers know the variables that they were built for"
+                    )
+                found.of_variable[i, k] = self.of_variable.get((i, places[number]), {})
+        return found
 
     def moved(self, old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> Slots:
         """The same slots under other cuts.
@@ -84,7 +108,8 @@ class Slots:
         """
         at = {id(variable): (i, k) for i, part in enumerate(old) for k, variable in enumerate(part)}
         places = {(i, k): at[id(variable)] for i, part in enumerate(new) for k, variable in enumerate(part)}
-        return Slots({place: self.of_variable.get(before, {}) for place, before in places.items()}, self.shared)
+        slots = {place: self.of_variable.get(before, {}) for place, before in places.items()}
+        return Slots(slots, {0: self.own_of(0)} if self.own else {})
 
 
 @dataclass
