@@ -71,7 +71,7 @@ def main() -> int:
     x, y = load()
     with split(build(), options.balance, x) as pipe:
         loss = "sparse_categorical_crossentropy"
-        # Eagerly: compiling rounds otherwise, which opens and closes ReLUs, and that differs as much in the model uncut.
+        # Eagerly: compiling rounds otherwise, which opens and closes ReLUs. The model uncut differs as much.
         pipe.compile("sgd", loss, run_eagerly=True)
         report = pipe.verify(x[:BATCH], y[:BATCH])
         print(report.summary())
