@@ -262,16 +262,20 @@ def _per_stage(optimizer: Any, stages: Sequence[str]) -> list[Any]:
                 f"optimizers by stage must name every stage ({', '.join(map(repr, stages))}), received "
                 f"{', '.join(map(repr, optimizer))}"
             )
-        return [optimizer[name] for name in stages]
-    if isinstance(optimizer, list | tuple):
-        if len(optimizer) != len(stages):
-            raise CompileError(f"give one optimizer for all stages or one for each of {len(stages)}, in their order")
-        if len({id(one) for one in optimizer if not isinstance(one, str)}) != sum(
-            not isinstance(one, str) for one in optimizer
-        ):
-            raise CompileError("each stage needs an optimizer object of its own; the same object is there twice")
-        return list(optimizer)
-    return [optimizer]
+        given = [optimizer[name] for name in stages]
+    elif isinstance(optimizer, list | tuple):
+        given = list(optimizer)
+        if len(given) != len(stages):
+            raise CompileError(
+                f"give one optimizer for all stages or one for each of {len(stages)}, in their order; received "
+                f"{len(given)}"
+            )
+    else:
+        return [optimizer]
+    objects = [id(one) for one in given if one is not None and not isinstance(one, str)]
+    if len(set(objects)) != len(objects):
+        raise CompileError("each stage needs an optimizer object of its own; the same object is there twice")
+    return given
 
 
 def _optimizer(optimizer: Any) -> Any:

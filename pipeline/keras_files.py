@@ -40,7 +40,7 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     merged = _trained(pipe) if trained and pipe.optimizer is not None else pipe._merged()
     merged.model.load_weights(path, **options)
     driver.set("model", merged.values())
-    optimizer, compiled = merged.model.optimizer, pipe._compiled
+    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe._compiled
     if optimizer is not None and compiled is not None:
         places = _slot_places(merged)
         values = read(unscaled(optimizer).variables)
