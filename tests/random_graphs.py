@@ -232,7 +232,8 @@ def _nested(size: int, seed: int) -> Any:
 
 
 def _attend(value: Any) -> Any:
-    return layers.MultiHeadAttention(1, 2)(value, value)
+    copy = layers.Identity()(value)  # Keras takes the mask off what attention reads, so later readers would find none
+    return layers.MultiHeadAttention(1, 2)(copy, copy)
 
 
 def _input(kind: str, name: str) -> Any:
