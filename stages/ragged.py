@@ -92,6 +92,9 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
         TensorShape([2, 3, 4, 4])
     """
 
+    mask_zero = True
+    """Keras's word for a layer that begins a mask; what a microbatch weighs in a mean depends on the masks of all."""
+
     def __init__(
         self,
         cell: Any,

@@ -146,8 +146,9 @@ def test_a_call_that_failed_leaves_no_dropout_masks():
         def call(self, watched):
             return watched if self.broken else super().call(watched)
 
-    rule = Rule(0.1)
+    rule = Rule(0.1, name="rule")
     layer = RaggedSteps(layers.GRUCell(4, dropout=0.5), max_steps=3, stop=rule)
+    layer.build((3, 2, 4))
     with pytest.raises(HandoffError):
         compiled(tf.zeros((3, 2, 4)))
     rule.broken = False
