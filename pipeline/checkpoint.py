@@ -54,6 +54,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
     if path.exists() and not (path / "manifest.json").exists():
         raise CheckpointError(f"{path} exists and is no checkpoint; choose another name")
     driver = pipe._running()
+    pipe._session.needs_the_trainable_set("save")
     model, optimizer = pipe._session.values("model"), pipe._session.values("optimizer")
     path.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

@@ -56,6 +56,7 @@ def _trained(pipe: Pipeline) -> Merged:
 
     Not compiled where each stage has an optimizer of its own.
     """
+    pipe._session.needs_the_trainable_set("a Keras file")
     merged, compiled = pipe._merged(), pipe._compiled
     if compiled is None or not compiled.one_optimizer:
         return merged

@@ -119,6 +119,18 @@ class Session:
                 found[i] = [number[id(variable)] for variable in segment.model.trainable_variables]
         return found
 
+    def needs_the_trainable_set(self, what: str) -> None:
+        """Refuse what would mix up variables, where `trainable` was changed and the workers train others as yet.
+
+        Raises:
+            CompileError: `trainable` was changed after `compile`.
+        """
+        if self._trained_now() != self._trained_before():
+            raise CompileError(
+                f"layer.trainable was changed after compile(), which takes effect with the next compile(); {what} "
+                "needs both to agree: call compile(...) again, or change it back"
+            )
+
     def start_from(self, state: State) -> None:
         """Let workers that are still to be started begin with these values."""
         self._start = state
@@ -209,6 +221,7 @@ class Session:
 
     def one_tape(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
         """The same by one tape over the joined model, in a process of its own that starts from the same values."""
+        self.needs_the_trainable_set("verify")
         values = self.driver().get("model")
         specs = [self._spec(i, optimizer=False) for i in range(len(self.segments))]
         scheme = self.transport.partition("://")[0]

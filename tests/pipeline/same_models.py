@@ -238,14 +238,26 @@ CASES: dict[str, Same] = {
     ),
     "Dropout": Same(vector(lambda: layers.Dropout(0.4), lambda: layers.Dropout(0.2)), THREE, changes=True, whole=False),
     "SpatialDropout1D": Same(series, TWO, (4, 3), changes=True, whole=False),
-    "SpatialDropout2D": Same(image(lambda: layers.SpatialDropout2D(0.4)), TWO, IMAGE, changes=True, whole=False),
     "Gaussian": Same(
-        vector(lambda: layers.GaussianNoise(0.3), lambda: layers.GaussianDropout(0.3)), THREE, changes=True, whole=False
+        vector(
+            lambda: layers.GaussianNoise(0.3), lambda: layers.GaussianDropout(0.3), lambda: layers.AlphaDropout(0.3)
+        ),
+        ("low", "tested0", "after1"),
+        changes=True,
+        whole=False,
     ),
-    "AlphaDropout": Same(vector(lambda: layers.AlphaDropout(0.3)), TWO, changes=True, whole=False),
-    "RandomFlip": Same(image(layers.RandomFlip), TWO, IMAGE, changes=True, whole=False),
-    "RandomRotation": Same(image(lambda: layers.RandomRotation(0.2)), TWO, IMAGE, changes=True, whole=False),
-    "RandomTranslation": Same(image(lambda: layers.RandomTranslation(0.2, 0.2)), TWO, IMAGE, changes=True, whole=False),
+    "images": Same(
+        image(
+            lambda: layers.SpatialDropout2D(0.4),
+            layers.RandomFlip,
+            lambda: layers.RandomRotation(0.2),
+            lambda: layers.RandomTranslation(0.2, 0.2),
+        ),
+        ("tested0", "after1", "tested3"),
+        IMAGE,
+        changes=True,
+        whole=False,
+    ),
     "integers and booleans": Same(kinds, ("kinds", "middle")),
     "float16 and bfloat16": Same(precisions, ("kinds",), bits=False, whole=False, rounding=2**-8),
     **{

@@ -42,6 +42,7 @@ def test_microbatches_are_one_tape(name: str) -> None:
     model = case.build()
     before = states(model)
     _, wanted = natural_tape(model, x, [y], [case.loss()], MICROBATCHES)
+    assert any(gradient is None for gradient in wanted) == name.startswith("stop_gradient")
     whole = natural_tape(model, x, [y], [case.loss()], 1)[1] if case.whole else None
     found = []
     for schedule, recompute in (("gpipe", False), ("1f1b", True)):
@@ -55,8 +56,8 @@ def test_microbatches_are_one_tape(name: str) -> None:
                 rounding = 1e-6 if run_eagerly else case.rounding
                 assert difference(ours, wanted) <= rounding
                 assert whole is None or difference(ours, whole) <= rounding
-                if run_eagerly != recompute:
-                    pipe.verify(x, y, tolerance=None if run_eagerly else rounding).raise_if_failed()
+                if run_eagerly and not recompute:
+                    pipe.verify(x, y).raise_if_failed()
             pipe.evaluate(x, y, verbose=0)
             pipe.predict(x, verbose=0)
             assert_same_arrays(states(pipe.merge()), before)
@@ -80,6 +81,6 @@ def test_training_is_keras(name: str) -> None:
         return {"optimizer": keras.optimizers.Adam(0.02), "loss": case.loss()}
 
     with twins(case.build, compiled, at=list(case.at)) as pair:
-        pair.assert_fit_alike(x, y, batch_size=4, epochs=2, validation_split=0.2)
+        pair.assert_fit_alike(x, y, batch_size=3, validation_split=0.2)
         theirs, ours = pair.both(lambda twin: twin.predict(x, verbose=0))
         assert_same_arrays([ours], [theirs])

@@ -12,6 +12,7 @@ from pipeline import CompileError, Pipeline
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
 from tests.pipeline.same_models import Counting, chain
+from tests.pipeline.test_callbacks import callback_model
 from tests.pipeline.twins import SEED, assert_same_arrays, numbers, twins
 
 layers = keras.layers
@@ -20,9 +21,10 @@ X, Y = numbers(12)
 
 
 def stack() -> Any:
-    """Four layers with weights, statistics and random numbers, and a last stage that has nothing to train."""
+    """Four layers with weights, statistics and random numbers; the first and the last stage have nothing to train."""
     return chain(
         (6,),
+        layers.Rescaling(0.9, name="first"),
         layers.Dense(5, "tanh", name="a"),
         layers.BatchNormalization(momentum=0.5, name="norm"),
         layers.Dense(4, "tanh", name="b"),
@@ -32,7 +34,7 @@ def stack() -> Any:
     )
 
 
-CUTS = ["norm", "b", "c"]
+CUTS = ["first", "norm", "b", "c"]
 
 
 def adam() -> dict[str, Any]:
@@ -80,7 +82,6 @@ def test_freezing_keeps_the_optimizers_state_of_the_others(pair: Any) -> None:
     """Adam's moments stay with their variables when variables before them are frozen; unknown ones are refused."""
     pair.assert_fit_alike(X, Y, batch_size=5)
     set_trainable(pair, "a", False)
-    pair.model.get_layer("norm").trainable = pair.original.get_layer("norm").trainable = False
     pair.both(lambda twin: twin.compile(optimizer=twin.optimizer, loss="mse", run_eagerly=True))
     pair.assert_fit_alike(X, Y, batch_size=5)
     assert int(pair.pipe.optimizer.iterations) == int(pair.model.optimizer.iterations) == 6
@@ -89,9 +90,28 @@ def test_freezing_keeps_the_optimizers_state_of_the_others(pair: Any) -> None:
         pair.pipe.compile(optimizer=pair.pipe.optimizer, loss="mse")
 
 
+def test_trainable_changed_without_compile_changes_nothing(pair: Any, tmp_path: Any) -> None:
+    """Training goes on as compiled, as in Keras's documentation; what would mix up variables says what to do."""
+    pair.pipe.train_on_batch(X, Y)
+    pair.original.get_layer("a").trainable = False
+    before, gradients = pair.pipe.get_weights(), pair.pipe.gradients(X, Y)
+    pair.pipe.train_on_batch(X, Y)
+    assert (pair.pipe.get_weights()[0] != before[0]).any()
+    for act in (
+        lambda: pair.pipe.verify(X, Y),
+        lambda: pair.pipe.save(tmp_path / "here"),
+        lambda: callback_model(pair.pipe).save(tmp_path / "whole.keras"),
+    ):
+        with pytest.raises(CompileError, match=r"trainable was changed after compile\(\).*call compile"):
+            act()
+    pair.original.get_layer("a").trainable = True
+    assert pair.pipe.gradients(X, Y).keys() == gradients.keys()
+    pair.pipe.verify(X, Y).raise_if_failed()
+
+
 @pytest.mark.parametrize("where", [{}, {"stages": 1}, {"at": ["a"]}], ids=str)
-def test_a_last_stage_with_nothing_to_train_does_not_stop_the_count(where: dict[str, Any], tmp_path: Any) -> None:
-    """Its optimizer never updates; loaded, the others must not start their bias corrections anew."""
+def test_stages_with_nothing_to_train_do_not_stop_the_count(where: dict[str, Any], tmp_path: Any) -> None:
+    """Their optimizers never update; loaded, the others must not start their bias corrections anew."""
     with Pipeline.split(stack(), at=CUTS, microbatches=2, transport="inproc") as pipe:
         pipe.compile(**adam(), run_eagerly=True)
         for _ in range(3):
