@@ -1,8 +1,8 @@
 """What Keras's own configuration of an object leaves out, so that the copy in a worker is the same object.
 
-Keras 3.15 forgets, among others, the `delta` of Huber, the `axis` of CosineSimilarity and what
-`Optimizer.exclude_from_weight_decay` was told. A worker that is built from the configuration alone would train with the
-defaults, and nobody would notice.
+Keras 3.15 forgets, among others, the `delta` of Huber, the `axis` of CosineSimilarity, what
+`Optimizer.exclude_from_weight_decay` was told, and that single variables of a layer are frozen. A worker that is built
+from the configuration alone would train with the defaults, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Forgotten = dict[str, Any]
 
 
 def forgotten(thing: Any, config: Any) -> Forgotten:
-    """What is missing in the configuration of a loss, metric or optimizer.
+    """What is missing in the configuration of a model, loss, metric or optimizer.
 
     Variable *objects* that weight decay leaves out are not in it: they exist in one process only, and whoever carries
     an optimizer into another must say which variables they are there (`StageSpec.undecayed`).
@@ -31,6 +31,8 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
         found["arguments"] = arguments
     if (pattern := getattr(thing, "_exclude_from_weight_decay_pattern", None)) is not None:
         found["without_decay"] = pattern.pattern
+    if hasattr(thing, "_flatten_layers") and (frozen := _frozen(thing)):
+        found["frozen"] = frozen
     return found
 
 
@@ -40,6 +42,19 @@ def restore(thing: Any, found: Mapping[str, Any]) -> None:
         thing._fn_kwargs.update(found["arguments"])
     if "without_decay" in found:
         thing.exclude_from_weight_decay(var_names=[found["without_decay"]])
+    for place in found.get("frozen", ()):
+        thing.variables[place].trainable = False
+
+
+def _frozen(model: Any) -> list[int]:
+    """Which variables of a model are frozen by themselves (``layer.bias.trainable = False``), not with their layer."""
+    alone = {
+        id(variable)
+        for layer in model._flatten_layers()
+        for variable in (layer._trainable_variables if layer.trainable else ())
+        if not variable.trainable
+    }
+    return [place for place, variable in enumerate(model.variables) if id(variable) in alone]
 
 
 def _arguments(thing: Any, config: Any) -> dict[str, Any]:

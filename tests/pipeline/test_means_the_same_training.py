@@ -78,6 +78,29 @@ def test_trainable_changes_with_compile(pair: Any) -> None:
         pair.pipe.verify(X, Y).raise_if_failed()
 
 
+def test_a_single_variable_may_be_frozen(tmp_path: Any) -> None:
+    """`layer.bias.trainable = False`, of which Keras's configuration of a layer says nothing, as in Keras."""
+
+    def build() -> Any:
+        model = stack()
+        for variable in (model.get_layer("a").bias, model.get_layer("norm").gamma, model.get_layer("c").kernel):
+            variable.trainable = False
+        return model
+
+    with twins(build, adam, at=CUTS) as pair:
+        pair.assert_fit_alike(X, Y, batch_size=5)
+        assert len(pair.pipe.gradients(X, Y)) == len(pair.model.trainable_variables) == 5
+        pair.pipe.verify(X, Y).raise_if_failed()
+        assert len(pair.pipe.merge().trainable_variables) == 5
+        pair.pipe.save(tmp_path / "here")
+        with Pipeline.load(tmp_path / "here", stages=2, transport="inproc") as again:
+            last = again.train_on_batch(X, Y)
+            assert len(again.gradients(X, Y)) == 5
+            assert pair.pipe.microbatches == again.microbatches
+        # Dropout goes on from the saved states in both.
+        assert pair.pipe.train_on_batch(X, Y) == last
+
+
 def test_freezing_keeps_the_optimizers_state_of_the_others(pair: Any) -> None:
     """Adam's moments stay with their variables when variables before them are frozen; unknown ones are refused."""
     pair.assert_fit_alike(X, Y, batch_size=5)
