@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.errors import HandoffError as HandoffError
     from stages.errors import SegmentError as SegmentError
     from stages.errors import StageError as StageError
+    from stages.influence_map import InfluenceMap as InfluenceMap
+    from stages.influencing import influence as influence
     from stages.jacobian import MemoryLimitExceeded as MemoryLimitExceeded
     from stages.jacobian import chain_rule as chain_rule
     from stages.jacobian import jacobian_bytes as jacobian_bytes
@@ -35,6 +37,9 @@ _HOME = {
     "chain_rule": "stages.jacobian",
     "jacobian_bytes": "stages.jacobian",
     "MemoryLimitExceeded": "stages.jacobian",
+    # which step influences which
+    "influence": "stages.influencing",
+    "InfluenceMap": "stages.influence_map",
     # what a worker can do
     "Action": "stages.actions",
     "Kind": "stages.actions",
