@@ -141,13 +141,7 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: Any, mask: Any = None, training: bool = False) -> Any:
         """Run the cell; see the class."""
-        series, given = inputs if isinstance(inputs, list | tuple) else (inputs, None)
-        self._check_inputs(given is not None)
-        check_series(series.shape, self.steps, self.name)
-        alive = mask[0] if isinstance(mask, list | tuple) else mask
-        lengths = None if given is None else self._lengths(given, series)
-        if self.steps is not None:
-            lengths = tf.broadcast_to(tf.constant(self.steps), tf.shape(series)[:2])
+        series, lengths, alive = self._given(inputs, mask)
         reset_dropout(self.cell)  # a call that failed may have left masks
         try:
             run = self._written_out if tf.executing_eagerly() else self._looped
@@ -158,10 +152,52 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
         padded._keras_mask = tf.sequence_mask(made, self.max_steps)
         return [padded, made] if self.return_lengths else padded
 
+    def rows(self, inputs: Any, mask: Any = None, training: bool = False) -> list[list[Any]]:
+        """The steps as they are on an eager tape, so that one can be differentiated with respect to another.
+
+        Args:
+            inputs: As for a call of the layer, which must be built.
+            mask: (batch, elements), or None.
+            training: Keras's flag.
+
+        Returns:
+            Out[i][j], (batch, units): as many steps as the sample with the most made. A sample that made fewer has
+            values there that count for nothing.
+        """
+        series, lengths, alive = self._given(tf.nest.map_structure(tf.convert_to_tensor, inputs), mask)
+        reset_dropout(self.cell)
+        try:
+            return self._rows(series, lengths, alive, training)[0]
+        finally:
+            reset_dropout(self.cell)
+
+    def _given(self, inputs: Any, mask: Any) -> tuple[Any, Any | None, Any | None]:
+        """The series, the steps (batch, elements) unless a rule decides, and which elements are not masked out."""
+        series, given = inputs if isinstance(inputs, list | tuple) else (inputs, None)
+        self._check_inputs(given is not None)
+        check_series(series.shape, self.steps, self.name)
+        lengths = None if given is None else self._lengths(given, series)
+        if self.steps is not None:
+            lengths = tf.broadcast_to(tf.constant(self.steps), tf.shape(series)[:2])
+        return series, lengths, mask[0] if isinstance(mask, list | tuple) else mask
+
     def _written_out(self, series: Any, lengths: Any | None, alive: Any | None, training: bool) -> tuple[Any, Any]:
         """The steps one by one: (batch, elements * longest, units), and their number (batch, elements) int32."""
+        rows, counts = self._rows(series, lengths, alive, training)
+        zero = tf.zeros((tf.shape(series)[0], self._units()), self.compute_dtype)
+        steps: list[Any] = []
+        for row, count in zip(rows, counts, strict=True):
+            if self.steps is None or alive is not None:
+                row = [choose(count > j, output, zero) for j, output in enumerate(row)]
+            steps += row + [zero] * (self.max_steps - len(row))
+        return tf.stack(steps, axis=1), tf.stack(counts, axis=1)
+
+    def _rows(
+        self, series: Any, lengths: Any | None, alive: Any | None, training: bool
+    ) -> tuple[list[list[Any]], list[Any]]:
+        """For every element its outputs (batch, units), and how many of them each sample made, (batch,) int32."""
         initial = self._initial_state(tf.shape(series)[0])
-        state, steps, counts = initial, [], []
+        state, rows, counts = initial, [], []
         for i in range(series.shape[1]):
             element = series[:, i]
             state = state if self.carry_state else initial
@@ -171,10 +207,9 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
             else:
                 starts = self._starts(series, lengths, alive)[:, i]
                 row, state, count = self._own_steps(i, element, state, starts, lengths, training)
-            zero = tf.zeros((tf.shape(series)[0], self._units()), self.compute_dtype)
-            steps += row + [zero] * (self.max_steps - len(row))
+            rows.append(row)
             counts.append(count)
-        return tf.stack(steps, axis=1), tf.stack(counts, axis=1)
+        return rows, counts
 
     def _same_steps(self, element: Any, state: Any, steps: int, training: bool) -> tuple[list[Any], Any]:
         """All samples make the same number of steps."""
@@ -192,7 +227,7 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
         count = tf.zeros_like(active, tf.int32)
         while len(row) < self.max_steps and bool(tf.reduce_any(active)):
             output, after, watched = self._step(element, state, training)
-            row.append(choose(active, output, tf.zeros_like(output)))
+            row.append(output)
             state = keras.tree.map_structure(lambda new, old, now=active: choose(now, new, old), after, state)
             count += tf.cast(active, tf.int32)
             active = active & self._goes_on(lengths, i, len(row), watched)

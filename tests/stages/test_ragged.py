@@ -235,6 +235,27 @@ def test_state_runs_on_or_begins_anew(carry):
     assert np.any(gradient[:, 2])
 
 
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("how", ["list", "tensor"])
+def test_steps_can_be_differentiated_with_respect_to_each_other(carry, how):
+    """Case D4: is Out[2][0] connected with Out[0][1]?"""
+    keras.utils.set_random_seed(0)
+    x = series()
+    layer = RaggedSteps(
+        layers.SimpleRNNCell(4), STEPS if how == "list" else None, max_steps=4, carry_state=carry, name="b"
+    )
+    inputs = x if how == "list" else [x, np.array([[3, 4, 2], [2, 0, 1]])]
+    padded = layer(inputs)
+    with tf.GradientTape(persistent=True) as tape:
+        rows = layer.rows(inputs)
+    assert [len(row) for row in rows] == STEPS
+    for i, j in ((0, 0), (0, 1), (1, 3), (2, 1)):
+        np.testing.assert_array_equal(rows[i][j][0], padded[0, i, j])
+    across, within = tape.gradient(rows[2][0], rows[0][1]), tape.gradient(rows[0][2], rows[0][1])
+    assert np.any(within)
+    assert np.any(across) if carry else across is None
+
+
 def test_a_read_out_that_is_emitted_is_trained_and_one_that_only_decides_is_not():
     keras.utils.set_random_seed(0)
     x, cell, dense = series(), layers.LSTMCell(4), layers.Dense(3)
