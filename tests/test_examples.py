@@ -16,6 +16,7 @@ ARGUMENTS = {
     "classifier.py": (),
     "character_model.py": ("--steps", "160"),
     "vanilla_rnn.py": (),
+    "ragged_series.py": (),
     "influence.py": (),
     "applications.py": ("--epochs", "2", "--accuracy", "0.3"),
     "fine_tuning.py": (),
