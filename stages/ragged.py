@@ -305,9 +305,7 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
         advice = "raise max_steps, or cut the steps"
         if not tf.executing_eagerly():
             low, high = tf.reduce_min(lengths), tf.reduce_max(lengths)
-            check = tf.debugging.Assert(~wrong, [f"{expected}; received from, to:", low, high, advice])
-            with tf.control_dependencies([check]):
-                lengths = tf.identity(lengths)
+            tf.debugging.Assert(~wrong, [f"{expected}; received from, to:", low, high, advice])
         elif bool(wrong):
             low, high = int(tf.reduce_min(lengths)), int(tf.reduce_max(lengths))
             raise HandoffError(f"{expected}, received values from {low} to {high}; {advice}")

@@ -281,6 +281,19 @@ def test_the_read_out_of_stacked_cells_is_of_the_last_ones_state():
     np.testing.assert_array_equal(RaggedSteps(stacked, STEPS, read_out=same, emit="read_out")(x), out)
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_stack_of_one_cell_is_that_cell(eager):
+    """Keras gives its state back with one list less."""
+    keras.utils.set_random_seed(0)
+    cell, inputs = layers.LSTMCell(4), [series(), tf.constant([[3, 1, 2], [0, 4, 1]])]
+    results = []
+    for each in (cell, layers.StackedRNNCells([cell])):
+        layer = RaggedSteps(each, max_steps=4)
+        layer.build([(2, 3, 4), (2, 3)])
+        results.append((layer if eager else tf.function(layer, autograph=False))(inputs))
+    assert bits(results[:1]) == bits(results[1:])
+
+
 def test_dropout_masks_last_for_a_call_and_are_new_in_the_next():
     keras.utils.set_random_seed(0)
     cell = layers.SimpleRNNCell(4, activation=None, use_bias=False, recurrent_initializer="zeros", dropout=0.5)
