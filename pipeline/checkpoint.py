@@ -90,13 +90,19 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
         "original": None if split is None else describe(split.model, "the model"),
         "stage_of": None if split is None else list(split.stage_of),
         "segments": [
-            {"recipe": None if split is not None else s.recipe(), "inputs": s.inputs, "outputs": s.outputs}
+            {
+                "recipe": None if split is not None else s.recipe(),
+                "inputs": s.inputs,
+                "outputs": s.outputs,
+                "states": s.states,
+            }
             for s in pipe.segments
         ],
         "options": {
             "microbatches": pipe.microbatches,
             "schedule": pipe.schedule if isinstance(pipe.schedule, str) else None,
             "recompute": list(pipe.recompute),
+            **pipe._session.time_options,
         },
         "compile": None if compiled is None else compiled.recipe(),
         "loss_scaling": None if compiled is None or compiled.loss_scaling is None else compiled.loss_scaling.state(),
@@ -129,7 +135,7 @@ def load(
             raise CheckpointError(
                 "each stage has an optimizer of its own; such a checkpoint loads with its own cuts only"
             )
-        parts, state, undecayed = _recut(parts, state, stages, at, undecayed)
+        parts, state, undecayed = _recut(parts, state, stages, at, undecayed, {**saved, **options})
     if not isinstance(parts, Split):
         saved["outputs"] = manifest["outputs"]
     pipe = kind(parts, **{**saved, **options})
@@ -174,6 +180,7 @@ def _recut(
     stages: int | None,
     at: Sequence[Cut] | None,
     undecayed: Sequence[Any],
+    options: Mapping[str, Any],
 ) -> tuple[Split, State, list[Any]]:
     """The whole model with the saved values, cut elsewhere; the variables to leave undecayed, as they are there."""
     assert state.slots is not None
@@ -186,7 +193,7 @@ def _recut(
     else:
         merged = merge(parts, wire(parts), None, state.model)
         model, old = merged.model, list(merged.trainable)
-    split = split_model(model, stages, at)
+    split = split_model(model, stages, at, options=options)
     new = [segment.model for segment in split.segments]
     values = {i: snapshot.read(part.variables) for i, part in enumerate(new)}
     twins = {id(a): b for before, after in zip(parts_before, old, strict=True) for a, b in zip(before, after)}  # noqa: B905
@@ -197,10 +204,10 @@ def _recut(
 def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
     """The segments as they were saved."""
     if manifest["original"] is not None:
-        return split_model(create(manifest["original"]), stage_of=manifest["stage_of"])
+        return split_model(create(manifest["original"]), stage_of=manifest["stage_of"], options=manifest["options"])
     found = []
     for entry, stage in zip(manifest["segments"], manifest["stages"], strict=True):
-        names = {"inputs": tuple(entry["inputs"]), "outputs": tuple(entry["outputs"]), "name": stage["name"]}
+        names = {label: tuple(entry[label]) for label in ("inputs", "outputs", "states")} | {"name": stage["name"]}
         recipe = entry["recipe"]
         if "model" in recipe:
             found.append(Segment(model=create(recipe["model"]), **names))

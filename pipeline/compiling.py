@@ -228,9 +228,14 @@ class Compiled:
             return 1.0
         return float(clip * np.minimum(np.float32(1.0) / norm, np.float32(1.0) / clip) + (norm - norm))
 
-    def check_schedule(self, schedule: Any, microbatches: int) -> None:
+    def check_schedule(self, schedule: Any, microbatches: int, windows: int = 1) -> None:
         """Refuse a loss over the whole batch under a schedule that goes backward before all forwards are done."""
         coupling = [head.loss for head in self.heads.values() if head.couples_samples]
+        if coupling and windows > 1:
+            raise CompileError(
+                f"the loss {_name_of(coupling[0])} couples the samples of a batch, so it cannot be computed window by "
+                "window; use a loss that is a mean or a sum over samples and time, or leave windows out"
+            )
         if not coupling or microbatches == 1 or schedule in ("gpipe", gpipe):
             return
         raise CompileError(

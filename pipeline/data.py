@@ -15,6 +15,7 @@ from pipeline.driver import Batch
 from pipeline.errors import DataError
 from pipeline.microbatch import microbatch_sizes
 from pipeline.objective import by_label
+from stages.grid import is_over_time
 from stages.tensors import compatible, flatten
 
 InputSpec = tuple[str, tuple[int | None, ...]]
@@ -30,6 +31,8 @@ def make_batch(
     microbatches: int,
     labels: Sequence[str] = (),
     judged: Sequence[str] = (),
+    windows: int = 1,
+    judged_over_time: Sequence[str] = (),
 ) -> Batch:
     """One batch, converted, checked and cut.
 
@@ -42,6 +45,8 @@ def make_batch(
         microbatches: How many are wanted.
         labels: What the outputs are called.
         judged: Those that have a loss to compute; empty where the mode needs none.
+        windows: Into how many windows the time axis is cut; as equal as they can be, the first ones longer.
+        judged_over_time: Those of `judged` whose targets have a time axis too.
 
     Raises:
         DataError: Everything that does not fit.
@@ -50,7 +55,47 @@ def make_batch(
     size = next(iter(arrays.values())).shape[0]
     targets = _targets(y, size, labels, judged) if judged else {}
     weights = _weights(sample_weight, size, labels, judged) if judged else {}
-    return Batch(arrays, targets, weights, microbatch_sizes(size, microbatches))
+    lengths = window_lengths(arrays, inputs, windows) if windows > 1 else ()
+    for label in judged_over_time if lengths else ():
+        _check_steps(f"y ({label!r})", targets[label], sum(lengths))
+        if label in weights and weights[label].ndim > 1:
+            _check_steps(f"sample_weight ({label!r})", weights[label], sum(lengths))
+    return Batch(arrays, targets, weights, microbatch_sizes(size, microbatches), lengths)
+
+
+def window_lengths(
+    arrays: Mapping[str, np.ndarray[Any, Any]], inputs: Mapping[str, InputSpec | None], windows: int
+) -> tuple[int, ...]:
+    """Time steps per window of a batch.
+
+    Raises:
+        DataError: No input has a time axis, they differ in length, or there are fewer steps than windows.
+    """
+    steps = {
+        name: array.shape[1]
+        for name, array in arrays.items()
+        if (spec := inputs[name]) is not None and is_over_time((None, *spec[1][1:]))
+    }
+    if not steps:
+        raise DataError(
+            f"windows={windows} cuts the time axis, but no input has one: the second axis of an input over time is "
+            "free (keras.Input((None, features)))"
+        )
+    if len(set(steps.values())) != 1:
+        raise DataError(f"all inputs over time must have the same number of steps, received {steps}")
+    length = next(iter(steps.values()))
+    if length < windows:
+        raise DataError(f"{length} time step(s) cannot be cut into {windows} windows; ask for at most {length}")
+    each, more = divmod(length, windows)
+    return tuple(each + (i < more) for i in range(windows))
+
+
+def _check_steps(what: str, array: np.ndarray[Any, Any], steps: int) -> None:
+    if array.ndim < 2 or array.shape[1] != steps:
+        raise DataError(
+            f"{what} must have one entry per time step, so that it can be cut into windows like x: expected the shape "
+            f"(n, {steps}, ...), received {array.shape}"
+        )
 
 
 def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray[Any, Any]:

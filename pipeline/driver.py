@@ -25,6 +25,7 @@ from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.schedules.forward_only import forward_only
 from stages.actions import to_array
+from stages.grid import is_over_time
 from stages.hosted import StageSpec
 from transport.message import DRIVER, Key, Message
 
@@ -40,12 +41,14 @@ class Batch:
         targets: {output label: array (n, ...)}.
         sample_weights: {output label: array}, of those that have any.
         sizes: Samples per microbatch; they sum to n.
+        lengths: Time steps per window; () without windows.
     """
 
     inputs: Mapping[str, np.ndarray[Any, Any]]
     targets: Mapping[str, np.ndarray[Any, Any]]
     sample_weights: Mapping[str, np.ndarray[Any, Any]]
     sizes: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class StepResult:
         spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
         squared_norm: Sum of squares of all gradients of all stages, where it was asked for.
         finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
+        rounding: Of a compiled reference: how far its gradients are from those of the same tape run eagerly, as a part
+            of the largest |gradient|.
     """
 
     loss: float | None
@@ -69,6 +74,7 @@ class StepResult:
     spans: list[list[tuple[float, float]]]
     squared_norm: float | None = None
     finite: bool = True
+    rounding: float = 0.0
 
 
 class Driver:
@@ -98,7 +104,7 @@ class Driver:
         self.descriptions: dict[int, dict[str, Any]] = {}
         self._number = 0
         self._step = 0
-        self._plans: dict[tuple[str, int], tuple[int, Plan]] = {}
+        self._plans: dict[tuple[str, int, int], tuple[int, Plan]] = {}
         self._crew = Crew(placement, incarnation, look_seconds)
         self.placement = self._crew.placement
         self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
@@ -198,6 +204,7 @@ class Driver:
                 spans=[[(a, b) for a, b in answer.get("spans", ())] for answer in answers],
                 squared_norm=sum(answer["squared_norm"] for answer in answers) if norms else None,
                 finite=all(answer.get("finite", True) for answer in answers),
+                rounding=max(answer.get("rounding", 0.0) for answer in answers),
             )
 
     def _step_of(
@@ -217,6 +224,8 @@ class Driver:
             "step": self._step,
             "mode": mode,
             "sizes": list(batch.sizes),
+            "lengths": list(batch.lengths),
+            "truncate": plan.truncate,
             "sample_weights": list(batch.sample_weights),
             "trace": trace,
             "norms": norms,
@@ -232,7 +241,7 @@ class Driver:
 
         What a microbatch weighs in a masked mean depends on the masks of all microbatches, so they go first.
         """
-        plan = forward_only(len(self._worker_of), len(batch.sizes))
+        plan = forward_only(len(self._worker_of), len(batch.sizes), windows=max(1, len(batch.lengths)))
         answers = self._step_of(plan, "masks", batch)
         return any(answer["masked"] for answer in answers)
 
@@ -287,7 +296,7 @@ class Driver:
             self._replies(number)
 
     def call(self, name: str) -> None:
-        """A small service in every stage: ``reset_metrics`` or ``finalize``."""
+        """A small service in every stage: ``reset_metrics``, ``reset_state`` or ``finalize``."""
         with self._crew.ending_on_failure(), deferred_interrupts():
             self._tell_all("call", lambda _: {"name": name})
             self._replies(self._number)
@@ -298,7 +307,7 @@ class Driver:
 
     def _announce(self, plan: Plan) -> int:
         """Send a plan the first time it is used; return its number."""
-        key = (plan.name, plan.microbatches)
+        key = (plan.name, plan.microbatches, plan.windows)
         known = self._plans.get(key)
         if known is not None and known[1] == plan:
             return known[0]
@@ -333,10 +342,21 @@ class Driver:
         found = {}
         for spec in self.specs.values():
             for name in dict.fromkeys(spec.finals):
-                keys = [Key("output", self._step, DRIVER, spec.index, name, k) for k in range(len(batch.sizes))]
-                parts = [self._crew.wait(key).array for key in keys]
-                found[name] = np.concatenate([part for part in parts if part is not None])
+                windows = len(batch.lengths) if batch.lengths else 1
+                shape = self._output_shape(spec, name)
+                first = 0 if is_over_time(shape) else windows - 1  # what is not over time comes from the last window
+                rows = []
+                for k in range(len(batch.sizes)):
+                    keys = [Key("output", self._step, DRIVER, spec.index, name, k, w) for w in range(first, windows)]
+                    parts = [part for key in keys if (part := self._crew.wait(key).array) is not None]
+                    rows.append(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+                found[name] = np.concatenate(rows)
         return found
+
+    def _output_shape(self, spec: StageSpec, name: str) -> list[int | None] | None:
+        """The symbolic shape of a stage's output, where its model tells."""
+        outputs = self.descriptions[spec.index]["outputs"]
+        return None if outputs is None else outputs[[one for one, _ in spec.outputs].index(name)][1]
 
     def _losses(self, answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], float]:
         """Every output's loss, and the objective: these by their weights, then every stage's own losses, in order."""

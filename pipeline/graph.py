@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from pipeline.errors import SplitError
+from stages.running_order import order_of, run_in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,9 @@ def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Se
     for call in calls:
         results = keras.tree.flatten(call.play(tensors))
         tensors |= dict(zip(call.makes, results, strict=True))
-    return keras.Model([symbols[t] for t in inputs], [tensors[t] for t in outputs], name=name)
+    model = keras.Model([symbols[t] for t in inputs], [tensors[t] for t in outputs], name=name)
+    run_in_order(model, order_of([call.name for call in calls]))
+    return model
 
 
 def _output_labels(functional: Any) -> tuple[str, ...]:

@@ -16,13 +16,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline import checkpoint, merging
+from pipeline import checkpoint, merging, verify
 from pipeline.compiling import Compiled, refuse_options
 from pipeline.crew import check_transport
 from pipeline.cuts import CutTable, cut_table
 from pipeline.data import class_weights
 from pipeline.driver import Driver, default_threads
-from pipeline.errors import CompileError, DataError
+from pipeline.errors import CompileError
 from pipeline.graph import read_graph
 from pipeline.launch import prestart
 from pipeline.plan import Plan
@@ -32,7 +32,7 @@ from pipeline.session import Session
 from pipeline.splitter import Cut, Split, can_cut, split_model
 from pipeline.timeline import Timeline
 from pipeline.training import Trainer
-from pipeline.verify import Report, Tolerance, compare
+from pipeline.verify import Report
 from pipeline.wiring import wire
 from stages.segment import Segment
 
@@ -50,6 +50,11 @@ class Pipeline:
             time. True, False, or one value per stage.
         threads: TensorFlow's threads per worker; default: the cores shared evenly.
         outputs: Names of the tensors that are the model's outputs, in order; default: those that no segment takes.
+        windows: Cut the time axis, the second of inputs and targets, into so many passes that run one after the other
+            through every stage; recurrent layers hand their states, and the states' gradients, from pass to pass. A
+            metric counts every window alike, so windows of unequal length weigh differently in it.
+        truncate: Let a state's gradient go back through so many windows only; None: through all.
+        keep_state: Begin a batch with the states that the one before it left (values only); see `reset_state`.
 
     Raises:
         SegmentError, WiringError, ScheduleError, MicrobatchError, BadAddress: What was given does not fit together.
@@ -68,6 +73,9 @@ class Pipeline:
         recompute: bool | Sequence[bool] = False,
         threads: int | None = None,
         outputs: Sequence[str] | None = None,
+        windows: int = 1,
+        truncate: int | None = None,
+        keep_state: bool = False,
     ) -> None:
         self._split = segments if isinstance(segments, Split) else None
         if isinstance(segments, Split):
@@ -76,15 +84,13 @@ class Pipeline:
         else:
             self.segments = tuple(Segment.of(part) for part in segments)
             self.wires = wire(self.segments, outputs_named=outputs)
-        self.schedule = schedule
-        self.microbatches = microbatches
+        self.schedule, self.microbatches = schedule, microbatches
         self.transport = "ipc" if transport == "auto" else transport
         check_transport(self.transport)
         schedule_named(schedule)
-        each = (recompute,) * len(self.segments) if isinstance(recompute, bool) else tuple(recompute)
-        if len(each) != len(self.segments):
-            raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {len(each)}")
-        self.recompute = each
+        self.recompute = (recompute,) * len(self.segments) if isinstance(recompute, bool) else tuple(recompute)
+        if len(self.recompute) != len(self.segments):
+            raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {recompute}")
         self.threads = default_threads(len(self.segments)) if threads is None else threads
         self._trainer: Trainer | None = None
         self._session = Session(
@@ -93,8 +99,11 @@ class Pipeline:
             microbatches=microbatches,
             schedule=schedule,
             transport=self.transport,
-            recompute=each,
+            recompute=self.recompute,
             threads=self.threads,
+            windows=windows,
+            truncate=truncate,
+            keep_state=keep_state,
         )
         if not self.transport.startswith("inproc"):
             prestart()
@@ -146,6 +155,10 @@ class Pipeline:
         return None if self._split is None else self._split.prediction
 
     @property
+    def _original(self) -> Any | None:
+        return None if self._split is None else self._split.model
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The stages' names."""
         return self.wires.names
@@ -156,7 +169,7 @@ class Pipeline:
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer given to `compile` (the first stage's, of several); its learning rate may be read and set."""
+        """The optimizer given to `compile` (of several the first stage's); its learning rate may be set."""
         return None if self._compiled is None else self._compiled.optimizer
 
     def compile(
@@ -200,11 +213,11 @@ class Pipeline:
             weighted_metrics,
             run_eagerly,
             loss_weights=loss_weights,
-            outputs=[(name, label) for (name, _), label in zip(self.wires.outputs, self.wires.labels, strict=True)],
+            outputs=self.wires.labelled,
             stages=self.names,
             mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
         )
-        compiled.check_schedule(self.schedule, self.microbatches)
+        compiled.check_schedule(self.schedule, self.microbatches, self._session.windows)
         compiled.check_undecayed([[] if s.model is None else s.model.trainable_variables for s in self.segments])
         self._session.recompile(compiled)
         self._trainer = None
@@ -331,19 +344,13 @@ class Pipeline:
         Args:
             x: As in `train_on_batch`, like `y` and `sample_weight`.
             tolerance: Largest accepted difference as a part of the largest |gradient|; default: 0 (bit for bit) when
-                eager, 1e-6 when compiled.
+                eager. Compiled, where the tape is compiled too: 1e-6, or more where that tape itself differs by more
+                from the same tape run eagerly (deep models of ReLU and normalisation magnify rounding).
 
         Returns:
             The report: ``report.ok`` is the verdict, ``print(report)`` the table; tests call ``raise_if_failed()``.
         """
-        compiled = self._session.needs_compile("verify")
-        batch = self._session.batch(x, y, sample_weight, compiled.judged)
-        ours, gradients = self._session.gradients(batch)
-        theirs, expected = self._session.one_tape(batch)
-        allowed = Tolerance.default(compiled.run_eagerly) if tolerance is None else Tolerance(tolerance, "as given")
-        mode = "eager" if compiled.run_eagerly else "compiled"
-        headline = f"{len(self.segments)} stages, {self.microbatches} microbatches, {self.schedule}, {mode}"
-        return compare(gradients, expected, ours.loss, theirs.loss, allowed, headline)
+        return verify.verified(self._session, x, y, sample_weight, tolerance)
 
     def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
         """When each worker did what in a step without its update, in seconds; the median of several steps.
@@ -355,13 +362,11 @@ class Pipeline:
             x: As in `train_on_batch`, like `y` and `sample_weight`.
             repeats: How many steps to measure, after one that is not counted.
         """
-        found = sorted(self._session.timelines(x, y, sample_weight, repeats), key=lambda timeline: timeline.step_time)
-        return found[repeats // 2]
+        return self._session.timeline(x, y, sample_weight, repeats)
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
-        values = self._session.values("weights")
-        return [values[i][k] for (i, k), *_ in self._weight_places()]
+        return self._session.get_weights(self._original)
 
     def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
         """Set all weights, in the order of `get_weights`.
@@ -369,12 +374,7 @@ class Pipeline:
         Raises:
             DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
         """
-        places = self._weight_places()
-        if len(weights) != len(places):
-            raise DataError(f"set_weights expects {len(places)} array(s), received {len(weights)}")
-        by_place = {place: value for uses, value in zip(places, weights, strict=True) for place in uses}
-        stages = range(len(self.names))
-        self._session.set_weights({i: [by_place[p] for p in sorted(by_place) if p[0] == i] for i in stages})
+        self._session.set_weights(self._original, weights)
 
     def save(self, path: str | Path, overwrite: bool = True) -> None:
         """Write a checkpoint: variables, optimizer, and all that is needed to go on.
@@ -412,6 +412,10 @@ class Pipeline:
         if self._compiled is not None and self._compiled.has_metrics:
             self._running().call("reset_metrics")
 
+    def reset_state(self) -> None:
+        """Let the next batch begin with the initial states; for `keep_state`."""
+        self._running().call("reset_state")
+
     def close(self) -> None:
         """End the workers. Idempotent."""
         self._session.close()
@@ -433,11 +437,7 @@ class Pipeline:
         return self._session.driver()
 
     def _merged(self) -> merging.Merged:
-        original = None if self._split is None else self._split.model
-        return merging.merge(self.segments, self.wires, original, self._session.values("model"))
-
-    def _weight_places(self) -> list[list[tuple[int, int]]]:
-        return self._session.weight_places(None if self._split is None else self._split.model)
+        return merging.merge(self.segments, self.wires, self._original, self._session.values("model"))
 
     def _ready(self, what: str) -> Trainer:
         self._session.needs_compile(what)

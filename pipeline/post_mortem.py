@@ -12,14 +12,14 @@ from pipeline.errors import WorkerDiedError, WorkerError
 from pipeline.launch import WorkerHandle
 from stages.actions import Action, Kind
 from stages.hosted import StageSpec
-from stages.program import BUILDING, IDLE, RUNNING, WAITING
+from stages.program import BUILDING, BUSY, IDLE, RUNNING, WAITING
 from transport.message import DRIVER
 
 _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."
 
 
 def stalled(boards: Sequence[Sequence[int]]) -> bool:
-    """Whether no worker runs or builds, and at least one waits for another."""
+    """Whether no worker runs, builds or is busy otherwise, and at least one waits for another."""
     phases = {board[0] for board in boards}
     return phases <= {WAITING, IDLE} and WAITING in phases
 
@@ -34,6 +34,8 @@ def describe_worker(handle: WorkerHandle, names: Mapping[int, str]) -> str:
     phase, step, kind, stage, microbatch, window, source, done = (int(slot) for slot in handle.board)
     if phase == IDLE:
         return f"stage {handle.name!r} waits for the driver"
+    if phase == BUSY:
+        return f"stage {handle.name!r} carries out an order of the driver" + (f" after step {step}" if step else "")
     name = names[stage]
     if phase == BUILDING:
         return f"stage {name!r} builds its model"
@@ -57,7 +59,7 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
     name = next((spec.name for spec in specs if spec.index == stage), specs[0].name)
     action = Action(Kind(kind), stage, microbatch, window).describe() if step and phase != BUILDING else ""
     where = f" in step {step}, {action}" if action else ""
-    if phase == IDLE and action:
+    if phase in (IDLE, BUSY) and action:
         where = f" after step {step}, {action}"
     if phase == BUILDING:
         where = " while it built its model"

@@ -19,6 +19,8 @@ import keras
 from pipeline.errors import SplitError
 from pipeline.graph import Call, Graph, read_graph
 from pipeline.sharing import replace_in
+from stages.running_order import order_of, run_in_order
+from stages.tensors import is_differentiable
 
 RNN = keras.layers.RNN
 
@@ -70,7 +72,8 @@ def converted(
         outputs: Tensor numbers to give.
         name: The model's name.
     """
-    tensors: dict[int, Any] = {number: _free_input(graph.symbols[number]) for number in inputs}
+    steps = _steps(graph)
+    tensors: dict[int, Any] = {number: _free_input(graph.symbols[number], steps) for number in inputs}
     given = [tensors[number] for number in inputs]
     states: list[tuple[str, Any, Any]] = []
     copies: dict[int, Any] = {}
@@ -93,14 +96,17 @@ def converted(
             ]
             mask = {"mask": tensors[call.reads[1]]} if len(call.reads) > 1 else {}
             output, *leave = copy(tensors[call.reads[0]], initial_state=_as_layer_takes(layer, enter), **mask)
-            states += list(zip(_names(layer), enter, keras.tree.flatten(leave), strict=True))
-            results = [output, *keras.tree.flatten(leave)] if layer.return_state else [output]
+            leave = keras.tree.flatten(leave)
+            output = _last_output(layer, output, leave, masked=bool(mask))
+            states += list(zip(_names(layer), enter, leave, strict=True))
+            results = [output, *leave] if layer.return_state else [output]
         tensors |= dict(zip(call.makes, results, strict=True))
     joined = keras.Model(
         [*given, *(enter for _, enter, _ in states)],
         [*(tensors[number] for number in outputs), *(leave for _, _, leave in states)],
         name=name,
     )
+    run_in_order(joined, order_of([call.name for call in calls]))
     return Stateful(joined, tuple(state for state, _, _ in states))
 
 
@@ -125,6 +131,25 @@ def giving_its_state(layer: Any, shape: Sequence[int | None]) -> Any:
     return copy
 
 
+def _last_output(layer: Any, output: Any, states: Sequence[Any], masked: bool) -> Any:
+    """What a layer gives for the whole sequence, where that is its last output.
+
+    At a masked step Keras repeats the output before it, and in front of a window there is none: a sequence that ended
+    in an earlier window would give zeros. Keras's own cells put their output into their first state, which is carried.
+    """
+    if layer.return_sequences or not masked:
+        return output
+    cells = getattr(layer.cell, "cells", [layer.cell])
+    if type(cells[-1]).__module__.split(".")[0] != "keras":
+        raise SplitError(
+            f"the layer {layer.name!r} gives only the last output of masked sequences, and its cell "
+            f"{type(cells[-1]).__name__} keeps no output in its state, so a sequence that ends in an earlier window "
+            "would be lost; return sequences, or leave windows out"
+        )
+    before = sum(len(keras.tree.flatten(cell.state_size)) for cell in cells[:-1])
+    return states[before]
+
+
 def _names(layer: Any) -> list[str]:
     count = len(keras.tree.flatten(layer.state_size))
     return [layer.name] if count == 1 else [f"{layer.name}_{i}" for i in range(count)]
@@ -140,10 +165,30 @@ def _as_layer_takes(layer: Any, states: Sequence[Any]) -> Any:
     return keras.tree.pack_sequence_as(layer.state_size, list(states)) if nested else [states[0]]
 
 
-def _free_input(symbol: Any) -> Any:
-    """An input whose second axis, the time, may have any length."""
+def _steps(graph: Graph) -> int | None:
+    """The length of the sequences that the recurrent layers read; None is any.
+
+    Raises:
+        SplitError: They read sequences of different lengths.
+    """
+    found = {graph.symbols[call.reads[0]].shape[1] for call in graph.calls if isinstance(call.operation, RNN)}
+    if len(found) > 1:
+        raise SplitError(
+            f"the recurrent layers of {graph.model.name!r} read sequences of different lengths "
+            f"({', '.join(sorted(map(str, found)))}); windows need one time axis"
+        )
+    return next(iter(found), None)
+
+
+def _free_input(symbol: Any, steps: int | None) -> Any:
+    """An input whose second axis, if it is the time, may have any length.
+
+    It is the time where it has the length of the sequences: of a feature table (n, steps, ...), or of word numbers
+    (n, steps).
+    """
     shape = tuple(symbol.shape)
-    if len(shape) >= 2:
+    words = len(shape) == 2 and not is_differentiable(symbol.dtype)
+    if (len(shape) > 2 or words) and shape[1] in (steps, None):
         shape = (shape[0], None, *shape[2:])
     return keras.Input(batch_shape=shape, dtype=symbol.dtype)
 

@@ -20,6 +20,7 @@ from pipeline.state import Slots, State, described_slots
 from pipeline.timeline import Span, Timeline
 from pipeline.wiring import Wires, check_shapes
 from stages import snapshot
+from stages.grid import is_over_time
 from stages.hosted import StageSpec
 from stages.segment import Segment
 from transport.message import DRIVER
@@ -38,6 +39,9 @@ class Session:
         transport: As `Driver` takes it.
         recompute: One value per stage.
         threads: TensorFlow's threads per worker.
+        windows: Into how many windows the time axis is cut.
+        truncate: How many windows a state's gradient goes back through; None: all.
+        keep_state: Whether a batch begins with the states that the one before it left.
 
     Attributes:
         compiled: What `compile` was given; None before.
@@ -53,19 +57,23 @@ class Session:
         transport: str,
         recompute: Sequence[bool],
         threads: int,
+        windows: int = 1,
+        truncate: int | None = None,
+        keep_state: bool = False,
     ) -> None:
         self.segments, self.wires = tuple(segments), wires
         self.microbatches, self.schedule, self.transport = microbatches, schedule, transport
         self.recompute, self.threads = tuple(recompute), threads
+        self.windows, self.truncate, self.keep_state = windows, truncate, keep_state
         self.compiled: Compiled | None = None
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._plans: dict[tuple[int, int, bool], Plan] = {}
         self._start: State | None = None
         self._driver: Driver | None = None
         self._closed = False
         # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
         built_here = all(segment.model is not None for segment in self.segments)
         self._seed = None if built_here or transport.startswith("inproc") else random.getrandbits(31)
-        self.plan(microbatches, training=True)
+        self._plan(microbatches, windows, training=True)
         models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
         if found := state_in_two_stages(models):
             layer, one, other = found
@@ -135,6 +143,11 @@ class Session:
         """Let workers that are still to be started begin with these values."""
         self._start = state
 
+    @property
+    def time_options(self) -> dict[str, Any]:
+        """How the time axis is cut, as `Pipeline` takes it."""
+        return {"windows": self.windows, "truncate": self.truncate, "keep_state": self.keep_state}
+
     def stop(self, why: str) -> None:
         """End the workers; they start again when needed."""
         driver, self._driver = self._driver, None
@@ -154,7 +167,7 @@ class Session:
         driver, scaling = self.driver(), compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():
-            plan = self.plan(len(batch.sizes), training=True)
+            plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
             result = driver.run(plan, "train", batch, norms=norms, loss_scale=loss_scale)
             if result.finite:
@@ -171,13 +184,13 @@ class Session:
         """Loss and metrics of one batch; the result and the number of samples."""
         compiled = self.needs_compile("evaluation")
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
-        plan = self.plan(len(batch.sizes), training=False)
+        plan = self.plan(batch, training=False)
         return self.driver().run(plan, "test", batch), sum(batch.sizes)
 
     def predict(self, x: Any) -> list[Array]:
         """The outputs (n, ...) of one batch, in the pipeline's order."""
         batch = self.batch(x, None, None, judged=())
-        found = self.driver().run(self.plan(len(batch.sizes), training=False), "predict", batch).outputs
+        found = self.driver().run(self.plan(batch, training=False), "predict", batch).outputs
         return [found[name] for name, _ in self.wires.outputs]
 
     def gradients(self, batch: Batch, driver: Driver | None = None) -> tuple[StepResult, dict[str, Array | None]]:
@@ -189,7 +202,7 @@ class Session:
         scaling = None if self.compiled is None else self.compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():  # or the next update would count these gradients too
-            plan = self.plan(len(batch.sizes), training=True)
+            plan = self.plan(batch, training=True)
             result = driver.run(plan, "gradients", batch, loss_scale=loss_scale)
             gradients = driver.get("gradients")
             driver.discard()
@@ -204,10 +217,10 @@ class Session:
                     named[f"{self.wires.names[i]}/{names[k]}"] = scaled
         return result, named
 
-    def timelines(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> list[Timeline]:
-        """The measured times of some steps of which nothing is applied, after one that is not counted."""
+    def timeline(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> Timeline:
+        """The median of some measured steps, of which nothing is applied; a first one is not counted."""
         batch = self.batch(x, y, sample_weight, judged=self.needs_compile("timeline").judged)
-        plan, driver, found = self.plan(len(batch.sizes), training=True), self.driver(), []
+        plan, driver, found = self.plan(batch, training=True), self.driver(), []
         for _ in range(repeats + 1):
             measured = driver.run(plan, "gradients", batch, trace=True).spans
             driver.discard()
@@ -217,7 +230,7 @@ class Session:
                 for action, times in zip(program, done, strict=True)
             )
             found.append(Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured"))
-        return found[1:]
+        return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]
 
     def one_tape(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
         """The same by one tape over the joined model, in a process of its own that starts from the same values."""
@@ -228,6 +241,8 @@ class Session:
         reference = Driver([specs], threads=self.threads, transport=scheme, entry="pipeline.reference:main")
         try:
             reference.set("model", {i: [v for v in arrays if v is not None] for i, arrays in values.items()})
+            if self.keep_state:
+                reference.set("kept states", self.values("kept states"))
             return self.gradients(batch, reference)
         finally:
             reference.close()
@@ -240,7 +255,25 @@ class Session:
         """The optimizer's values by what they belong to."""
         return Slots.of_stages(described_slots(self.driver().descriptions), self.values("optimizer"))
 
-    def weight_places(self, original: Any | None) -> list[list[tuple[int, int]]]:
+    def get_weights(self, original: Any | None) -> list[Array]:
+        """All weights, in the order of `get_weights` of the original model, else stage after stage."""
+        values = self.values("weights")
+        return [values[i][k] for (i, k), *_ in self._weight_places(original)]
+
+    def set_weights(self, original: Any | None, weights: Sequence[Any]) -> None:
+        """Set all weights, in the order of `get_weights`.
+
+        Raises:
+            DataError: The number of arrays, or a shape, does not fit; nothing was set.
+        """
+        places = self._weight_places(original)
+        if len(weights) != len(places):
+            raise DataError(f"set_weights expects {len(places)} array(s), received {len(weights)}")
+        by_place = {place: value for uses, value in zip(places, weights, strict=True) for place in uses}
+        stages = range(len(self.segments))
+        self._set_weights({i: [by_place[p] for p in sorted(by_place) if p[0] == i] for i in stages})
+
+    def _weight_places(self, original: Any | None) -> list[list[tuple[int, int]]]:
         """(stage, index among its weights) of every weight; several where several stages have it.
 
         Args:
@@ -256,7 +289,7 @@ class Session:
                 uses.setdefault((i, k) if weight is None else id(weight), []).append((i, k))
         return list(uses.values()) if original is None else [uses[id(weight)] for weight in original.weights]
 
-    def set_weights(self, weights: Mapping[int, Sequence[Any]]) -> None:
+    def _set_weights(self, weights: Mapping[int, Sequence[Any]]) -> None:
         """Set every stage's weights, in order.
 
         Raises:
@@ -273,15 +306,20 @@ class Session:
                     )
         self.driver().set("weights", arrays)
 
-    def plan(self, microbatches: int, training: bool) -> Plan:
-        """The checked plan of a step; made once for each number of microbatches."""
-        key = (microbatches, training)
+    def plan(self, batch: Batch, training: bool) -> Plan:
+        """The checked plan of a step; made once for each number of microbatches and windows."""
+        return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training)
+
+    def _plan(self, microbatches: int, windows: int, training: bool) -> Plan:
+        key = (microbatches, windows, training)
         if key not in self._plans:
             wiring, stages = self.wires.upstream(), len(self.segments)
             if training:
-                self._plans[key] = build_plan(self.schedule, stages, microbatches, wiring=wiring)
+                self._plans[key] = build_plan(
+                    self.schedule, stages, microbatches, windows=windows, truncate=self.truncate, wiring=wiring
+                )
             else:
-                self._plans[key] = forward_only(stages, microbatches).validate(wiring)
+                self._plans[key] = forward_only(stages, microbatches, windows=windows).validate(wiring)
         return self._plans[key]
 
     def batch(self, x: Any, y: Any, sample_weight: Any, judged: Sequence[str]) -> Batch:
@@ -294,7 +332,18 @@ class Session:
             microbatches=self.microbatches,
             labels=self.wires.labels,
             judged=judged,
+            windows=self.windows,
+            judged_over_time=self._over_time(judged) if self.windows > 1 else (),
         )
+
+    def _over_time(self, labels: Sequence[str]) -> list[str]:
+        """Those outputs that have a time axis."""
+        shapes = {}
+        for (name, stage), label in zip(self.wires.outputs, self.wires.labels, strict=True):
+            outputs = self.driver().descriptions[stage]["outputs"]
+            place = [one for one, _ in self.wires.gives[stage]].index(name)
+            shapes[label] = None if outputs is None else outputs[place][1]
+        return [label for label in labels if is_over_time(shapes[label])]
 
     def needs_compile(self, what: str) -> Compiled:
         """What `compile` was given.
@@ -338,6 +387,8 @@ class Session:
             segment=segment.recipe(),
             inputs=self.wires.takes[index],
             outputs=self.wires.gives[index],
+            states=segment.states,
+            keeps_state=self.keep_state,
             finals=[name for name, _ in self.wires.outputs if name in given],
             heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
             ties=[tie.plain() for tie in ties(self.segments)[index]],

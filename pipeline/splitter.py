@@ -22,6 +22,7 @@ from pipeline.driver import default_threads
 from pipeline.errors import SplitError
 from pipeline.graph import Graph, play, read_graph
 from pipeline.prediction import Prediction
+from pipeline.recurrent import converted
 from pipeline.sharing import changes_by_itself
 from stages.segment import Segment
 
@@ -100,7 +101,8 @@ def split_model(
         else:
             stage_of, prediction = _balanced(graph, stages, balance, sample, options)
     names = graph.tensor_names()
-    segments = _segments(graph, stage_of)
+    carries = options.get("windows", 1) > 1 or bool(options.get("keep_state"))
+    segments = _segments(graph, stage_of, carries)
     return Split(
         model,
         tuple(segments),
@@ -214,7 +216,8 @@ def _balanced(
     return in_order(graph, found.cuts), found.prediction
 
 
-def _segments(graph: Graph, stage_of: Sequence[int]) -> list[Segment]:
+def _segments(graph: Graph, stage_of: Sequence[int], carries: bool) -> list[Segment]:
+    """The parts as models; with `carries`, recurrent layers take and give their states."""
     _refuse_shared_state(graph, stage_of)
     names = graph.tensor_names()
     parts = [[c for c, s in zip(graph.calls, stage_of, strict=True) if s == i] for i in range(max(stage_of) + 1)]
@@ -227,13 +230,18 @@ def _segments(graph: Graph, stage_of: Sequence[int]) -> list[Segment]:
         made = [tensor for call in part for tensor in call.makes]
         outputs = [tensor for tensor in made if tensor in later and tensor not in graph.outputs]
         outputs += [tensor for tensor in dict.fromkeys(graph.outputs) if tensor in made]  # in the model's order
-        model = play(graph, part, inputs, outputs, f"stage{i}")
+        if carries:
+            found = converted(graph, part, inputs, outputs, f"stage{i}")
+            model, states = found.model, found.states
+        else:
+            model, states = play(graph, part, inputs, outputs, f"stage{i}"), ()
         segments.append(
             Segment(
                 model=model,
                 inputs=tuple(names[tensor] for tensor in inputs),
                 outputs=tuple(names[tensor] for tensor in outputs),
                 name=f"stage{i}",
+                states=states,
             )
         )
     return segments

@@ -11,13 +11,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import VerificationError
+
+if TYPE_CHECKING:
+    from pipeline.session import Session
+
+_COMPILED = 1e-6
+"""What fused operations may differ by, as a part of the largest |gradient|."""
 
 Gradients = Mapping[str, np.ndarray[Any, Any] | None]
 
@@ -35,11 +41,32 @@ class Tolerance:
     why: str
 
     @classmethod
-    def default(cls, run_eagerly: bool) -> Tolerance:
-        """0 for eager tapes, 1e-6 for compiled functions."""
+    def default(cls, run_eagerly: bool, rounding: float = 0.0) -> Tolerance:
+        """0 for eager tapes; for compiled functions 1e-6, or what compiling alone changes where that is more.
+
+        Args:
+            run_eagerly: Whether stages run eager tapes.
+            rounding: How far one compiled tape is from the same tape run eagerly, as a part of the largest |gradient|.
+        """
         if run_eagerly:
             return cls(0.0, "eager: the same operations in the same order, bit for bit")
-        return cls(1e-6, "compiled: fused operations round differently")
+        if rounding <= _COMPILED:
+            return cls(_COMPILED, "compiled: fused operations round differently")
+        return cls(rounding, "compiled: what one tape over this model differs by between eager and compiled")
+
+
+def verified(session: Session, x: Any, y: Any, sample_weight: Any, tolerance: float | None) -> Report:
+    """Compare a running pipeline with one tape; see `Pipeline.verify`."""
+    compiled = session.needs_compile("verify")
+    batch = session.batch(x, y, sample_weight, compiled.judged)
+    ours, gradients = session.gradients(batch)
+    theirs, expected = session.one_tape(batch)
+    default = Tolerance.default(compiled.run_eagerly, theirs.rounding)
+    allowed = default if tolerance is None else Tolerance(tolerance, "as given")
+    parts = [f"{len(session.segments)} stages", f"{session.microbatches} microbatches"]
+    parts += [f"{len(batch.lengths)} windows"] if batch.lengths else []
+    parts += [str(session.schedule), "eager" if compiled.run_eagerly else "compiled"]
+    return compare(gradients, expected, ours.loss, theirs.loss, allowed, ", ".join(parts))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Wires:
         """How many stages there are."""
         return len(self.names)
 
+    @property
+    def labelled(self) -> list[tuple[str, str]]:
+        """(tensor name, label) of the outputs."""
+        return [(name, label) for (name, _), label in zip(self.outputs, self.labels, strict=True)]
+
     def upstream(self) -> Wiring:
         """For each stage the stages it takes tensors from; what plans are checked against."""
         return Wiring({i: sorted({s for _, s in takes if s != DRIVER}) for i, takes in enumerate(self.takes)})
@@ -150,4 +155,5 @@ def _named(segments: Sequence[Segment]) -> tuple[list[tuple[str, ...]], list[tup
 def _count(stem: str, segment: Segment, what: str) -> tuple[str, ...]:
     """As many names as the model has tensors; one where it is only built in the worker."""
     tensors = getattr(segment.model, what, None) or [None]
+    tensors = tensors[: len(tensors) - len(segment.states)]
     return (stem,) if len(tensors) == 1 else tuple(f"{stem}_{i}" for i in range(len(tensors)))

@@ -10,7 +10,7 @@ output of the model, like an activation, and its gradient is handed back like an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,6 +213,15 @@ class Carried:
     def reset(self) -> None:
         """Let the next batch begin anew."""
         self._kept.clear()
+
+    @property
+    def kept(self) -> dict[int, States]:
+        """{microbatch: the states that its next batch begins with}."""
+        return dict(self._kept)
+
+    @kept.setter
+    def kept(self, value: Mapping[int, States]) -> None:
+        self._kept = dict(value)
 
     def _at(self, microbatch: int, window: int, way: str = "forward") -> str:
         return f"stage {self.stage!r}, {way} of microbatch {microbatch}, window {window}"

@@ -43,6 +43,7 @@ class _Layout:
         inputs: How many input tensors there are, masks included.
         takes: Which inputs have a mask.
         weighted: With an objective: which heads have sample weights; None without one.
+        heads: With an objective: which heads it is for; None: all.
         window: 0, or 1 for any later window, which has no regularisers of weights.
         wanted: Which inputs are differentiated.
         outputs: Dtypes of the outputs, masks included.
@@ -54,6 +55,7 @@ class _Layout:
     inputs: int
     takes: tuple[int, ...] = ()
     weighted: tuple[bool, ...] | None = None
+    heads: tuple[int, ...] | None = None
     window: int = 0
     wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
@@ -65,8 +67,9 @@ class _Layout:
         """Inputs, and the objective that stands behind them."""
         if self.weighted is None:
             return arguments, None
-        tensors, weights = arguments[: -len(self.weighted)], arguments[-len(self.weighted) :]
-        return tensors[: self.inputs], Objective.of_tensors(tensors[self.inputs :], self.weighted, weights)
+        end = len(arguments) - len(self.weighted)
+        tensors, weights = arguments[:end], arguments[end:]
+        return tensors[: self.inputs], Objective.of_tensors(tensors[self.inputs :], self.weighted, weights, self.heads)
 
     def results(self, found: Sequence[Any]) -> tuple[tuple[Any, ...], Any | None, tuple[Any, ...], list[Any]]:
         """Outputs, own loss, the heads' losses, and what is kept for backward."""
@@ -82,11 +85,12 @@ class _Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Forward and backward of one signature."""
+    """Forward and backward of one signature; `source` is what they need to live (`stages.graph_split`)."""
 
     forward: Callable[..., list[Any]]
     backward: Callable[..., list[Any]]
     layout: _Layout
+    source: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +260,13 @@ class CompiledTapes:
         tensors = inputs if objective is None else (*inputs, *objective.tensors())
         weighted = None if objective is None else objective.weighted
         shapes = ((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors)
-        key = (name, tuple(masked), weighted, later, *shapes)
+        heads = None if objective is None else objective.heads
+        key = (name, tuple(masked), weighted, heads, later, *shapes)
         found = self._functions.get(key)
         if found is None:
             self._prepare()
             specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
-            layout = _Layout(len(inputs), tuple(masked), weighted, later)
+            layout = _Layout(len(inputs), tuple(masked), weighted, heads, later)
             found = self._functions[key] = trace(layout, *specs)
         return found
 
@@ -277,7 +282,7 @@ class CompiledTapes:
             return Traced(results, seeds, gradients)
 
         functions = split_functions(joint, specs, lambda gradients: self._finish(gradients, layout))
-        return _Pair(functions.forward, functions.backward, layout)
+        return _Pair(functions.forward, functions.backward, layout, functions.source)
 
     def _trace_recomputing(self, layout: _Layout, *specs: Any) -> _Pair:
         """A forward that keeps arguments and states, and a backward that runs it again from them."""
@@ -335,7 +340,7 @@ class CompiledTapes:
             sources = watch(tape, inputs, layout.wanted, self._variables)
             _, outputs, layout.masked, own = self.part.call(inputs, True, layout.takes, layout.window)
             values = [] if objective is None else self.heads.values(outputs, objective)
-            terms = [] if objective is None else self.heads.terms(values)
+            terms = [] if objective is None else self.heads.terms(values, objective.heads)
         if objective is not None and counts:
             self.heads.update(outputs, objective)
         layout.outputs, layout.own = tuple(tensor.dtype for tensor in outputs), bool(own)
@@ -369,7 +374,7 @@ class CompiledTapes:
                 sources = watch(tape, inputs, layout.wanted, self._variables)
                 _, outputs, _, own = self.part.call(inputs, True, layout.takes, layout.window)
                 values = self.heads.values(outputs, objective)
-                terms = self.heads.terms(values)
+                terms = self.heads.terms(values, objective.heads)
             self.heads.update(outputs, objective)
             seeds = [tf.cast(scale, term.dtype) for term in terms]
             seeds += [tf.cast(share * scale, term.dtype) for term in own]

@@ -29,6 +29,8 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
     found: Forgotten = {}
     if arguments := _arguments(thing, config):
         found["arguments"] = arguments
+    if (dtype := _loss_dtype(thing)) is not None:
+        found["dtype"] = dtype
     if (pattern := getattr(thing, "_exclude_from_weight_decay_pattern", None)) is not None:
         found["without_decay"] = pattern.pattern
     if hasattr(thing, "_flatten_layers") and (frozen := _frozen(thing)):
@@ -40,10 +42,22 @@ def restore(thing: Any, found: Mapping[str, Any]) -> None:
     """Give an object that was made from its configuration what the configuration left out."""
     if "arguments" in found:
         thing._fn_kwargs.update(found["arguments"])
+    if "dtype" in found:
+        import keras
+
+        thing._dtype_policy = keras.dtype_policies.get(found["dtype"])
+        thing._dtype = thing._dtype_policy.compute_dtype
     if "without_decay" in found:
         thing.exclude_from_weight_decay(var_names=[found["without_decay"]])
     for place in found.get("frozen", ()):
         thing.variables[place].trainable = False
+
+
+def _loss_dtype(thing: Any) -> str | None:
+    """What a loss computes in: no Keras loss says it in its configuration, and a worker's default may be another."""
+    import keras
+
+    return str(thing._dtype_policy.name) if isinstance(thing, keras.losses.Loss) else None
 
 
 def _frozen(model: Any) -> list[int]:

@@ -48,6 +48,8 @@ class SplitFunctions:
         outputs: How many of forward's results are outputs.
         output_dtypes: Their dtypes (forward itself returns int64 for int32).
         kept: The symbolic kept tensors (dtype and static shape), for reports.
+        source: The joint trace. It owns the functions inside loops and conditionals, which TensorFlow forgets with it,
+            so whoever calls the halves must keep it.
     """
 
     forward: Callable[..., list[Any]]
@@ -55,6 +57,7 @@ class SplitFunctions:
     outputs: int
     output_dtypes: tuple[Any, ...]
     kept: tuple[Any, ...]
+    source: Any
 
 
 def depends_on(tensors: Sequence[Any | None], seeds: Sequence[Any]) -> tuple[frozenset[int] | None, ...]:
@@ -94,15 +97,15 @@ def split_functions(
         return list(traced[0].outputs)
 
     # A function that makes variables when it is first called (a metric's) is traced twice; the last trace counts.
-    tf.function(scratch, input_signature=tuple(signature), autograph=False).get_concrete_function()
-    return _Cut(arguments[0].graph, arguments, traced[0]).functions(signature, finish)
+    source = tf.function(scratch, input_signature=tuple(signature), autograph=False).get_concrete_function()
+    return _Cut(arguments[0].graph, arguments, traced[0], source).functions(signature, finish)
 
 
 class _Cut:
     """The assignment of a graph's operations and tensors to the two halves."""
 
-    def __init__(self, graph: Any, arguments: Sequence[Any], traced: Traced) -> None:
-        self.arguments, self.traced = arguments, traced
+    def __init__(self, graph: Any, arguments: Sequence[Any], traced: Traced, source: Any) -> None:
+        self.arguments, self.traced, self.source = arguments, traced, source
         self.resources = {internal.name: external for external, internal in graph.captures}
         outside = {tensor.op.name for tensor in arguments} | {name.split(":")[0] for name in self.resources}
         seeds = {tensor.op.name for tensor in traced.seeds}
@@ -148,6 +151,7 @@ class _Cut:
             outputs=len(outputs),
             output_dtypes=tuple(output.dtype for output in outputs),
             kept=self.kept,
+            source=(self.source, self.arguments[0].graph),
         )
 
     def _evaluate(self, definition: Any, names: set[str], given: dict[str, Any], wanted: Sequence[Any]) -> list[Any]:

@@ -20,17 +20,20 @@ from stages.part import mask_of, with_mask
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a stage's heads need for their losses on one microbatch, one entry per head.
+    """What a stage's heads need for their losses on one microbatch (of one window), one entry per head.
 
     Attributes:
         targets: Eager tensors (n_k, ...).
         sample_weights: Eager tensors, or None where a head has none.
-        weights: What this microbatch's loss weighs in the batch's (`Head.weights`).
+        weights: What this microbatch's (and window's) loss weighs in the batch's (`Head.weights`).
+        heads: Which of the stage's heads these are for; None: all. In a window that is not the last, an output that
+            only the whole sequence gives is not judged.
     """
 
     targets: tuple[Any, ...]
     sample_weights: tuple[Any | None, ...]
     weights: tuple[Any, ...]
+    heads: tuple[int, ...] | None = None
 
     @property
     def weighted(self) -> tuple[bool, ...]:
@@ -42,10 +45,16 @@ class Objective:
         return (*self.targets, *(weight for weight in self.sample_weights if weight is not None))
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Any], weighted: Sequence[bool], weights: Sequence[Any]) -> Objective:
+    def of_tensors(
+        cls,
+        tensors: Sequence[Any],
+        weighted: Sequence[bool],
+        weights: Sequence[Any],
+        heads: tuple[int, ...] | None = None,
+    ) -> Objective:
         """The objective that `tensors` came from."""
         targets, rest = tensors[: len(weighted)], iter(tensors[len(weighted) :])
-        return cls(tuple(targets), tuple(next(rest) if there else None for there in weighted), tuple(weights))
+        return cls(tuple(targets), tuple(next(rest) if there else None for there in weighted), tuple(weights), heads)
 
 
 class Heads:
@@ -78,14 +87,14 @@ class Heads:
             found.append(value * tf.cast(weight, value.dtype))
         return found
 
-    def terms(self, values: Sequence[Any]) -> list[Any]:
-        """What is differentiated: the sum of the values times their loss weights, if any head has a loss.
+    def terms(self, values: Sequence[Any], which: Sequence[int] | None = None) -> list[Any]:
+        """What is differentiated: the sum of the values times their loss weights, if any head (of `which`) has a loss.
 
         One sum, as Keras makes one: what a tensor gets from several losses is then added in Keras's order.
         """
         weighted = [
             value if head.weight is None else value * tf.cast(head.weight, value.dtype)
-            for head, value in zip(self, values, strict=True)
+            for head, value in zip(self._some(which), values, strict=True)
             if head.loss is not None
         ]
         return [sum(weighted[1:], start=weighted[0])] if weighted else []
@@ -104,8 +113,12 @@ class Heads:
         for head in self:
             head.reset()
 
+    def _some(self, which: Sequence[int] | None) -> Sequence[Head]:
+        return self._heads if which is None else [self._heads[i] for i in which]
+
     def _with(self, objective: Objective) -> Iterator[tuple[Head, Any, Any | None, Any]]:
-        return zip(self, objective.targets, objective.sample_weights, objective.weights, strict=True)
+        heads = self._some(objective.heads)
+        return zip(heads, objective.targets, objective.sample_weights, objective.weights, strict=True)
 
 
 def whole_batch(

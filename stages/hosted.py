@@ -14,6 +14,7 @@ import numpy as np
 
 from stages import snapshot
 from stages.errors import SegmentError
+from stages.grid import is_over_time
 from stages.heads import Heads
 from stages.loss import Head
 from stages.part import changed_by_calls
@@ -77,6 +78,8 @@ class StageSpec:
         segment: How to build it (`Segment.recipe`).
         inputs: (tensor name, producing stage or DRIVER) in the order of the model's inputs.
         outputs: (tensor name, consuming stages ascending) in the order of the model's outputs.
+        states: Names of the states that the stage hands to its own next window, behind its inputs and outputs.
+        keeps_state: Whether the next batch begins with the states that the one before it left.
         finals: Which of the outputs (by name) are outputs of the whole model.
         heads: The objectives of outputs, as `HeadSpec.plain` gives them.
         ties: Trainable variables that other stages have too, as `Tie.plain` gives them.
@@ -92,6 +95,8 @@ class StageSpec:
     segment: Recipe
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[tuple[str, Sequence[int]]]
+    states: Sequence[str] = ()
+    keeps_state: bool = False
     finals: Sequence[str] = ()
     heads: Sequence[Mapping[str, Any]] = ()
     ties: Sequence[Mapping[str, Any]] = ()
@@ -130,7 +135,10 @@ class HostedStage:
             heads=[self._head(HeadSpec(**head)) for head in spec.heads],
             consumed=[bool(consumers) for _, consumers in spec.outputs],
             tied=[tie.place for tie in self.ties],
+            states=spec.states,
         )
+        if self.stage.carried is not None:
+            self.stage.carried.persists = spec.keeps_state
         self._check_arity()
         for tie in self.ties:
             if tie.stages[0] != spec.index:
@@ -153,14 +161,23 @@ class HostedStage:
         label = spec.label if spec.named else None
         return Head.from_recipe(spec.recipe, place=place, label=label, weight=spec.weight)
 
+    def takes_over_time(self, place: int) -> bool:
+        """Whether an input has the time as its second axis."""
+        return is_over_time(_shape_of(self.stage.model, "inputs", place))
+
+    def gives_over_time(self, place: int) -> bool:
+        """Whether an output has the time as its second axis."""
+        return is_over_time(_shape_of(self.stage.model, "outputs", place))
+
     def _check_arity(self) -> None:
         """Refuse a segment whose names do not match its model."""
         for label, names in (("input", self.spec.inputs), ("output", self.spec.outputs)):
             tensors = getattr(self.stage.model, f"{label}s", None)
-            if tensors is not None and len(tensors) != len(names):
+            if tensors is not None and len(tensors) != len(names) + len(self.spec.states):
                 raise SegmentError(
                     f"stage {self.spec.name!r}: the segment names {len(names)} {label}(s) "
                     f"({', '.join(name for name, _ in names)}), its model has {len(tensors)}"
+                    + (f" with {len(self.spec.states)} state(s)" if self.spec.states else "")
                 )
 
     def variables(self, what: str) -> list[Any]:
@@ -253,6 +270,11 @@ def _begins_mask(layer: Any) -> bool:
         return True
     foreign = type(layer).__module__.split(".")[0] not in ("keras", "stages")
     return foreign and type(layer).compute_mask is not keras.Layer.compute_mask
+
+
+def _shape_of(model: Any, what: str, place: int) -> Sequence[int | None] | None:
+    tensors = getattr(model, what, None)
+    return None if tensors is None else tuple(tensors[place].shape)
 
 
 def _tensor_specs(tensors: Sequence[Any] | None) -> list[Any] | None:

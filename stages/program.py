@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from stages import tied
 from stages.accumulate import plus
 from stages.actions import Action, Kind
+from stages.grid import Grid
 from stages.heads import Objective, WholeBatch, whole_batch
 from stages.hosted import HostedStage
 from stages.part import with_mask
@@ -26,7 +26,7 @@ from stages.tapes import Key as TapeKey
 from stages.tensors import to_array, to_tensor
 from transport.message import DRIVER, Key, Message
 
-IDLE, WAITING, RUNNING, BUILDING = range(4)
+IDLE, WAITING, RUNNING, BUILDING, BUSY = range(5)
 """Phases on the status board: (phase, step, kind, stage, microbatch, window, source awaited, actions done)."""
 
 
@@ -38,18 +38,20 @@ class StepOrder:
         step: The step's number.
         mode: ``train`` and ``gradients`` go forward and backward, ``test`` computes the loss, ``predict`` the outputs;
             ``masks`` only finds out which elements of the predictions count, for the weights of the next step.
-        sizes: Samples per microbatch.
+        grid: How the batch is cut into microbatches and windows.
         sample_weights: The labels of the outputs whose sample weights come along.
         trace: Whether to note when each action began and ended.
         loss_scale: Factor on every loss while it is differentiated.
+        truncate: How many windows a state's gradient goes back through; None: all.
     """
 
     step: int
     mode: str
-    sizes: tuple[int, ...]
+    grid: Grid
     sample_weights: tuple[str, ...] = ()
     trace: bool = False
     loss_scale: float = 1.0
+    truncate: int | None = None
 
     @property
     def training(self) -> bool:
@@ -85,12 +87,14 @@ class _Judged:
     Attributes:
         target: (n, ...).
         sample_weight: Or None.
-        weights: What each microbatch's loss weighs.
+        over_time: Whether every window is judged, or only what the last one gives.
+        weights: {(microbatch, window): what its loss weighs}.
     """
 
     target: np.ndarray[Any, Any]
     sample_weight: np.ndarray[Any, Any] | None
-    weights: tuple[float, ...]
+    over_time: bool
+    weights: Mapping[tuple[int, int], float]
 
 
 @dataclass
@@ -99,8 +103,8 @@ class _Batch:
 
     inputs: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     judged: list[_Judged] | None = None
-    losses: dict[int, Sequence[Any]] = field(default_factory=dict)
-    own_losses: dict[int, Any] = field(default_factory=dict)
+    losses: dict[tuple[int, int], Mapping[int, Any]] = field(default_factory=dict)
+    own_losses: dict[tuple[int, int], Any] = field(default_factory=dict)
     outputs: dict[int, dict[int, Any]] = field(default_factory=dict)
     whole: WholeBatch | None = None
 
@@ -119,9 +123,7 @@ class Program:
         self, order: StepOrder, actions: Sequence[Action], hosted: Mapping[int, HostedStage], links: Links
     ) -> None:
         self.order, self.actions, self.hosted, self.links = order, actions, hosted, links
-        bounds = accumulate(order.sizes, initial=0)
-        self._slices = tuple(slice(a, b) for a, b in pairwise(bounds))
-        self._total = sum(order.sizes)
+        self.grid = order.grid
         self._batches = {index: _Batch() for index in hosted}
         self.current: Action | None = None
         self.spans: list[tuple[float, float]] = []
@@ -135,6 +137,7 @@ class Program:
         board = self.links.board
         for hosted in self.hosted.values():
             hosted.stage.loss_scale = self.order.loss_scale
+            hosted.stage.truncate(self.grid.windows, self.order.truncate)
         do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
         for done, action in enumerate(self.actions):
             self.current = action
@@ -143,15 +146,15 @@ class Program:
             do[action.kind](action)
             if self.order.trace:
                 self.spans[-1] = (self.spans[-1][0], time.monotonic())
+        board[0] = BUSY
         if self.order.training:
             tied.join(self.hosted, self._send_shared, self._take_shared)
         self.current = None
-        board[0] = IDLE
         return {"losses": {str(index): self._losses(index, batch) for index, batch in self._batches.items()}}
 
     def _losses(self, index: int, batch: _Batch) -> list[Any]:
         heads = range(len(self.hosted[index].heads)) if batch.losses else ()
-        by_head = [_sum({k: losses[i] for k, losses in batch.losses.items()}) for i in heads]
+        by_head = [_sum({unit: losses[i] for unit, losses in batch.losses.items() if i in losses}) for i in heads]
         return [by_head, _sum(batch.own_losses)]
 
     def _begin(self) -> None:
@@ -195,6 +198,7 @@ class Program:
 
     def _take_shared(self, stage: int, source: int, name: str, number: int) -> Any | None:
         array = self._take("shared_gradient", stage, source, name, number)
+        self.links.board[0] = BUSY
         return None if array is None else to_tensor(array)
 
     def _inputs(self, hosted: HostedStage, action: Action) -> tuple[list[Any], tuple[int, ...]]:
@@ -202,11 +206,12 @@ class Program:
         batch, index = self._batches[action.stage], action.stage
         tensors: list[Any] = []
         masks: dict[int, Any] = {}
-        for name, source in hosted.spec.inputs:
+        for place, (name, source) in enumerate(hosted.spec.inputs):
             if source == DRIVER:
                 if name not in batch.inputs:
                     batch.inputs[name] = self._take("activation", index, DRIVER, name)
-                array = batch.inputs[name][self._slices[action.microbatch]]
+                over_time = hosted.takes_over_time(place)
+                array = self.grid.part(batch.inputs[name], action.microbatch, action.window, over_time)
             else:
                 where = (index, source, name, action.microbatch, action.window)
                 message = self._message("activation", *where)
@@ -217,14 +222,28 @@ class Program:
             tensors.append(to_tensor(array))
         return [*tensors, *masks.values()], tuple(masks)
 
-    def _objective(self, hosted: HostedStage, part: slice, microbatch: int | None) -> Objective:
-        """What the heads need for some samples; for all of them (microbatch None) every weight is 1."""
+    def _objective(self, hosted: HostedStage, unit: tuple[int, int] | None) -> Objective | None:
+        """What the heads need for a microbatch and window; for the whole batch (None) every weight is 1."""
         judged = self._receive_targets(hosted)
+        if unit is None:
+            weights = [None if one.sample_weight is None else to_tensor(one.sample_weight) for one in judged]
+            return Objective(tuple(to_tensor(o.target) for o in judged), tuple(weights), (1.0,) * len(judged))
+        which = tuple(i for i, one in enumerate(judged) if one.over_time or self.grid.is_last(unit[1]))
+        if not which:
+            return None
+        part = [judged[i] for i in which]
         return Objective(
-            tuple(to_tensor(one.target[part]) for one in judged),
-            tuple(None if one.sample_weight is None else to_tensor(one.sample_weight[part]) for one in judged),
-            tuple(1.0 if microbatch is None else one.weights[microbatch] for one in judged),
+            tuple(to_tensor(self.grid.part(one.target, *unit, one.over_time)) for one in part),
+            tuple(None if (w := self._weight_of(one, unit)) is None else to_tensor(w) for one in part),
+            tuple(one.weights[unit] for one in part),
+            which if len(which) < len(judged) else None,
         )
+
+    def _weight_of(self, one: _Judged, unit: tuple[int, int]) -> Any | None:
+        """A unit's sample weights: one per sample, or per sample and time step."""
+        if one.sample_weight is None:
+            return None
+        return self.grid.part(one.sample_weight, *unit, one.over_time and one.sample_weight.ndim > 1)
 
     def _receive_targets(self, hosted: HostedStage) -> list[_Judged]:
         batch, index = self._batches[hosted.spec.index], hosted.spec.index
@@ -236,13 +255,16 @@ class Program:
             weight = None
             if label in self.order.sample_weights:
                 weight = self._take("sample_weight", index, DRIVER, label)
+            one = _Judged(target, weight, hosted.gives_over_time(head.place), {})
+            units = list(self.grid.units(one.over_time))
             weights = head.weights(
-                self.order.sizes,
-                [target[part] for part in self._slices],
-                None if weight is None else [weight[part] for part in self._slices],
+                [self.grid.elements(*unit, one.over_time) for unit in units],
+                [self.grid.part(target, *unit, one.over_time) for unit in units],
+                None if weight is None else [np.asarray(self._weight_of(one, unit)) for unit in units],
                 hosted.prediction_masks.get(head.place),
             )
-            batch.judged.append(_Judged(target, weight, weights))
+            one = replace(one, weights=dict(zip(units, weights, strict=True)))
+            batch.judged.append(one)
         return batch.judged
 
     def _forward(self, action: Action) -> None:
@@ -251,21 +273,25 @@ class Program:
         inputs, masked = self._inputs(hosted, action)
         judges = bool(hosted.heads) and self.order.mode not in ("predict", "masks")
         whole = judges and hosted.heads.couples_samples
-        objective = self._objective(hosted, self._slices[k], k) if judges and not whole else None
+        unit = (k, action.window)
+        objective = self._objective(hosted, unit) if judges and not whole else None
         self._begin()
-        share = self.order.sizes[k] / self._total
+        share = self.grid.sizes[k] / self.grid.samples
         opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.order.training, share, objective, masked)
         if opened.own_loss is not None:
-            batch.own_losses[k] = opened.own_loss
+            batch.own_losses[unit] = opened.own_loss
         if objective is not None:
-            batch.losses[k] = opened.losses
+            which = objective.heads if objective.heads is not None else range(len(hosted.heads))
+            batch.losses[unit] = dict(zip(which, opened.losses, strict=True))
         if whole:
             places = {head.place for head in hosted.heads}
             batch.outputs[k] = {i: with_mask(opened.outputs[i], opened.masks.get(i)) for i in places}
-            if not self.order.training and len(batch.outputs) == len(self.order.sizes):
+            if not self.order.training and len(batch.outputs) == len(self.grid.sizes):
                 self._whole_batch(hosted)
         if self.order.mode == "masks":
-            for place in {head.place for head in hosted.heads} & set(opened.masks):
+            for place in {head.place for head in hosted.heads if self._is_given(hosted, head.place, unit)} & set(
+                opened.masks
+            ):
                 hosted.prediction_masks.setdefault(place, []).append(np.array(opened.masks[place]))
         for place, (output, (name, consumers)) in enumerate(zip(opened.outputs, hosted.spec.outputs)):  # noqa: B905
             mask = opened.masks.get(place)
@@ -274,8 +300,12 @@ class Program:
                 self._send("activation", consumer, index, name, action, output, with_it)
                 if with_it:
                     self._send("mask", consumer, index, name, action, mask)
-            if self.order.mode == "predict" and name in hosted.spec.finals:
+            if self.order.mode == "predict" and name in hosted.spec.finals and self._is_given(hosted, place, unit):
                 self._send("output", DRIVER, index, name, action, output)
+
+    def _is_given(self, hosted: HostedStage, place: int, unit: tuple[int, int]) -> bool:
+        """Whether an output counts in a window: one that is not over time is the last window's."""
+        return self.grid.is_last(unit[1]) or hosted.gives_over_time(place)
 
     def _backward(self, action: Action) -> None:
         hosted, index = self.hosted[action.stage], action.stage
@@ -305,17 +335,18 @@ class Program:
         batch = self._batches[hosted.spec.index]
         if batch.whole is None:
             parts = [batch.outputs[k] for k in sorted(batch.outputs)]
-            objective = self._objective(hosted, slice(None), None)
+            objective = self._objective(hosted, None)
+            assert objective is not None
             batch.whole = whole_batch(hosted.heads, parts, objective, self.order.training, self.order.loss_scale)
-            batch.losses[0] = batch.whole.values
+            batch.losses[0, 0] = dict(enumerate(batch.whole.values))
         return batch.whole
 
 
-def _sum(losses: Mapping[int, Any]) -> float | None:
-    """The sum in ascending order of microbatches, in the losses' own precision."""
+def _sum(losses: Mapping[tuple[int, int], Any]) -> float | None:
+    """The sum in ascending order of microbatches and windows, in the losses' own precision."""
     if not losses:
         return None
-    values = [np.asarray(losses[k]) for k in sorted(losses)]
+    values = [np.asarray(losses[unit]) for unit in sorted(losses)]
     total = values[0]
     for value in values[1:]:
         total = total + value

@@ -14,6 +14,7 @@ from typing import Any
 from stages import custom
 from stages.errors import RecipeError
 from stages.forgotten import forgotten, restore
+from stages.running_order import run_in_order, running_order
 
 Recipe = Any
 """JSON: None, bool, number, string, list or dict."""
@@ -103,6 +104,8 @@ def describe(thing: Any, what: str) -> Recipe:
     recipe = {"keras": config, "custom": custom.homes(config, what)}
     if found := forgotten(thing, config):
         recipe["forgotten"] = found
+    if (order := running_order(thing)) is not None:
+        recipe["order"] = order
     return recipe
 
 
@@ -120,4 +123,6 @@ def create(recipe: Recipe) -> Any:
 
     found = keras.saving.deserialize_keras_object(recipe["keras"], custom_objects=custom.find(recipe["custom"]))
     restore(found, recipe.get("forgotten", {}))
+    if "order" in recipe:
+        run_in_order(found, recipe["order"])
     return found

@@ -30,6 +30,8 @@ class Segment:
         name: The stage's name in messages, reports and gradient keys; default ``"stage<i>"``.
         kwargs: Plain keyword arguments for `build` (JSON: numbers, strings, lists, dicts).
         model: The built Keras model, where there is one (see `of`); then `build` is None.
+        states: Names of the states that the part hands to its own next window: the model takes them behind its inputs
+            and gives them behind its outputs (see `stages.carried`).
 
     Raises:
         SegmentError: Neither or both of `build` and `model` were given, or a name is no valid name.
@@ -45,6 +47,7 @@ class Segment:
     name: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=lambda: _NO_KEYWORDS)
     model: Any = field(default=None, compare=False, repr=False)
+    states: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.build is None) == (self.model is None):
@@ -55,7 +58,7 @@ class Segment:
             object.__setattr__(self, "build", function_name(self.build, "a Segment's builder"))
         if isinstance(self.build, str) and ":" not in self.build:
             raise SegmentError(f"a builder's name has the form 'module:function', received {self.build!r}")
-        for label in ("inputs", "outputs"):
+        for label in ("inputs", "outputs", "states"):
             names = getattr(self, label)
             if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
                 raise SegmentError(f"Segment({label}=...) expects a tuple of names, received {names!r}")

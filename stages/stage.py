@@ -24,11 +24,12 @@ from stages.accumulate import Contribution
 from stages.carried import Carried
 from stages.compiled import CompiledTapes
 from stages.errors import HandoffError
+from stages.gradients_given import check_gradients, flat_gradients
 from stages.heads import Heads, Objective
 from stages.loss import Head
 from stages.part import Part, mask_of, with_mask
-from stages.tapes import EagerTapes, Key, Opened, Tapes
-from stages.tensors import describe_tensor, flatten, is_differentiable
+from stages.tapes import Blocks, EagerTapes, Key, Opened, Tapes
+from stages.tensors import flatten
 
 
 class Stage:
@@ -305,7 +306,7 @@ class Stage:
     ) -> tuple[Any | None, ...]:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
         values = self._values_of(key)
-        self._check_gradients(output_gradients, values, key)
+        check_gradients(output_gradients, values, self._at(key))
         states: Sequence[Any | None] = ()
         if self.carried is not None:
             waiting = Key(key.microbatch, key.window + 1) in self._opened
@@ -330,6 +331,12 @@ class Stage:
     def accumulated(self) -> list[Any | None]:
         """The accumulated gradients as tensors, in the order of `trainable_variables`."""
         return self._tapes.gradients()
+
+    def truncate(self, windows: int, length: int | None) -> None:
+        """Cut the states' gradients behind every `length` windows of `windows`; None: nowhere."""
+        self._tapes.blocks = Blocks() if length is None else Blocks(-(-windows // length), length)
+        if self.carried is not None:
+            self.carried.block = length
 
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
         """What was accumulated for tied variables: one entry per microbatch (eager), or their sum (compiled)."""
@@ -412,23 +419,10 @@ class Stage:
             return [None] * len(outputs)
         if self._opened[key].losses and not any(self._consumed or ()):
             raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
-        leaves = [given] if len(outputs) == 1 and not isinstance(given, list | tuple | dict) else _leaves(given)
-        if len(leaves) != len(outputs):
-            raise HandoffError(
-                f"stage {self.name!r}, backward of microbatch {key.microbatch}: expected {len(outputs)} output "
-                f"gradient(s), one for each output, received {len(leaves)}"
-            )
-        return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
+        return flat_gradients(given, outputs, self._at(key))
 
-    def _check_gradients(self, given: Sequence[Any | None], outputs: Sequence[Any], key: Key) -> None:
-        for i, (gradient, output) in enumerate(zip(given, outputs)):  # noqa: B905 - with the loss on the tape: none
-            if gradient is None or not is_differentiable(output.dtype):
-                continue
-            if gradient.shape != output.shape or gradient.dtype != output.dtype:
-                raise HandoffError(
-                    f"stage {self.name!r}, backward of microbatch {key.microbatch}: the gradient of output {i} must be "
-                    f"like the output, {describe_tensor(output)}, received {describe_tensor(gradient)}"
-                )
+    def _at(self, key: Key) -> str:
+        return f"stage {self.name!r}, backward of microbatch {key.microbatch}"
 
 
 def _samples(inputs: Sequence[Any]) -> int:
@@ -439,12 +433,3 @@ def _samples(inputs: Sequence[Any]) -> int:
 def _values(opened: Opened) -> tuple[Any, ...]:
     """The outputs without their masks."""
     return opened.outputs[: len(opened.outputs) - len(opened.masked)] if opened.outputs else ()
-
-
-def _leaves(structure: Any) -> list[Any]:
-    """Flatten a nesting whose leaves may be None."""
-    if isinstance(structure, dict):
-        return [leaf for key in sorted(structure) for leaf in _leaves(structure[key])]
-    if isinstance(structure, list | tuple):
-        return [leaf for item in structure for leaf in _leaves(item)]
-    return [structure]

@@ -224,7 +224,7 @@ class EagerTapes:
             sources = watch(tape, inputs, wanted, variables)
             structure, outputs, places, own = self._part.call(inputs, True, masked, key.window)
             losses = self._losses(outputs, objective)
-            terms = self._heads.terms(losses) if objective is not None else []
+            terms = self._heads.terms(losses, objective.heads) if objective is not None else []
         seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
         targets = [*terms, *own]
         fills = [tf.fill((), tf.cast(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]

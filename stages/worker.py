@@ -27,9 +27,12 @@ import numpy as np
 
 from stages import snapshot
 from stages.actions import Action, from_array
+from stages.carried import Carried
 from stages.errors import HandoffError
+from stages.grid import Grid
 from stages.hosted import HostedStage, StageSpec
-from stages.program import BUILDING, IDLE, Links, Program, StepOrder, Stopped
+from stages.program import BUILDING, BUSY, IDLE, Links, Program, StepOrder, Stopped
+from stages.tensors import to_array, to_tensor
 from transport.channel import Outbox
 from transport.errors import TransportError
 from transport.mailbox import Mailbox
@@ -109,9 +112,11 @@ class Worker:
                 number += 1
                 message = self._take(Key("command", number, self._place()))
                 order: Any = message.value
+                self.board[0] = BUSY
                 answer = self._commands[order["do"]](number, order)
                 if answer is not None:
                     self._tell("reply", number, answer)
+                self.board[0] = IDLE
         except Stopped:
             pass
         except TransportError as error:
@@ -154,7 +159,7 @@ class Worker:
         for spec in self.specs:
             self.board[3] = spec.index
             self.hosted[spec.index] = HostedStage(spec)
-        self.board[0] = IDLE
+        self.board[0] = BUSY
         if self.own_process:
             gc.freeze()
         described = {str(index): hosted.describe() for index, hosted in self.hosted.items()}
@@ -170,13 +175,15 @@ class Worker:
         what = StepOrder(
             order["step"],
             order["mode"],
-            tuple(order["sizes"]),
+            Grid(tuple(order["sizes"]), tuple(order["lengths"])),
             tuple(order["sample_weights"]),
             order["trace"],
             order["loss_scale"],
+            order["truncate"],
         )
         links = Links(self._take, self._send, self.incarnation, self.board)
         before = self._states() if what.mode == "gradients" else None
+        kept = {i: hosted.stage.carried.kept for i, hosted in self.hosted.items() if hosted.stage.carried is not None}
         if what.mode == "masks":
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
@@ -188,6 +195,8 @@ class Worker:
             answer["finite"] = all(hosted.all_finite() for hosted in self.hosted.values())
         if before is not None:
             self._restore(before)
+            for i, states in kept.items():
+                self._carried(i).kept = states
         elif what.mode not in ("predict", "masks"):
             answer["metrics"] = self._metrics()
         answer["masked"] = any(hosted.prediction_masks for hosted in self.hosted.values())
@@ -230,6 +239,11 @@ class Worker:
                 hosted.optimizer.learning_rate = rate
             hosted.stage.apply(hosted.optimizer, order.get("scale"), order.get("divisor"))
 
+    def _carried(self, index: int) -> Carried:
+        carried = self.hosted[index].stage.carried
+        assert carried is not None
+        return carried
+
     def _do_discard(self, number: int, order: Mapping[str, Any]) -> None:
         for hosted in self.hosted.values():
             hosted.stage.zero_gradients()
@@ -239,6 +253,9 @@ class Worker:
         for index, hosted in self.hosted.items():
             if order["what"] == "gradients":
                 values: Sequence[Any] = self._gradients_of(index)
+            elif order["what"] == "kept states":
+                kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
+                values = [to_array(state) for k in sorted(kept) for state in kept[k]]
             else:
                 values = snapshot.read(hosted.variables(order["what"]))
             counts[str(index)] = len(values)
@@ -255,14 +272,30 @@ class Worker:
             hosted = self.hosted[int(index)]
             arrays = [self._take(Key("variable", number, int(index), microbatch=i)).array for i in range(count)]
             values = [array for array in arrays if array is not None]
-            hosted.set(order["what"], values)
+            if order["what"] == "kept states":
+                self._keep(int(index), values)
+            else:
+                hosted.set(order["what"], values)
         return {}
+
+    def _keep(self, index: int, values: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Let a stage begin with states that another run's batch left, microbatch after microbatch."""
+        if values:
+            carried = self._carried(index)
+            count = len(carried)
+            carried.kept = {
+                k: tuple(to_tensor(np.array(value)) for value in values[k * count : (k + 1) * count])
+                for k in range(len(values) // count)
+            }
 
     def _do_call(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         """Small services on every hosted stage."""
         for hosted in self.hosted.values():
             if order["name"] == "reset_metrics":
                 hosted.heads.reset()
+            elif order["name"] == "reset_state":
+                if hosted.stage.carried is not None:
+                    hosted.stage.carried.reset()
             elif order["name"] == "finalize":
                 if hosted.optimizer is not None:
                     hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)

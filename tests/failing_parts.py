@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 
 import keras
@@ -117,3 +118,17 @@ def late(spec, board):
     say(os.environ["LINE"])
     wait_at(os.environ["GATE"])
     worker_main(spec, board)
+
+
+LOOKED_OFTEN = threading.Event()
+"""Set when the driver has looked at the boards often enough; for threads in one process."""
+
+
+@keras.saving.register_keras_serializable("tests")
+class SlowUpdate(keras.optimizers.SGD):
+    """Where a kernel has one row, an update that lasts until the driver has looked for stalled workers often."""
+
+    def apply(self, grads, trainable_variables=None):
+        if any(variable.shape[0] == 1 for variable in trainable_variables):
+            assert LOOKED_OFTEN.wait(60)
+        return super().apply(grads, trainable_variables)

@@ -75,3 +75,9 @@ def test_the_example_fails_if_a_way_is_off(way: str, name: str) -> None:
     found[way] = {**found[way], name: found[way][name] + np.float32(2e-6)}
     wrong = module.faults(found, known)
     assert wrong and all(name in fault for fault in wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+def test_processes_keep_every_digit(dtype: str) -> None:
+    given = problem("published sizes", dtype)
+    assert_all_close(module.by_processes(*given), module.by_formulas(*given), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from pipeline import Pipeline, VerificationError
 from pipeline.verify import Tolerance, compare, ulp_distance
 from stages import program
+from stages.grid import Grid
 
 layers = keras.layers
 EXACT = Tolerance(0.0, "test")
@@ -133,9 +135,8 @@ def test_json_says_what_the_table_says(eager):
 def wrong_weight(monkeypatch):
     right = program.Program._objective
 
-    def divided(self, hosted, part, microbatch):
-        objective = right(self, hosted, part, microbatch)
-        return type(objective)(objective.targets, objective.sample_weights, (1 / len(self.order.sizes),))
+    def divided(self, hosted, unit):
+        return replace(right(self, hosted, unit), weights=(1 / len(self.grid.sizes),))
 
     monkeypatch.setattr(program.Program, "_objective", divided)
 
@@ -150,13 +151,25 @@ def dropped_gradient(monkeypatch):
     monkeypatch.setattr(program.Program, "_output_gradients", dropped)
 
 
+class AllInOne(Grid):
+    """A batch of which each microbatch believes that it is all of it."""
+
+    def __init__(self, sizes, microbatch):
+        super().__init__(sizes)
+        object.__setattr__(self, "believed", sizes[microbatch])
+
+    @property
+    def samples(self):
+        return self.believed
+
+
 def doubled_regulariser(monkeypatch):
     right = program.Program._forward
 
     def every_time(self, action):
-        total, self._total = self._total, self.order.sizes[action.microbatch]
+        grid, self.grid = self.grid, AllInOne(self.grid.sizes, action.microbatch)
         right(self, action)
-        self._total = total
+        self.grid = grid
 
     monkeypatch.setattr(program.Program, "_forward", every_time)
 
