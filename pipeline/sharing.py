@@ -92,5 +92,6 @@ def _states(layer: Any) -> Iterator[Any]:
 def _own_states(layer: Any) -> Iterator[Any]:
     """Variables that were made to be changed by calls, not by an optimizer; a frozen weight is none."""
     yield from getattr(layer, "_non_trainable_variables", ())
-    for generator in getattr(layer, "_seed_generators", ()):
+    draws = getattr(layer, "dropout", None) != 0 or getattr(layer, "recurrent_dropout", 0)
+    for generator in getattr(layer, "_seed_generators", ()) if draws else ():  # recurrent cells always have one
         yield generator.state

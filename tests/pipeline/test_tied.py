@@ -234,3 +234,22 @@ def test_a_frozen_layer_may_be_anywhere():
         pipe.compile("sgd", "mse", run_eagerly=True)
         pipe.verify(x, y).raise_if_failed()
         assert not any("low" in name for name in pipe.gradients(x, y))
+
+
+@pytest.mark.parametrize(("dropout", "shares"), [(0.0, True), (0.2, False)])
+def test_a_recurrent_cell_is_shared_unless_it_draws_random_numbers(dropout, shares):
+    """Keras gives every recurrent cell a seed generator; only one with dropout draws from it."""
+    cell = layers.SimpleRNNCell(3, dropout=dropout, name="cell")
+    x, h = keras.Input((3,)), keras.Input((3,))
+    first, _ = cell(x, [h])
+    second, _ = cell(layers.Dense(3, name="middle")(first), [first])
+    model = keras.Model([x, h], second)
+    if not shares:
+        with pytest.raises(SplitError, match="'cell' is used in the stages 0 and 1"):
+            Pipeline.split(model, at=["middle"])
+        return
+    random = np.random.default_rng(0)
+    data, y = [random.normal(size=(5, 3)), random.normal(size=(5, 3))], random.normal(size=(5, 3))
+    with Pipeline.split(model, at=["middle"], microbatches=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        pipe.verify(data, y).raise_if_failed()
