@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.plots import save_timeline as save_timeline
     from pipeline.prediction import Comparison as Comparison
     from pipeline.prediction import Prediction as Prediction
+    from pipeline.recurrent import stateful as stateful
     from pipeline.schedules import SCHEDULES as SCHEDULES
     from pipeline.schedules import build_plan as build_plan
     from pipeline.schedules import schedule_named as schedule_named
@@ -52,6 +53,7 @@ _HOME = {
     "Pipeline": "pipeline.pipeline",
     "PipelineCheckpoint": "pipeline.callbacks",
     "Segment": "stages.segment",
+    "stateful": "pipeline.recurrent",
     # plans
     "SCHEDULES": "pipeline.schedules",
     "build_plan": "pipeline.schedules",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.jacobian import MemoryLimitExceeded as MemoryLimitExceeded
     from stages.jacobian import chain_rule as chain_rule
     from stages.jacobian import jacobian_bytes as jacobian_bytes
+    from stages.ragged import NormAbove as NormAbove
+    from stages.ragged import RaggedSteps as RaggedSteps
     from stages.segment import Segment as Segment
     from stages.stage import Stage as Stage
 
@@ -40,6 +42,9 @@ _HOME = {
     # which step influences which
     "influence": "stages.influencing",
     "InfluenceMap": "stages.influence_map",
+    # a cell that runs a different number of times on every element
+    "RaggedSteps": "stages.ragged",
+    "NormAbove": "stages.ragged",
     # what a worker can do
     "Action": "stages.actions",
     "Kind": "stages.actions",
