@@ -12,13 +12,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from pipeline.errors import SplitError
-from pipeline.graph import Call, Graph, read_graph
+from pipeline.graph import Call, Graph, Slot, read_graph
 from pipeline.sharing import replace_in
+from stages.initial_states import BeginWith, Begun, LearnedState
 from stages.running_order import order_of, run_in_order
 from stages.tensors import is_differentiable
 
@@ -51,7 +52,7 @@ def stateful(model: Any) -> Stateful:
 
     Raises:
         SplitError: A layer that looks at the whole sequence at once (Bidirectional, attention over time, convolution
-            and pooling over time, Flatten), a recurrent layer with an initial state of its own, or no recurrent layer.
+            and pooling over time, Flatten), a recurrent layer called twice or backward, or no recurrent layer.
     """
     graph = read_graph(model)
     found = converted(graph, graph.calls, graph.inputs, graph.outputs, f"{model.name}_stateful")
@@ -75,39 +76,86 @@ def converted(
     steps = _steps(graph)
     tensors: dict[int, Any] = {number: _free_input(graph.symbols[number], steps) for number in inputs}
     given = [tensors[number] for number in inputs]
-    states: list[tuple[str, Any, Any]] = []
-    copies: dict[int, Any] = {}
+    states: list[_State] = []
+    order: list[str] = []
+    converted_layers: set[int] = set()
     for call in calls:
-        layer = call.operation
-        if not isinstance(layer, RNN):
+        if not isinstance(call.operation, RNN):
             _refuse_what_mixes_time(call, graph)
             results = keras.tree.flatten(call.play(tensors))
+            order.append(call.name)
         else:
-            _refuse_own_state(call)
-            if id(layer) in copies:
+            if id(call.operation) in converted_layers:
                 raise SplitError(
-                    f"the recurrent layer {layer.name!r} is called several times; give each call a layer of its own, "
+                    f"the recurrent layer {call.name!r} is called several times; give each call a layer of its own, "
                     "so that it is clear which call hands its state to which"
                 )
-            copies[id(layer)] = copy = giving_its_state(layer, tensors[call.reads[0]].shape)
-            enter = [
-                keras.Input(batch_shape=(None, *_sizes(size)), dtype=layer.compute_dtype, name=f"{state}_in")
-                for state, size in zip(_names(layer), keras.tree.flatten(layer.state_size), strict=True)
-            ]
-            mask = {"mask": tensors[call.reads[1]]} if len(call.reads) > 1 else {}
-            output, *leave = copy(tensors[call.reads[0]], initial_state=_as_layer_takes(layer, enter), **mask)
-            leave = keras.tree.flatten(leave)
-            output = _last_output(layer, output, leave, masked=bool(mask))
-            states += list(zip(_names(layer), enter, leave, strict=True))
-            results = [output, *leave] if layer.return_state else [output]
+            converted_layers.add(id(call.operation))
+            _refuse_initial_state_of_a_sequence(call, graph)
+            results, more, names = _recurrent_call(call, tensors)
+            states += more
+            order += names
         tensors |= dict(zip(call.makes, results, strict=True))
     joined = keras.Model(
-        [*given, *(enter for _, enter, _ in states)],
-        [*(tensors[number] for number in outputs), *(leave for _, _, leave in states)],
+        [*given, *(state.enter for state in states)],
+        [*(tensors[number] for number in outputs), *(state.leave for state in states)],
         name=name,
     )
-    run_in_order(joined, order_of([call.name for call in calls]))
-    return Stateful(joined, tuple(state for state, _, _ in states))
+    run_in_order(joined, order_of(order))
+    return Stateful(joined, tuple(state.name for state in states))
+
+
+class _State(NamedTuple):
+    """A state of a converted model: its name, the symbolic input and output."""
+
+    name: str
+    enter: Any
+    leave: Any
+
+
+def _recurrent_call(call: Call, tensors: Mapping[int, Any]) -> tuple[list[Any], list[_State], list[str]]:
+    """A recurrent layer's call with its states outside: its results, the states, the operations called."""
+    layer = call.operation
+    series, initial, mask = _arguments(call, tensors)
+    copy = giving_its_state(layer, series.shape)
+    names = _names(layer)
+    enter = [
+        keras.Input(batch_shape=(None, *_sizes(size)), dtype=layer.compute_dtype, name=f"{state}_in")
+        for state, size in zip(names, keras.tree.flatten(layer.state_size), strict=True)
+    ]
+    begins, order = enter, []
+    if initial:
+        begun = keras.Input((1,), dtype=layer.compute_dtype, name=f"{layer.name}_begun_in")
+        layers = [BeginWith(name=f"{state}_begin") for state in names]
+        begins = [one([e, begun, i]) for one, e, i in zip(layers, enter, initial, strict=True)]
+        order += [one.name for one in layers]
+    masked = {} if mask is None else {"mask": mask}
+    output, *rest = copy(series, initial_state=_as_layer_takes(layer, begins), **masked)
+    order.append(layer.name)
+    leave = keras.tree.flatten(rest)
+    output = _last_output(layer, output, leave, masked=mask is not None)
+    states = [_State(*one) for one in zip(names, enter, leave, strict=True)]
+    if initial:
+        done = Begun(name=f"{layer.name}_begun")
+        states.append(_State(f"{layer.name}_begun", begun, done(begun)))
+        order.append(done.name)
+    return [output, *leave] if layer.return_state else [output], states, order
+
+
+def _arguments(call: Call, tensors: Mapping[int, Any]) -> tuple[Any, list[Any], Any | None]:
+    """The series, the initial states (none: zeros) and the mask that a recurrent layer is called with."""
+    layer = call.operation
+    if getattr(layer, "go_backwards", False):
+        raise SplitError(
+            f"the layer {layer.name!r} goes backward in time, so its first window would need the last one's state; "
+            "leave go_backwards out, or take the whole sequence at once"
+        )
+    args, kwargs = keras.tree.map_structure(
+        lambda argument: tensors[argument.tensor] if isinstance(argument, Slot) else argument, call.arguments
+    )
+    initial = kwargs.get("initial_state", args[1] if len(args) > 1 else None)
+    states = [] if initial is None else [one for one in keras.tree.flatten(initial) if one is not None]
+    return args[0], states, kwargs.get("mask")
 
 
 def giving_its_state(layer: Any, shape: Sequence[int | None]) -> Any:
@@ -193,20 +241,20 @@ def _free_input(symbol: Any, steps: int | None) -> Any:
     return keras.Input(batch_shape=shape, dtype=symbol.dtype)
 
 
-def _refuse_own_state(call: Call) -> None:
-    layer = call.operation
-    if getattr(layer, "go_backwards", False):
-        raise SplitError(
-            f"the layer {layer.name!r} goes backward in time, so its first window would need the last one's state; "
-            "leave go_backwards out, or take the whole sequence at once"
-        )
-    mask = call.arguments[1].get("mask")
-    expected = 1 + (mask is not None)
-    if len(call.reads) != expected:
-        raise SplitError(
-            f"the recurrent layer {layer.name!r} is called with an initial state of its own; leave it out, and give "
-            "the stage its initial state"
-        )
+def _refuse_initial_state_of_a_sequence(call: Call, graph: Graph) -> None:
+    """Refuse an initial state that another recurrent layer gives: its first window would need the other's last one."""
+    makers = {tensor: one for one in graph.calls for tensor in one.makes}
+    _, initial, _ = _arguments(call, {tensor: tensor for one in graph.calls for tensor in one.reads})
+    waiting = [makers[tensor] for tensor in initial if tensor in makers]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one.operation, RNN):
+            raise SplitError(
+                f"the recurrent layer {call.name!r} begins with a state of {one.name!r}, which is there only behind "
+                "its last window; run the two in pipelines of their own, or leave windows out"
+            )
+        if not isinstance(one.operation, LearnedState):  # which reads the batch size only
+            waiting += [makers[tensor] for tensor in one.reads if tensor in makers]
 
 
 _TIME = (

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.errors import StageError as StageError
     from stages.influence_map import InfluenceMap as InfluenceMap
     from stages.influencing import influence as influence
+    from stages.initial_states import LearnedState as LearnedState
     from stages.jacobian import MemoryLimitExceeded as MemoryLimitExceeded
     from stages.jacobian import chain_rule as chain_rule
     from stages.jacobian import jacobian_bytes as jacobian_bytes
@@ -45,6 +46,8 @@ _HOME = {
     # a cell that runs a different number of times on every element
     "RaggedSteps": "stages.ragged",
     "NormAbove": "stages.ragged",
+    # a trainable initial state of a recurrent layer
+    "LearnedState": "stages.initial_states",
     # what a worker can do
     "Action": "stages.actions",
     "Kind": "stages.actions",

@@ -44,11 +44,10 @@ class Carried:
         stage: The stage's name, for messages.
         names: The states' names.
         inputs: The symbolic inputs of the model that take them, in the same order.
-        begins: Whether the model's last input says where a sequence begins: (n, 1), 1 in window 0 and 0 afterwards.
     """
 
-    def __init__(self, stage: str, names: Sequence[str], inputs: Sequence[Any], begins: bool = False) -> None:
-        self.stage, self.names, self._inputs, self.begins = stage, tuple(names), tuple(inputs), begins
+    def __init__(self, stage: str, names: Sequence[str], inputs: Sequence[Any]) -> None:
+        self.stage, self.names, self._inputs = stage, tuple(names), tuple(inputs)
         self._ways: dict[tuple[int, bool], _Way] = {}
         self._kept: dict[int, States] = {}
         self.persists = False
@@ -61,7 +60,7 @@ class Carried:
     def enter(
         self, microbatch: int, window: int, samples: int, training: bool, given: Sequence[Any] | None = None
     ) -> States:
-        """The states in front of a window, and whatever else the model takes behind its inputs.
+        """The states in front of a window.
 
         Args:
             microbatch: Which.
@@ -87,9 +86,7 @@ class Carried:
                     f"that went forward is {last}; forward windows in ascending order"
                 )
             states = way.states
-        if not self.begins:
-            return states
-        return (*states, tf.fill((samples, 1), tf.cast(window == 0, self._inputs[0].dtype)))
+        return states
 
     def _initial(self, microbatch: int, samples: int, given: Sequence[Any] | None) -> States:
         if given is None and self.persists and microbatch in self._kept:
@@ -203,8 +200,8 @@ class Carried:
         return way.gradients[-1]
 
     def differentiable(self) -> tuple[bool, ...]:
-        """Which of what `enter` gives can carry a gradient."""
-        return (*(is_differentiable(i.dtype) for i in self._inputs[: len(self)]), *([False] if self.begins else []))
+        """Which states can carry a gradient."""
+        return tuple(is_differentiable(i.dtype) for i in self._inputs)
 
     def forget(self) -> None:
         """Drop what is on its way; kept states stay."""

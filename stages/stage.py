@@ -49,7 +49,6 @@ class Stage:
         tied: Which trainable variables (by place) other stages have too; see `contributions`.
         states: Names of the states that the stage hands to its own next window: the model takes them behind its inputs
             and gives them behind its outputs. See `stages.carried`.
-        begins: Whether the model takes one input more, (n, 1), that is 1 in window 0 and 0 in later ones.
 
     Example:
         >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
@@ -72,7 +71,6 @@ class Stage:
         consumed: Sequence[bool] | None = None,
         tied: Sequence[int] = (),
         states: Sequence[str] = (),
-        begins: bool = False,
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise HandoffError(f"a Stage holds a Keras model or layer, received {type(model).__name__}")
@@ -85,7 +83,7 @@ class Stage:
         self.model = model
         self.heads = Heads(heads if heads is not None else [] if loss is None else [Head(loss)])
         self.run_eagerly = run_eagerly
-        self.carried = self._states(model, states, begins)
+        self.carried = self._states(model, states)
         if self.carried is not None and input_gradients is not None:
             input_gradients = [*input_gradients, *self.carried.differentiable()]
         self._part = Part(model, self.name, input_gradients)
@@ -98,17 +96,17 @@ class Stage:
         self._opened: dict[Key, Opened] = {}
         self._inputs: dict[Key, int] = {}
 
-    def _states(self, model: Any, names: Sequence[str], begins: bool) -> Carried | None:
+    def _states(self, model: Any, names: Sequence[str]) -> Carried | None:
         if not names:
             return None
         inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)
-        extra = len(names) + begins
-        if inputs is None or outputs is None or len(inputs) <= extra or len(outputs) < len(names):
+        extra = len(names)
+        if inputs is None or outputs is None or len(inputs) <= extra or len(outputs) < extra:
             raise HandoffError(
                 f"stage {self.name!r} with the states {', '.join(names)} needs a Functional model that takes them "
                 "behind its inputs and gives them behind its outputs"
             )
-        return Carried(self.name, names, inputs[len(inputs) - extra :], begins)
+        return Carried(self.name, names, inputs[len(inputs) - extra :])
 
     @property
     def _ends(self) -> bool:
@@ -387,7 +385,7 @@ class Stage:
     def _converted(self, leaves: Sequence[Any], microbatch: int) -> tuple[Any, ...]:
         expected = self._part.expected_inputs()
         if expected is not None and self.carried is not None:
-            expected = expected[: len(expected) - len(self.carried) - self.carried.begins]
+            expected = expected[: len(expected) - len(self.carried)]
         if expected is None or len(expected) != len(leaves):
             return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
         converted = []

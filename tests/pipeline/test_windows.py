@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CompileError, DataError, Pipeline, SplitError, recurrent
+from stages.initial_states import LearnedState
 from tests.pipeline.twins import SEED, assert_same_arrays
 
 layers = keras.layers
@@ -221,9 +222,10 @@ def called_twice():
     return keras.Model([a, b], layers.Add()([rnn(a), rnn(b)]))
 
 
-def own_start():
-    x, h = keras.Input((6, 3)), keras.Input((2,))
-    return keras.Model([x, h], layers.GRU(2, name="given")(x, initial_state=h))
+def encoder_and_decoder():
+    x = keras.Input((6, 3))
+    _, state = layers.GRU(2, return_state=True, name="encoder")(x)
+    return keras.Model(x, layers.GRU(2, name="decoder")(x, initial_state=layers.Dense(2)(state)))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def own_start():
         (attention, "'look' .MultiHeadAttention. cannot be run window by window: it reads several time steps"),
         (convolution, "'wide' .Conv1D. cannot be run window by window"),
         (called_twice, "'twice' is called several times"),
-        (own_start, "'given' is called with an initial state of its own"),
+        (encoder_and_decoder, "'decoder' begins with a state of 'encoder', which is there only behind its last window"),
     ],
 )
 def test_what_windows_would_change_is_refused(build, message):
@@ -257,3 +259,32 @@ def test_a_stateful_keras_layer_is_handed_over_and_says_so():
     ] * 3
     with pytest.raises(SplitError, match="no recurrent layer"):
         recurrent.stateful(keras.Sequential([keras.Input((6, 3)), layers.Dense(2)]))
+
+
+def given_start():
+    """The LSTM's two initial states are inputs, the GRU's is learned."""
+    x, h, c = keras.Input((STEPS, 3), name="x"), keras.Input((5,), name="h"), keras.Input((5,), name="c")
+    y = layers.LSTM(5, return_sequences=True, name="low")(x, initial_state=[h, c])
+    y = layers.GRU(4, return_sequences=True, name="high")(y, initial_state=LearnedState(4, "normal", name="start")(y))
+    return keras.Model([x, h, c], layers.Dense(2, name="out")(y))
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_given_and_learned_initial_states(stages, run_eagerly):
+    """They count in window 0 only, and the learned one is trained: as over the full length."""
+    x, y = tags()
+    random = np.random.default_rng(4)
+    data = [x, *(random.normal(size=(7, 5)).astype("float32") for _ in range(2))]
+    with split(given_start, stages=stages, windows=4) as pipe:
+        pipe.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=run_eagerly)
+        pipe.verify(data, y).raise_if_failed()
+        model = pipe.merge()
+        model.compile(keras.optimizers.SGD(0.5), "mse", run_eagerly=True)
+        np.testing.assert_allclose(pipe.predict(data, verbose=0), model.predict(data, verbose=0), rtol=1e-5, atol=1e-6)
+        before = model.get_layer("start").state.numpy()
+        for twin in (pipe, model):
+            twin.train_on_batch(data, y)
+        for ours, theirs in zip(pipe.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert np.abs(pipe.merge().get_layer("start").state.numpy() - before).max() > 1e-4
