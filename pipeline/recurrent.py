@@ -10,7 +10,7 @@ gradient is handed back like any other.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -299,11 +299,14 @@ def _refuse_what_mixes_time(call: Call, graph: Graph) -> None:
     )
 
 
-def recurrent_layers(model: Any) -> Iterator[Any]:
-    """The recurrent layers of a model, nested ones included."""
-    return (layer for layer in model._flatten_layers(include_self=False) if isinstance(layer, RNN))
-
-
-def stateful_layers(model: Any) -> Mapping[str, Any]:
-    """Layers that keep a state in a variable between calls, by name: no gradient passes from call to call."""
-    return {layer.name: layer for layer in recurrent_layers(model) if layer.stateful}
+def warn_of_stateful_layers(models: Iterable[Any]) -> None:
+    """Warn of layers that keep their state in a variable: no gradient passes from one call of them to the next."""
+    for model in models:
+        for layer in model._flatten_layers(include_self=False):
+            if isinstance(layer, RNN) and layer.stateful:
+                warnings.warn(
+                    f"the layer {layer.name!r} is stateful: it keeps its state in a variable, so values pass from one "
+                    "batch (and microbatch) to the next, and gradients do not. To hand the state over, split the model "
+                    "with windows=..., or with keep_state=True for values only",
+                    stacklevel=2,
+                )

@@ -14,6 +14,7 @@ from pipeline.driver import Batch, Driver, StepResult
 from pipeline.errors import CompileError, DataError, PipelineClosedError, WiringError
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
+from pipeline.recurrent import warn_of_stateful_layers
 from pipeline.schedules import build_plan, forward_only
 from pipeline.sharing import state_in_two_stages, ties
 from pipeline.state import Slots, State, described_slots
@@ -75,6 +76,7 @@ class Session:
         self._seed = None if built_here or transport.startswith("inproc") else random.getrandbits(31)
         self._plan(microbatches, windows, training=True)
         models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
+        warn_of_stateful_layers(models.values())
         if found := state_in_two_stages(models):
             layer, one, other = found
             raise WiringError(

@@ -257,6 +257,8 @@ def test_a_stateful_keras_layer_is_handed_over_and_says_so():
     assert [v is w for v, w in zip(part.model.trainable_variables, model.trainable_variables, strict=True)] == [
         True
     ] * 3
+    with pytest.warns(UserWarning, match=r"'keeps' is stateful: it keeps.*gradients do not.*windows="):
+        Pipeline([model], microbatches=1, transport="inproc").close()
     with pytest.raises(SplitError, match="no recurrent layer"):
         recurrent.stateful(keras.Sequential([keras.Input((6, 3)), layers.Dense(2)]))
 
