@@ -221,8 +221,6 @@ class Compiled:
         if self.global_clipnorm is None or squared_norm is None:
             return None
         norm = np.sqrt(np.float32(squared_norm))
-        if self.loss_scaling is not None:
-            norm = norm / np.float32(self.loss_scaling.scale)
         clip = np.float32(self.global_clipnorm)
         if not norm:
             return 1.0

@@ -237,9 +237,14 @@ class HostedStage:
             "outputs": _tensor_specs(getattr(model, "outputs", None)),
         }
 
-    def squared_norm(self) -> float:
-        """Sum of squares of the accumulated gradients, for clipping by the norm over all stages; shared ones once."""
-        return float(sum(np.sum(np.square(g, dtype=np.float32)) for g in self._own_gradients()))
+    def squared_norm(self, loss_scale: float = 1.0) -> float:
+        """Sum of squares of the gradients, for clipping by the norm over all stages; shared ones once.
+
+        Args:
+            loss_scale: How much too large the accumulated ones are.
+        """
+        scale = np.float32(loss_scale)
+        return float(sum(np.sum(np.square(g / scale, dtype=np.float32)) for g in self._own_gradients()))
 
     def all_finite(self) -> bool:
         """Whether no accumulated gradient has an infinity or a NaN, for loss scaling."""

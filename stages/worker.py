@@ -190,7 +190,7 @@ class Worker:
         self._program = Program(what, self.plans[order["plan"]], self.hosted, links)
         answer: dict[str, Any] = self._program.run()
         if order["norms"]:
-            answer["squared_norm"] = sum(hosted.squared_norm() for hosted in self.hosted.values())
+            answer["squared_norm"] = sum(h.squared_norm(order["loss_scale"]) for h in self.hosted.values())
         if order["finite"]:
             answer["finite"] = all(hosted.all_finite() for hosted in self.hosted.values())
         if before is not None:
