@@ -7,10 +7,10 @@ Outputs and loss are the same, and the gradients are not. The reason in four lin
     with tf.GradientTape() as tape:      # x is watched
         w.assign(w * x)                  # the state after the first pass: a *variable*
         y = w * w                        # the second pass reads it
-    tape.gradient(y, x)                  # None: a tape records what is read from a variable, not what is assigned to it
+    tape.gradient(y, x)                  # None: the tape records what is read from a variable, not what is assigned
 
-So the second pass takes the state as a given number. Loops change nothing (B2), they assign too. What B1 computes is not
-noise, either: it is back-propagation truncated after one pass, and the example shows that it is.
+So the second pass takes the state as a given number. Loops change nothing (B2), they assign too. What B1 computes is
+not noise, either: it is back-propagation truncated after one pass, and the example shows that it is.
 
 The hand-off makes the state an input and an output, like an activation, and hands its gradient back (B3):
 
@@ -89,7 +89,8 @@ def model(*names: str, dtype: str = "float32", pads: int = 0) -> Any:
 
 def stateful_model() -> Any:
     """One recurrent layer with the same weights that keeps its state in a variable, for passes of any length."""
-    twin = keras.Sequential([keras.Input(batch_shape=(2, None, UNITS)), recurrent_layer("low", "float32", stateful=True)])
+    layer = recurrent_layer("low", "float32", stateful=True)
+    twin = keras.Sequential([keras.Input(batch_shape=(2, None, UNITS)), layer])
     twin.set_weights(model("low").get_weights())
     return twin
 
@@ -200,7 +201,7 @@ class Findings:
         self.table.add_row(way, f"{outputs:.1e}", f"{loss:.1e}", *shown, end_section=end)
         rounding = allowed or ALLOWED["float32"]
         if not (outputs <= rounding and loss <= rounding):
-            self.wrong.append(f"{way}: outputs are {outputs:.1e} and the loss is {loss:.1e} off, allowed {rounding:.0e}")
+            self.wrong.append(f"{way}: outputs are {outputs:.1e}, the loss is {loss:.1e} off, allowed {rounding:.0e}")
         worst = max(apart.values())
         if allowed is None and not worst > WRONG:
             self.wrong.append(f"{way}: its gradients should be wrong, they are only {worst:.1e} off")
@@ -239,8 +240,8 @@ def through_time(console: Console, findings: Findings, x: np.ndarray, control: R
     console.print(f"[bold]Diagnosis of B1[/] {'; '.join(diagnosis)}.")
     console.print(
         f"Without any layer: w.assign(w * x); y = w * w has dy/dx = {None if assignment_blocks() else 'a number'}. "
-        f"B2's gradients are those of B1 ({same:.1e} apart), and both are those of back-propagation truncated after one "
-        f"pass ({as_truncated:.1e} apart): the second pass takes the state as given.\n"
+        f"B2's gradients are those of B1 ({same:.1e} apart), and both are those of back-propagation truncated after "
+        f"one pass ({as_truncated:.1e} apart): the second pass takes the state as given.\n"
     )
     findings.wrong += [] if diagnosis else ["B1: `stateful` does not say that the layer keeps its state in a variable"]
     findings.wrong += [] if assignment_blocks() else ["an assignment to a variable lets a gradient through"]

@@ -18,6 +18,9 @@ ARGUMENTS = {
     "vanilla_rnn.py": (),
     "ragged_series.py": (),
     "influence.py": (),
+    "several_passes.py": (),
+    "state_gradients.py": (),
+    "character_windows.py": ("--sequence", "64", "--units", "32", "--steps", "20", "--timed", "2", "--rounds", "1"),
     "applications.py": ("--epochs", "2", "--accuracy", "0.3"),
     "fine_tuning.py": (),
 }
