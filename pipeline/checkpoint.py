@@ -83,7 +83,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    compiled, split = pipe._compiled, pipe._split
+    compiled, split = pipe._session.compiled, pipe._split
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -164,7 +164,7 @@ def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
 
 def _undecayed(pipe: Pipeline, stage: int) -> list[int]:
     """Places of a stage's variables that its optimizer was told, as objects, to leave undecayed."""
-    model, compiled = pipe.segments[stage].model, pipe._compiled
+    model, compiled = pipe.segments[stage].model, pipe._session.compiled
     return [] if model is None or compiled is None else compiled.undecayed(stage, model.trainable_variables)
 
 

@@ -40,7 +40,7 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     merged = _trained(pipe) if trained and pipe.optimizer is not None else pipe._merged()
     merged.model.load_weights(path, **options)
     driver.set("model", merged.values())
-    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe._compiled
+    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe._session.compiled
     if optimizer is not None and compiled is not None:
         places = _slot_places(merged)
         values = read(unscaled(optimizer).variables)
@@ -57,7 +57,7 @@ def _trained(pipe: Pipeline) -> Merged:
     Not compiled where each stage has an optimizer of its own.
     """
     pipe._session.needs_the_trainable_set("a Keras file")
-    merged, compiled = pipe._merged(), pipe._compiled
+    merged, compiled = pipe._merged(), pipe._session.compiled
     if compiled is None or not compiled.one_optimizer:
         return merged
     arguments = {name: create(recipe) for name, recipe in compiled.recipe().items()}

@@ -90,8 +90,9 @@ class Pipeline:
         schedule_named(schedule)
         self.recompute = (recompute,) * len(self.segments) if isinstance(recompute, bool) else tuple(recompute)
         if len(self.recompute) != len(self.segments):
-            raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {recompute}")
-        self.threads = default_threads(len(self.segments)) if threads is None else threads
+            given = len(self.recompute)
+            raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {given}")
+        self.threads = threads or default_threads(len(self.segments))
         self._trainer: Trainer | None = None
         self._session = Session(
             self.segments,
@@ -164,13 +165,9 @@ class Pipeline:
         return self.wires.names
 
     @property
-    def _compiled(self) -> Compiled | None:
-        return self._session.compiled
-
-    @property
     def optimizer(self) -> Any:
         """The optimizer given to `compile` (of several the first stage's); its learning rate may be set."""
-        return None if self._compiled is None else self._compiled.optimizer
+        return None if self._session.compiled is None else self._session.compiled.optimizer
 
     def compile(
         self,
@@ -409,7 +406,7 @@ class Pipeline:
 
     def reset_metrics(self) -> None:
         """Let the metrics count anew."""
-        if self._compiled is not None and self._compiled.has_metrics:
+        if self._session.compiled is not None and self._session.compiled.has_metrics:
             self._running().call("reset_metrics")
 
     def reset_state(self) -> None:

@@ -52,7 +52,7 @@ class OneTape:
         loss, gradients = self._differentiate(x, y, microbatches)
         for variable, value in zip(states, before, strict=True):
             variable.assign(value)
-        return loss, [None if g is None else g.numpy() for g in gradients]
+        return loss, [None if g is None else tf.convert_to_tensor(g).numpy() for g in gradients]
 
     def _differentiate(self, x: Any, y: Any, microbatches: int) -> tuple[np.float32, list[Any]]:
         """Microbatches in ascending order, each under a tape of the whole model; sums in that order."""
@@ -80,10 +80,10 @@ class OneTape:
 
 
 def _plus(a: Any, b: Any) -> Any:
-    if b is None:
-        return a
-    b = tf.convert_to_tensor(b)
-    return b if a is None else a + b
+    """The sum; a single contribution stays as the tape gave it, for an embedding sparse, as the optimizer gets it."""
+    if a is None or b is None:
+        return b if a is None else a
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 
 def reported(loss: np.float32, samples: int) -> float:
