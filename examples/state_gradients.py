@@ -179,8 +179,7 @@ def by_one_stage(network: Network, x: Any, h0: Any) -> Found:
 
 def by_two_stages(network: Network, x: Any, h0: Any) -> Found:
     """The convolution in one Stage, the GRU in another."""
-    stages = [Stage(network.features, "features"), readout_stage(network)]
-    return by_hand(network, stages, x, h0)
+    return by_hand(network, [Stage(network.features, "features"), readout_stage(network)], x, h0)
 
 
 def readout_stage(network: Network) -> Stage:
@@ -369,11 +368,9 @@ def impossible_reshape(console: Console) -> list[str]:
         try:
             pipe.predict_on_batch(batch)
         except PipelineError as error:
-            told = re.sub(r"\x1b\[\d+m", "", str(error)).split("--- traceback")[0]
-            told = " ".join(told.split())
+            told = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split("--- traceback")[0].split())
             console.print(f"A reshape that cannot fit: {told}\n", markup=False, highlight=False)
-            close = told.replace(" ", "")
-            faults = [part for part in ("'readout'", "5,480,2", "32,75,1") if part not in close]
+            faults = [part for part in ("'readout'", "5,480,2", "32,75,1") if part not in told.replace(" ", "")]
         else:
             faults = ["an error"]
     return [f"E3: the message lacks {part}" for part in faults]
