@@ -15,7 +15,7 @@ The exit status is 0 if all of this is so:
         pipeline of two processes: the same variables are connected, with the same bits, dropout included, as the seeds
         are the same; so is dL/dh0
     E2  a validation batch of another size; training draws dropout and moves statistics, evaluation does neither
-    E3  a reshape that cannot fit is an error that says in which stage, in which operation, and both shapes
+    E3  a reshape that cannot fit is an error that names the stage, the layer, the tensors and both shapes
     E4  every None is explained
 
     python examples/state_gradients.py
@@ -370,7 +370,8 @@ def impossible_reshape(console: Console) -> list[str]:
         except PipelineError as error:
             told = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split("--- traceback")[0].split())
             console.print(f"A reshape that cannot fit: {told}\n", markup=False, highlight=False)
-            faults = [part for part in ("'readout'", "5,480,2", "32,75,1") if part not in told.replace(" ", "")]
+            names = ("'readout'", "'masked'", "(5,480,2)from'reshape", "(32,75,1)from'mask'")
+            faults = [part for part in names if part not in told.replace(" ", "")]
         else:
             faults = ["an error"]
     return [f"E3: the message lacks {part}" for part in faults]

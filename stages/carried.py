@@ -186,6 +186,8 @@ class Carried:
 
     def hand_back(self, microbatch: int, window: int, found: Sequence[Any | None]) -> None:
         """Keep dL/d(states in front of a window) for the window before it; in front of window 0 stays readable."""
+        if window and self.block is not None and window % self.block == 0:
+            return  # truncated here: nobody takes it
         self._ways[microbatch, True].gradients[window - 1] = list(found[: len(self)])
 
     def initial_gradients(self, microbatch: int) -> Sequence[Any | None]:

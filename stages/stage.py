@@ -27,6 +27,7 @@ from stages.errors import HandoffError
 from stages.gradients_given import check_gradients, flat_gradients
 from stages.heads import Heads, Objective
 from stages.loss import Head
+from stages.misfit import named_misfit
 from stages.part import Part, mask_of, with_mask
 from stages.tapes import Blocks, EagerTapes, Key, Opened, Tapes
 from stages.tensors import flatten
@@ -274,14 +275,19 @@ class Stage:
         values = (*inputs[:count], *entered)
         self._part.check_inputs(values, key.microbatch)
         whole = (*values, *inputs[count:])
+        where = f"stage {self.name!r}, forward of microbatch {key.microbatch}"
         if not training:
-            return self._left(key, self._tapes.infer(whole, share, masked, objective, key.window), entered, training)
+            with named_misfit(where, self.model, values, training):
+                opened = self._tapes.infer(whole, share, masked, objective, key.window)
+            return self._left(key, opened, entered, training)
         if key in self._opened:
             raise HandoffError(
                 f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
                 "call backward first, give the new one another number, or forget it with zero_gradients()"
             )
-        opened = self._left(key, self._tapes.forward(key, whole, share, masked, objective), entered, training)
+        with named_misfit(where, self.model, values, training):
+            opened = self._tapes.forward(key, whole, share, masked, objective)
+        opened = self._left(key, opened, entered, training)
         self._opened[key] = opened
         self._inputs[key] = count
         return opened

@@ -1,0 +1,94 @@
+"""Where in a model an operation failed: its layer, and the tensors that it was given, by the layers that made them.
+
+TensorFlow names an operation and its shapes, not the layer; inside a compiled function not even that. So the model is
+run once more, one layer after the other, up to the one that fails.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from stages.errors import HandoffError
+from stages.part import States
+from stages.tensors import describe_tensor, flatten
+
+
+@contextmanager
+def named_misfit(where: str, model: Any, inputs: Sequence[Any], training: bool) -> Iterator[None]:
+    """While a model runs: tell an operation that fails with its layer and what it was given.
+
+    Args:
+        where: Stage and microbatch, for the message.
+        model: As in `misfit`, like the others.
+        inputs: As in `misfit`.
+        training: As in `misfit`.
+
+    Raises:
+        HandoffError: A layer's operation failed; any other error passes as it is.
+    """
+    try:
+        yield
+    except (tf.errors.InvalidArgumentError, ValueError) as error:
+        found = misfit(model, inputs, training)
+        if found is None:
+            raise
+        plain = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # one line, without a terminal's colours
+        raise HandoffError(
+            f"{where}: {found}; change the model, or the data's shape. The error was: {plain}"
+        ) from error
+
+
+def misfit(model: Any, inputs: Sequence[Any], training: bool) -> str | None:
+    """What does not fit, in words; None if the model is no graph of layers, or nothing fails.
+
+    Args:
+        model: A Keras model.
+        inputs: Flat eager tensors in the order of the model's inputs, without masks.
+        training: Keras's flag.
+
+    What a call changes by itself (statistics, random generators) is as before afterwards.
+    """
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    if not hasattr(model, "_nodes_by_depth"):
+        return None
+    states = States(model)
+    before = states.read()
+    try:
+        return _replayed(model, inputs, training)
+    finally:
+        states.write(before)
+
+
+def _replayed(model: Any, inputs: Sequence[Any], training: bool) -> str | None:
+    tensors = {id(symbol): value for symbol, value in zip(model.inputs, inputs, strict=True)}
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if node.is_input or any(id(symbol) not in tensors for symbol in node.input_tensors):
+                continue
+            given = [tensors[id(symbol)] for symbol in node.input_tensors]
+            args, kwargs = node.arguments.fill_in(tensors)
+            if "training" in kwargs or getattr(node.operation, "_call_has_training_arg", False):
+                kwargs.setdefault("training", training)
+            try:
+                results = node.operation(*args, **kwargs)
+            except Exception:
+                inner = misfit(node.operation, given, training) if isinstance(node.operation, keras.Model) else None
+                return inner or _described(node, given)
+            tensors |= {id(symbol): value for symbol, value in zip(node.outputs, flatten(results), strict=True)}
+    return None
+
+
+def _described(node: Any, given: Sequence[Any]) -> str:
+    taken = [
+        f"{describe_tensor(value)} from {symbol._keras_history.operation.name!r}"
+        for symbol, value in zip(node.input_tensors, given, strict=True)
+    ]
+    kind, together = type(node.operation).__name__, " together" if len(taken) > 1 else ""
+    return f"the layer {node.operation.name!r} ({kind}) cannot take {' and '.join(taken)}{together}"
