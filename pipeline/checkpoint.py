@@ -131,7 +131,7 @@ def load(
     undecayed = _variables(parts, manifest["undecayed"])
     if stages is not None or at is not None:
         saved.pop("recompute")  # it was one value per stage
-        if isinstance((manifest["compile"] or {}).get("optimizer", {}).get("dict"), dict):
+        if "dict" in ((manifest["compile"] or {}).get("optimizer") or {}):
             raise CheckpointError(
                 "each stage has an optimizer of its own; such a checkpoint loads with its own cuts only"
             )

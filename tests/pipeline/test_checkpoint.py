@@ -314,3 +314,13 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_nothing_else(small, m
         assert pipe.train_on_batch(X, Y)
     assert {file.name: file.read_bytes() for file in small.iterdir()} == before
     assert [entry.name for entry in small.parent.iterdir()] == [small.name]
+
+
+def test_without_an_optimizer_it_is_cut_again_too(tmp_path):
+    x, y = np.ones((4, 6), "float32"), np.ones((4, 1), "float32")
+    with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
+        pipe.compile(optimizer=None, loss="mse", run_eagerly=True)
+        expected = pipe.test_on_batch(x, y)
+        pipe.save(tmp_path / "here")
+    with Pipeline.load(tmp_path / "here", stages=1, transport="inproc") as again:
+        assert again.test_on_batch(x, y) == expected
