@@ -110,18 +110,22 @@ class Compiled:
 
     def optimizer_recipe(self, stage: int) -> Any:
         """What a stage's own optimizer is made from."""
-        optimizer = self.optimizers[stage if len(self.optimizers) > 1 else 0]
+        optimizer = self._inner_of(stage)
         if optimizer is None:
             return None
-        recipe = describe(unscaled(optimizer), "the optimizer")
+        recipe = describe(optimizer, "the optimizer")
         config = recipe["keras"]["config"]
         config["global_clipnorm"] = None  # decided over all stages together
         config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
         return recipe
 
+    def _inner_of(self, stage: int) -> Any:
+        """The optimizer that updates a stage: its own, or the one for all."""
+        return unscaled(self.optimizers[stage if len(self.optimizers) > 1 else 0])
+
     def undecayed(self, stage: int, variables: Sequence[Any]) -> list[int]:
         """Which variable objects, by place, the user's optimizer leaves out of weight decay in a stage."""
-        optimizer = unscaled(self.optimizers[stage if len(self.optimizers) > 1 else 0])
+        optimizer = self._inner_of(stage)
         excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
         return [i for i, variable in enumerate(variables) if excluded and optimizer._var_key(variable) in excluded]
 

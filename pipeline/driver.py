@@ -343,8 +343,9 @@ class Driver:
         for spec in self.specs.values():
             for name in dict.fromkeys(spec.finals):
                 windows = len(batch.lengths) if batch.lengths else 1
-                shape = self._output_shape(spec, name)
-                first = 0 if is_over_time(shape) else windows - 1  # what is not over time comes from the last window
+                told = self.output_spec(spec.index, name)
+                over_time = told is not None and is_over_time(told[1])
+                first = 0 if over_time else windows - 1  # what is not over time comes from the last window
                 rows = []
                 for k in range(len(batch.sizes)):
                     keys = [Key("output", self._step, DRIVER, spec.index, name, k, w) for w in range(first, windows)]
@@ -353,10 +354,13 @@ class Driver:
                 found[name] = np.concatenate(rows)
         return found
 
-    def _output_shape(self, spec: StageSpec, name: str) -> list[int | None] | None:
-        """The symbolic shape of a stage's output, where its model tells."""
-        outputs = self.descriptions[spec.index]["outputs"]
-        return None if outputs is None else outputs[[one for one, _ in spec.outputs].index(name)][1]
+    def output_spec(self, stage: int, name: str) -> tuple[str, Sequence[int | None]] | None:
+        """(dtype, shape with None) of a stage's output, where its model tells."""
+        outputs = self.descriptions[stage]["outputs"]
+        if outputs is None:
+            return None
+        dtype, shape = outputs[[one for one, _ in self.specs[stage].outputs].index(name)]
+        return dtype, shape
 
     def _losses(self, answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], float]:
         """Every output's loss, and the objective: these by their weights, then every stage's own losses, in order."""

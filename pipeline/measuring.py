@@ -37,6 +37,7 @@ from pipeline.data import make_batch
 from pipeline.errors import SplitError
 from pipeline.graph import Call, Graph
 from stages.accumulate import dense
+from stages.graph_split import depending_on
 from stages.tensors import flatten, is_differentiable
 
 __all__ = ["measure", "weigh"]
@@ -216,7 +217,7 @@ class _Run:
             times.append(_clock([*found, *times[-1:]]))
             results += found
             operations.append(scope.get_operations()[begin:])
-        late = _after(seed.op)
+        late = depending_on([seed.op])
         self.kept = [self._kept(each, late) for each in reversed(operations)]
         used = [*results, *(output for part in played for output in part.outputs)]
         with tf.control_dependencies(times[-1:]):
@@ -305,18 +306,6 @@ class _Run:
 def _clock(after: Sequence[Any]) -> Any:
     with tf.control_dependencies([tensor for tensor in after if tensor is not None]):
         return tf.timestamp()
-
-
-def _after(operation: Any) -> set[str]:
-    """The names of this operation and all that depend on its values."""
-    found, stack = {operation.name}, [operation]
-    while stack:
-        for tensor in stack.pop().outputs:
-            for reader in tensor.consumers():
-                if reader.name not in found:
-                    found.add(reader.name)
-                    stack.append(reader)
-    return found
 
 
 def _touch(tensor: Any) -> Any:

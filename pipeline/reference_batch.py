@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +56,12 @@ class Whole:
 
 
 @contextmanager
-def standing_in(values: Mapping[int, tuple[Any, Any]]) -> Iterator[None]:
-    """Let Keras variables be read as other tensors for a while."""
-    before = [(variable, variable._value) for variable, _ in values.values()]
+def standing_in(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Let Keras variables be read as other tensors for a while; (variable, tensor) pairs."""
+    before = []
     try:
-        for variable, tensor in values.values():
+        for variable, tensor in values:
+            before.append((variable, variable._value))
             variable._value = tensor
         yield
     finally:

@@ -22,7 +22,7 @@ from pipeline.timeline import Span, Timeline
 from pipeline.wiring import Wires, check_shapes
 from stages import snapshot
 from stages.grid import is_over_time
-from stages.hosted import StageSpec
+from stages.hosted import StageSpec, Tie
 from stages.segment import Segment
 from transport.message import DRIVER
 
@@ -90,7 +90,7 @@ class Session:
         if self._closed:
             raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
         if self._driver is None:
-            specs = [[self._spec(i)] for i in range(len(self.segments))]
+            specs = [[spec] for spec in self._specs()]
             driver = Driver(specs, threads=self.threads, transport=self.transport)
             try:
                 check_shapes(self.wires, driver.descriptions)
@@ -238,7 +238,7 @@ class Session:
         """The same by one tape over the joined model, in a process of its own that starts from the same values."""
         self.needs_the_trainable_set("verify")
         values = self.driver().get("model")
-        specs = [self._spec(i, optimizer=False) for i in range(len(self.segments))]
+        specs = self._specs(optimizer=False)
         scheme = self.transport.partition("://")[0]
         reference = Driver([specs], threads=self.threads, transport=scheme, entry="pipeline.reference:main")
         try:
@@ -340,12 +340,10 @@ class Session:
 
     def _over_time(self, labels: Sequence[str]) -> list[str]:
         """Those outputs that have a time axis."""
-        shapes = {}
-        for (name, stage), label in zip(self.wires.outputs, self.wires.labels, strict=True):
-            outputs = self.driver().descriptions[stage]["outputs"]
-            place = [one for one, _ in self.wires.gives[stage]].index(name)
-            shapes[label] = None if outputs is None else outputs[place][1]
-        return [label for label in labels if is_over_time(shapes[label])]
+        driver = self.driver()
+        places = dict(zip(self.wires.labels, self.wires.outputs, strict=True))
+        told = {label: driver.output_spec(stage, name) for label, (name, stage) in places.items()}
+        return [label for label in labels if (spec := told[label]) is not None and is_over_time(spec[1])]
 
     def needs_compile(self, what: str) -> Compiled:
         """What `compile` was given.
@@ -378,7 +376,11 @@ class Session:
         if start.slots is not None:
             driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
 
-    def _spec(self, index: int, optimizer: bool = True) -> StageSpec:
+    def _specs(self, optimizer: bool = True) -> list[StageSpec]:
+        shared = ties(self.segments)
+        return [self._spec(i, shared[i], optimizer) for i in range(len(self.segments))]
+
+    def _spec(self, index: int, shared: Sequence[Tie], optimizer: bool) -> StageSpec:
         compiled, segment = self.compiled, self.segments[index]
         given = [name for name, _ in self.wires.gives[index]]
         variables = [] if segment.model is None else segment.model.trainable_variables
@@ -393,7 +395,7 @@ class Session:
             keeps_state=self.keep_state,
             finals=[name for name, _ in self.wires.outputs if name in given],
             heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
-            ties=[tie.plain() for tie in ties(self.segments)[index]],
+            ties=[tie.plain() for tie in shared],
             optimizer=compiled.optimizer_recipe(index) if compiled is not None and trains else None,
             undecayed=compiled.undecayed(index, variables) if compiled is not None and trains else (),
             run_eagerly=compiled is not None and compiled.run_eagerly,

@@ -14,29 +14,24 @@ from stages.hosted import Tie
 from stages.segment import Segment
 
 
-def ties(segments: Sequence[Segment]) -> dict[int, list[Tie]]:
-    """For each stage its trainable variables that other stages have too."""
+def groups(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:
+    """The places (stage, index among its trainable variables) of each variable that several segments have."""
     places: dict[int, list[tuple[int, int]]] = {}
     for i, segment in enumerate(segments):
         if segment.model is not None:
             for k, variable in enumerate(segment.model.trainable_variables):
                 places.setdefault(id(variable), []).append((i, k))
+    return [uses for uses in places.values() if len(uses) > 1]
+
+
+def ties(segments: Sequence[Segment]) -> dict[int, list[Tie]]:
+    """For each stage its trainable variables that other stages have too."""
     found: dict[int, list[Tie]] = {i: [] for i in range(len(segments))}
-    shared = [uses for uses in places.values() if len(uses) > 1]
-    for number, uses in enumerate(shared):
+    for number, uses in enumerate(groups(segments)):
         stages = tuple(i for i, _ in uses)
         for i, k in uses:
             found[i].append(Tie(f"tie{number}", k, stages))
     return found
-
-
-def groups(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:
-    """The places (stage, index among its trainable variables) of each variable that several segments have."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for i, some in ties(segments).items():
-        for tie in some:
-            found.setdefault(tie.name, []).append((i, tie.place))
-    return list(found.values())
 
 
 def share(models: Sequence[Any], places: Sequence[Sequence[Sequence[int]]]) -> None:

@@ -75,22 +75,13 @@ class SingleTape:
 
     def __init__(self, hosted: Sequence[HostedStage]) -> None:
         self.hosted = hosted
-        self._dead: frozenset[tuple[str, int]] = frozenset()
-        """(tensor, window) between segments, or between windows, that no gradient comes back to."""
+        self._dead: frozenset[tuple[str, int]] | None = None
+        """(tensor, window) between segments or windows that no gradient comes back to; None: not known yet."""
 
     @property
     def variables(self) -> list[Any]:
         """All trainable variables, stage after stage; one that several stages have is there as the first one's."""
         return [v for hosted in self.hosted for v in owned(hosted)]
-
-    def run(self, batch: Whole) -> tuple[dict[str, list[Any]], dict[int, list[Any | None]]]:
-        """Gradients of the whole batch on the same microbatches.
-
-        Returns:
-            {stage: [each head's loss, own losses]} as workers report them, and for each stage dL/dvariables, summed in
-            ascending order of microbatches.
-        """
-        return self.sums(batch, self.weights(batch), compiled=False)
 
     def weights(self, batch: Whole) -> Weights:
         """What every head's loss of each microbatch and window weighs; {} without a loss."""
@@ -100,12 +91,22 @@ class SingleTape:
     def sums(
         self, batch: Whole, weights: Weights, compiled: bool
     ) -> tuple[dict[str, list[Any]], dict[int, list[Any | None]]]:
-        """As `run`, with the weights at hand; compiled: a microbatch's tape is in one traced function."""
-        if self.couples and batch.targets:
+        """Gradients of the whole batch on the same microbatches.
+
+        Args:
+            batch: The batch.
+            weights: What `weights` said of it.
+            compiled: Whether a microbatch's tape is in one traced function.
+
+        Returns:
+            {stage: [each head's loss, own losses]} as workers report them, and for each stage dL/dvariables, summed in
+            ascending order of microbatches.
+        """
+        if self._dead is None:
             self._dead = self._find_dead(batch, weights)
+        if self.couples and batch.targets:
             total, found = self._coupled(batch, weights)
             return reported([found]), self._by_stage(total)
-        self._dead = self._find_dead(batch, weights)
         step = tf.function(self._microbatch, autograph=False, reduce_retracing=False) if compiled else self._microbatch
         total = [None] * len(self.variables)
         losses: list[dict[int, list[Any]]] = []
@@ -163,7 +164,7 @@ class SingleTape:
             states = runs[-1].states if runs else states
             if part.begins_block(w):
                 states = {name: tf.stop_gradient(state) for name, state in states.items()}
-            with standing_in(dict(enumerate(zip(self.variables, reads, strict=True))) if several else {}):
+            with standing_in(zip(self.variables, reads, strict=True) if several else ()):
                 run = self._run(part, w, self._objectives(part, w, weights), states, share)
             run.reads = reads
             runs.append(run)
@@ -265,7 +266,7 @@ class SingleTape:
         run = _Pass(self._inputs(part, window))
         values = self._shared_values()
         for i, hosted in enumerate(self.hosted):
-            with standing_in(values.get(i, {})):
+            with standing_in(values.get(i, ())):
                 outputs = self._call(hosted, {**run.tensors, **states}, training)
                 own = _own_losses(hosted, window)
                 losses, terms = [], []
@@ -304,7 +305,7 @@ class SingleTape:
         alive = [
             i
             for i, (name, output) in enumerate(zip(names, outputs, strict=True))
-            if goes_on[i] and is_differentiable(output.dtype) and (name, window) not in self._dead
+            if goes_on[i] and is_differentiable(output.dtype) and (name, window) not in (self._dead or ())
         ]
         passed = joint([*terms, *own], [outputs[i] for i in alive])
         losses = len(terms) + len(own)
@@ -331,20 +332,20 @@ class SingleTape:
                 tensor._keras_mask = None
         return tuple(tf.nest.flatten(outputs))
 
-    def _shared_values(self) -> dict[int, dict[int, tuple[Any, Any]]]:
-        """For each stage (by position) what to read in place of shared variables: (variable, tensor) by place.
+    def _shared_values(self) -> dict[int, list[tuple[Any, Any]]]:
+        """For each stage (by position) what to read in place of shared variables: (variable, tensor) pairs.
 
         owner ─► rest ─► rest ...   each segment reads an identity of its own, so that the uses in one segment are
              └► use 0   └► use 1    summed first, then those of later segments before those of earlier ones.
         """
         stage = {hosted.spec.index: hosted for hosted in self.hosted}
-        found: dict[int, dict[int, tuple[Any, Any]]] = {}
+        found: dict[int, list[tuple[Any, Any]]] = {}
         rest: dict[str, Any] = {}
         for i, hosted in enumerate(self.hosted):
             for tie in hosted.ties:
                 source = rest[tie.name] if tie.name in rest else tf.convert_to_tensor(owner(tie, stage).value)
                 variable = hosted.stage.trainable_variables[tie.place]
-                found.setdefault(i, {})[tie.place] = (variable, tf.identity(source))
+                found.setdefault(i, []).append((variable, tf.identity(source)))
                 rest[tie.name] = tf.identity(source)
         return found
 
@@ -405,7 +406,7 @@ class SingleTape:
                 part, mine = batch.microbatch(k), by_head(of_microbatch(weights, k))
                 each = {i: o for i, o in self._objectives(part, 0, mine).items() if i not in whole}
                 reads.append([tf.identity(variable.value) for variable in self.variables])
-                with standing_in(dict(enumerate(zip(self.variables, reads[-1], strict=True)))):
+                with standing_in(zip(self.variables, reads[-1], strict=True)):
                     run = self._run(part, 0, each, {}, size / batch.grid.samples)
                 targets += run.targets
                 seeds += run.seeds
@@ -434,8 +435,9 @@ class SingleTape:
 def _own_losses(hosted: HostedStage, window: int) -> list[Any]:
     """A segment's own losses; weight regularisers, which Keras lists last, in window 0 only."""
     model = hosted.stage.model
-    count = len(model.losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
-    return [tf.reduce_sum(tf.cast(term, "float32")) for term in model.losses[:count]]
+    losses = list(model.losses)  # every look computes the regularisers
+    count = len(losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
+    return [tf.reduce_sum(tf.cast(term, "float32")) for term in losses[:count]]
 
 
 __all__ = ["SingleTape", "Whole"]

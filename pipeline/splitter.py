@@ -251,9 +251,9 @@ def _refuse_shared_state(graph: Graph, stage_of: Sequence[int]) -> None:
     """Refuse a layer with a state of its own that two stages would use: in one process each use sees the one before."""
     home: dict[int, int] = {}
     for call, stage in zip(graph.calls, stage_of, strict=True):
-        if not isinstance(call.operation, keras.Layer) or not changes_by_itself(call.operation):
-            continue
-        if home.setdefault(id(call.operation), stage) != stage:
+        layer = call.operation
+        apart = home.setdefault(id(layer), stage) != stage
+        if apart and isinstance(layer, keras.Layer) and changes_by_itself(layer):
             raise SplitError(
                 f"the layer {call.name!r} is used in the stages {home[id(call.operation)]} and {stage}, and every use "
                 "changes its state (statistics or random numbers), which cannot be in two processes at once. Cut "

@@ -122,10 +122,10 @@ class Trainer(keras.Model):  # type: ignore[misc]
             return
         given = by_label(targets, wires.labels, compiled.judged)
         for (name, stage), label in zip(wires.outputs, wires.labels, strict=True):
-            outputs = self.session.driver().descriptions[stage]["outputs"]
-            if label not in compiled.heads or outputs is None or given is None:
+            told = self.session.driver().output_spec(stage, name)
+            if label not in compiled.heads or told is None or given is None:
                 continue
-            dtype, shape = outputs[[one for one, _ in wires.gives[stage]].index(name)]
+            dtype, shape = told
             one = tf.convert_to_tensor(given[label])[:1]
             free = [*one.shape, *(1 for _ in shape)]
             sizes = [free[i] if size is None else size for i, size in enumerate(shape)]

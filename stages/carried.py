@@ -102,7 +102,7 @@ class Carried:
             raise HandoffError(
                 f"stage {self.stage!r} carries {len(self)} state(s) ({', '.join(self.names)}), received {len(given)}"
             )
-        states = tuple(tf.cast(tf.convert_to_tensor(s), i.dtype) for s, i in zip(given, self._inputs, strict=False))
+        states = tuple(tf.cast(tf.convert_to_tensor(s), i.dtype) for s, i in zip(given, self._inputs, strict=True))
         for i, state in enumerate(states):
             if tuple(state.shape) != (samples, *self._sizes(i)):
                 raise HandoffError(
@@ -126,7 +126,7 @@ class Carried:
         Raises:
             HandoffError: A state has another shape or dtype than before the window.
         """
-        for name, old, new in zip(self.names, before, states, strict=False):
+        for name, old, new in zip(self.names, before, states, strict=True):
             if tuple(old.shape) != tuple(new.shape) or old.dtype != new.dtype:
                 raise HandoffError(
                     f"{self._at(microbatch, window)}: the state {name!r} came in as {describe_tensor(old)} and went "
@@ -188,7 +188,7 @@ class Carried:
         """Keep dL/d(states in front of a window) for the window before it; in front of window 0 stays readable."""
         if window and self.block is not None and window % self.block == 0:
             return  # truncated here: nobody takes it
-        self._ways[microbatch, True].gradients[window - 1] = list(found[: len(self)])
+        self._ways[microbatch, True].gradients[window - 1] = list(found)
 
     def initial_gradients(self, microbatch: int) -> Sequence[Any | None]:
         """dL/d(initial states).

@@ -65,7 +65,7 @@ def depends_on(tensors: Sequence[Any | None], seeds: Sequence[Any]) -> tuple[fro
 
     A gradient of which every seed is missing does not exist, though the traced function would compute zeros.
     """
-    after = [_after([seed.op]) for seed in seeds]
+    after = [depending_on([seed.op]) for seed in seeds]
     return tuple(
         None if tensor is None else frozenset(i for i, names in enumerate(after) if tensor.op.name in names)
         for tensor in tensors
@@ -109,7 +109,7 @@ class _Cut:
         self.resources = {internal.name: external for external, internal in graph.captures}
         outside = {tensor.op.name for tensor in arguments} | {name.split(":")[0] for name in self.resources}
         seeds = {tensor.op.name for tensor in traced.seeds}
-        backward = _after([graph.get_operation_by_name(name) for name in seeds])
+        backward = depending_on([graph.get_operation_by_name(name) for name in seeds])
         constants: set[str] = set()
         kept: dict[str, Any] = {}
         readers = [tensor for op in graph.get_operations() if op.name in backward for tensor in op.inputs]
@@ -169,7 +169,7 @@ class _Cut:
         return [next(found) if tensor.op.name in names else given[tensor.name] for tensor in wanted]
 
 
-def _after(operations: Sequence[Any]) -> set[str]:
+def depending_on(operations: Sequence[Any]) -> set[str]:
     """Names of all operations that depend on one of these, themselves included (rule 1)."""
     found = {operation.name for operation in operations}
     stack = list(operations)

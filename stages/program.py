@@ -289,9 +289,8 @@ class Program:
             if not self.order.training and len(batch.outputs) == len(self.grid.sizes):
                 self._whole_batch(hosted)
         if self.order.mode == "masks":
-            for place in {head.place for head in hosted.heads if self._is_given(hosted, head.place, unit)} & set(
-                opened.masks
-            ):
+            judged = {head.place for head in hosted.heads if self._is_given(hosted, head.place, unit)}
+            for place in judged & set(opened.masks):
                 hosted.prediction_masks.setdefault(place, []).append(np.array(opened.masks[place]))
         for place, (output, (name, consumers)) in enumerate(zip(opened.outputs, hosted.spec.outputs)):  # noqa: B905
             mask = opened.masks.get(place)

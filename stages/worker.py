@@ -183,7 +183,6 @@ class Worker:
         )
         links = Links(self._take, self._send, self.incarnation, self.board)
         before = self._states() if what.mode == "gradients" else None
-        kept = {i: hosted.stage.carried.kept for i, hosted in self.hosted.items() if hosted.stage.carried is not None}
         if what.mode == "masks":
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
@@ -195,8 +194,6 @@ class Worker:
             answer["finite"] = all(hosted.all_finite() for hosted in self.hosted.values())
         if before is not None:
             self._restore(before)
-            for i, states in kept.items():
-                self._carried(i).kept = states
         elif what.mode not in ("predict", "masks"):
             answer["metrics"] = self._metrics()
         answer["masked"] = any(hosted.prediction_masks for hosted in self.hosted.values())
@@ -209,12 +206,21 @@ class Worker:
             gc.freeze()
         return answer
 
-    def _states(self) -> dict[int, list[list[np.ndarray[Any, Any]]]]:
-        kinds = ("states", "metrics")
-        return {i: [snapshot.read(hosted.variables(kind)) for kind in kinds] for i, hosted in self.hosted.items()}
+    def _states(self) -> dict[int, tuple[Any, Any, Any]]:
+        """What a step changes besides gradients: states of layers, metrics, states kept for the next batch."""
+        return {
+            i: (
+                snapshot.read(hosted.variables("states")),
+                snapshot.read(hosted.variables("metrics")),
+                None if hosted.stage.carried is None else hosted.stage.carried.kept,
+            )
+            for i, hosted in self.hosted.items()
+        }
 
-    def _restore(self, before: Mapping[int, Sequence[Sequence[np.ndarray[Any, Any]]]]) -> None:
-        for i, (states, metrics) in before.items():
+    def _restore(self, before: Mapping[int, tuple[Any, Any, Any]]) -> None:
+        for i, (states, metrics, kept) in before.items():
+            if kept is not None:
+                self._carried(i).kept = kept
             snapshot.write(self.hosted[i].variables("states"), states, "states")
             current = self.hosted[i].variables("metrics")
             if len(metrics) == len(current):
