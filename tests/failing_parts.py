@@ -3,7 +3,8 @@
 A `Trip` is a layer that does nothing until its n-th eager call. Then it does one of these things:
 
     raise    a ValueError
-    wait     says on the line (a named pipe) that it is there, and waits for a byte through the gate (another one)
+    say      says on the line (a named pipe) that it is there
+    wait     says so, and waits for a byte through the gate (another named pipe)
     print    a sentence on stdout and one on stderr
     nan      turns what passes through it into NaN
 """
@@ -75,8 +76,9 @@ class Trip(keras.layers.Layer):
             if self.line:
                 say(self.line)
             raise ValueError("the layer tripped")
+        if self.do in ("say", "wait"):
+            say(self.line, did=self.do)
         if self.do == "wait":
-            say(self.line)
             wait_at(self.gate)
         return x
 

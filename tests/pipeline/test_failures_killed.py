@@ -79,12 +79,13 @@ def test_killed_worker_ends_fit_with_stage_step_and_action(line, gate, victim, b
 @pytest.mark.usefixtures("nothing_left")
 def test_worker_killed_while_it_waits_for_one_that_is_busy_for_ever(line, gate):
     """The busy one cannot hear that the run is over, so it is killed as well, and not waited for."""
-    pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path}, {})
+    in_step_2 = {"do": "say", "call_number": 3, "line": line.path}
+    pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path}, in_step_2)
 
     def last_worker(heard):
-        return max(set(children(shared_server().pid)) - {heard[0]["pid"]})
+        return next(voice["pid"] for voice in heard if voice["did"] == "say")
 
-    error, seconds = kill_while_training(pipe, line, last_worker)
+    error, seconds = kill_while_training(pipe, line, last_worker, voices=2)
     assert (error.stage, error.step) == ("top", 2)
     assert "stage 'middle1' runs step 2, forward of microbatch 1" in str(error)
     assert seconds < NOTICED_SECONDS
