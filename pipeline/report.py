@@ -1,0 +1,319 @@
+"""What a verification found, as plain data: rows, the checks that made them, the first deviation, the flow.
+
+Nothing here computes: `pipeline.verify` fills a report in, `pipeline.report_text`, `report_html` and `report_figure`
+show it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import VerificationError
+from pipeline.timeline import Timeline
+from pipeline.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+CHECKS = {
+    "tape": "one tape over the joined model, on the same microbatches",
+    "chain": "the Jacobian chain rule, stage by stage",
+    "differences": "finite differences in float64 along random directions",
+    "batch": "the whole batch under one tape, with Keras's own loss",
+    "steps": "updates: weights, optimizer, statistics, seeds, metrics and predictions after each step",
+}
+"""The checks that can be asked for, and what each compares with."""
+ALWAYS = {
+    "hand-off": "what arrived is what was sent, bit for bit",
+    "undisturbed": "the pipeline is left as it was, bit for bit",
+}
+"""The checks that every verification makes."""
+
+KINDS = (
+    "activation",
+    "received activation",
+    "loss",
+    "output gradient",
+    "received output gradient",
+    "gradient",
+    "directional derivative",
+    "statistics",
+    "seed",
+    "weight",
+    "optimizer",
+    "metric",
+    "prediction",
+    "left as it was",
+)
+"""What a row may be about."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: a tensor or variable, over all microbatches and windows where it has those.
+
+    Attributes:
+        check: Key of `CHECKS` or `ALWAYS`.
+        kind: One of `KINDS`.
+        stage: The stage that computed it (of something received: that received it); "" for what belongs to none.
+        name: The tensor's name, or ``<stage>/<variable path>``.
+        shape: Of a tensor at a cut: with the whole batch's samples.
+        dtype: Its name.
+        norm: L2 norm of what the pipeline has; NaN where there is nothing.
+        difference: Largest absolute difference.
+        relative: That, as a part of what `why` names (for gradients the largest |gradient| of all variables).
+        ulps: Largest distance in units in the last place; see `pipeline.compare.ulp_distance`.
+        tolerance: What `relative` may be; 0 demands equal bits.
+        why: Why this much.
+        ok: Whether it is within the tolerance.
+        verdict: In words.
+        where: Microbatch, window or step of the first difference beyond the tolerance, else of the largest; or "".
+        peer: At a cut the stage at the other end.
+    """
+
+    check: str
+    kind: str
+    stage: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float
+    difference: float
+    relative: float
+    ulps: int
+    tolerance: float
+    why: str
+    ok: bool
+    verdict: str
+    where: str = ""
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way of checking.
+
+    Attributes:
+        name: Key of `CHECKS` or `ALWAYS`.
+        ran: Whether it could be made.
+        reason: Why not, naming stage and layer, where it could not.
+        seconds: What it took.
+    """
+
+    name: str
+    ran: bool
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def about(self) -> str:
+        """What it compares with."""
+        return (CHECKS | ALWAYS)[self.name]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Where the flow first leaves what it should be; all that comes after it may only be its consequence.
+
+    Attributes:
+        row: The comparison that failed.
+        stage: The stage to look at.
+        sentence: What is wrong, where, in words.
+    """
+
+    row: Row
+    stage: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor that crosses between two stages.
+
+    Attributes:
+        producer: Name of the stage that gives it.
+        consumer: Name of the stage that takes it.
+        tensor: Its name.
+        bytes: Of one batch.
+    """
+
+    producer: str
+    consumer: str
+    tensor: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The pipeline that was verified, for its picture.
+
+    Attributes:
+        stages: Names, in order.
+        edges: What crosses.
+        timeline: When each worker did what in the verified step.
+    """
+
+    stages: tuple[str, ...] = ()
+    edges: tuple[Edge, ...] = ()
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification found.
+
+    Attributes:
+        rows: All comparisons, in the order in which data flows: forward, backward, updates.
+        checks: The ways of checking, those that could not be made too.
+        loss: The pipeline's loss.
+        reference_loss: The loss of one tape.
+        tolerance: What gradients may differ by from one tape's.
+        headline: What was compared.
+        first: Where the flow first deviates; None if all is well.
+        flow: Stages, cuts, timeline.
+        seconds: What the verification took in all.
+    """
+
+    rows: tuple[Row, ...]
+    checks: tuple[Check, ...]
+    loss: float
+    reference_loss: float
+    tolerance: Tolerance
+    headline: str
+    first: Deviation | None = None
+    flow: Flow = Flow()
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared and everything agrees."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def gradients(self) -> tuple[Row, ...]:
+        """The comparisons of dL/dvariables with one tape."""
+        return self.of("gradient", check="tape")
+
+    def of(self, *kinds: str, check: str | None = None) -> tuple[Row, ...]:
+        """The comparisons of some kinds, of one check or of all."""
+        return tuple(row for row in self.rows if row.kind in kinds and check in (None, row.check))
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The comparisons beyond their tolerance."""
+        return tuple(row for row in self.rows if not row.ok)
+
+    @property
+    def worst(self) -> Row | None:
+        """The gradient with the largest relative difference, one beyond its tolerance first."""
+        return max(self.gradients, key=lambda row: (not row.ok, row.relative), default=None)
+
+    def raise_if_failed(self) -> None:
+        """Raise the report as an error unless it is ok.
+
+        Raises:
+            VerificationError: Something differs by more than its tolerance.
+        """
+        if not self.ok:
+            raise VerificationError(f"the hand-off is not right: {self.summary()}\n{self}")
+
+    def summary(self) -> str:
+        """One line."""
+        if self.first is not None:
+            return f"NOT equal to one tape: {self.first.sentence}"
+        if not self.ok:
+            return "NOT equal to one tape" if self.rows else "nothing was compared"
+        worst = self.worst
+        part = "" if worst is None else f", largest difference {worst.relative:.1e} of the largest |gradient|"
+        bits = " (bit for bit)" if self.tolerance.relative == 0.0 else ""
+        others = len(self.rows) - len(self.gradients)
+        return f"equal to one tape{bits}: {len(self.gradients)} gradients{part}; {others} other comparisons"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON types; numbers that JSON has not (NaN, infinities) as strings."""
+        spans = () if self.flow.timeline is None else self.flow.timeline.spans
+        return _plain(
+            {
+                "ok": self.ok,
+                "summary": self.summary(),
+                "headline": self.headline,
+                "loss": self.loss,
+                "reference_loss": self.reference_loss,
+                "tolerance": asdict(self.tolerance),
+                "seconds": self.seconds,
+                "checks": [{**asdict(check), "about": check.about} for check in self.checks],
+                "first": None if self.first is None else asdict(self.first),
+                "rows": [asdict(row) for row in self.rows],
+                "flow": {
+                    "stages": self.flow.stages,
+                    "edges": [asdict(edge) for edge in self.flow.edges],
+                    "spans": [
+                        {
+                            "worker": span.worker,
+                            "action": span.action.describe(),
+                            "kind": span.action.kind.name.lower(),
+                            "start": span.start,
+                            "end": span.end,
+                        }
+                        for span in spans
+                    ],
+                },
+            }
+        )
+
+    def to_json(self) -> str:
+        """The report as JSON; see `as_dict`."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def to_html(self) -> str:
+        """The report as one self-contained page: verdict, picture of the pipeline, table with a filter, timeline."""
+        from pipeline.report_html import page
+
+        return page(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report where its suffix says how: ``.html``, ``.json``, ``.txt``, or a picture (``.png``, ``.svg``).
+
+        Raises:
+            VerificationError: Another suffix.
+        """
+        from pipeline.report_files import save
+
+        return save(self, Path(path))
+
+    def figure(self) -> Figure:
+        """The pipeline with its deviations coloured, and the differences beside their tolerances."""
+        from pipeline.report_figure import figure
+
+        return figure(self)
+
+    def table(self) -> Table:
+        """The report as a rich table."""
+        from pipeline.report_text import table
+
+        return table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=120, color_system=None).print(self.table())
+        return text.getvalue().rstrip()
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, and floats that JSON has not as strings."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return str(value) if isinstance(value, float) and (value != value or value in (_INF, -_INF)) else value
+    return [_plain(one) for one in value]
+
+
+_INF = float("inf")

@@ -1,0 +1,74 @@
+"""How much two computations of the same numbers may differ, by rules of dtype, mode and size.
+
+    eager against the same operations        0: equal bits
+    compiled against compiled                8 eps of the dtype (fused operations skip roundings, at most three bits of
+                                             the last place), or what one tape itself differs by between eager and
+                                             compiled on this very batch, where that is more
+    the same sum in another order            lambda * sqrt(n) * u, the probabilistic bound of Higham and Mary (2019) for
+                                             n terms; lambda = sqrt(2 ln(2 * elements / chance)), chance = 1e-6 of one
+                                             false alarm in a row of so many elements
+
+eps is the distance from 1 to the next number of the dtype, u = eps / 2. All are parts of the largest |value| of what is
+compared (for gradients: of all variables of the model), so that a zero gradient is judged by the others' size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transport.dtypes import dtype_named
+
+FUSED_EPS = 8
+"""What fused operations may differ by, in eps."""
+FALSE_ALARM = 1e-6
+"""The chance of one false alarm per row that the bound for reordered sums accepts."""
+
+
+def eps(dtype: str) -> float:
+    """The distance from 1 to the next number; of integers and booleans 0."""
+    import ml_dtypes
+
+    kind = dtype_named(dtype)
+    return float(ml_dtypes.finfo(kind).eps) if kind.kind in "fV" else 0.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much two runs may differ.
+
+    Attributes:
+        relative: As a part of the largest |value|; 0 demands equal bits.
+        why: Why this much.
+    """
+
+    relative: float
+    why: str
+
+    @classmethod
+    def bits(cls) -> Tolerance:
+        """None at all."""
+        return cls(0.0, "the same operations in the same order, bit for bit")
+
+    @classmethod
+    def default(cls, run_eagerly: bool, rounding: float = 0.0, dtype: str = "float32") -> Tolerance:
+        """Against one tape over the same microbatches.
+
+        Args:
+            run_eagerly: Whether stages run eager tapes.
+            rounding: How far one compiled tape is from the same tape run eagerly, as a part of the largest |gradient|.
+            dtype: What the model computes in.
+        """
+        if run_eagerly:
+            return cls(0.0, "eager: the same operations in the same order, bit for bit")
+        fused = FUSED_EPS * eps(dtype)
+        if rounding <= fused:
+            return cls(fused, f"compiled: fused operations round differently, at most {FUSED_EPS} eps of {dtype}")
+        return cls(rounding, "compiled: what one tape over this model differs by between eager and compiled")
+
+    @classmethod
+    def reordered(cls, dtype: str, terms: int, elements: int = 1) -> Tolerance:
+        """Sums of `terms` numbers made in another order, compared in `elements` places."""
+        spread = math.sqrt(2 * math.log(2 * max(elements, 1) / FALSE_ALARM))
+        allowed = spread * math.sqrt(max(terms, 1)) * eps(dtype) / 2
+        return cls(allowed, f"sums of {terms} terms of {dtype} in another order")
