@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,10 +235,11 @@ class Report:
         return f"equal to one tape{bits}: {len(self.gradients)} gradients{part}; {others} other comparisons"
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON types; numbers that JSON has not (NaN, infinities) as strings."""
-        spans = () if self.flow.timeline is None else self.flow.timeline.spans
+        """The report as JSON types; numbers that JSON has not (NaN, infinities) as strings: "nan", "inf", "-inf"."""
+        timeline = self.flow.timeline
         return _plain(
             {
+                "format": 1,
                 "ok": self.ok,
                 "summary": self.summary(),
                 "headline": self.headline,
@@ -253,15 +253,17 @@ class Report:
                 "flow": {
                     "stages": self.flow.stages,
                     "edges": [asdict(edge) for edge in self.flow.edges],
+                    "workers": 0 if timeline is None else timeline.workers,
                     "spans": [
                         {
                             "worker": span.worker,
+                            "stage": span.action.stage,
                             "action": span.action.describe(),
                             "kind": span.action.kind.name.lower(),
                             "start": span.start,
                             "end": span.end,
                         }
-                        for span in spans
+                        for span in (() if timeline is None else timeline.spans)
                     ],
                 },
             }
@@ -269,7 +271,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON; see `as_dict`."""
-        return json.dumps(self.as_dict(), indent=2)
+        return json.dumps(self.as_dict(), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
         """The report as one self-contained page: verdict, picture of the pipeline, table with a filter, timeline."""
@@ -293,18 +295,24 @@ class Report:
 
         return figure(self)
 
-    def table(self) -> Table:
-        """The report as a rich table."""
+    def table(self, every: bool | None = None) -> Table:
+        """The report for a terminal, as a rich table.
+
+        Args:
+            every: List every row; None: unless they are so many that only those that deviate are worth reading.
+        """
         from pipeline.report_text import table
 
-        return table(self)
+        return table(self, every)
+
+    def text(self, every: bool | None = None) -> str:
+        """The report as lines of text without colours; argument as for `table`."""
+        from pipeline.report_text import text
+
+        return text(self, every)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = StringIO()
-        Console(file=text, width=120, color_system=None).print(self.table())
-        return text.getvalue().rstrip()
+        return self.text()
 
 
 def _plain(value: Any) -> Any:
