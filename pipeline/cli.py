@@ -6,12 +6,13 @@ Every command imports what it needs when it runs, so that `--help` and `plan` ne
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from pipeline import verify_command
 
 _ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
 
@@ -59,11 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="for weights, dropout and shuffling (default 0)")
     demo.add_argument("--output", type=Path, default=Path("artifacts/demo"), help="folder for report and picture")
     verify = _command(
-        commands, "verify", _verify, "compare a pipeline's gradients with one tape",
-        "tapeline verify my_model:make     # make() returns (pipeline, x, y)",
+        commands, "verify", verify_command.run, "compare a pipeline with one tape (status 0: equal, 1: not)",
+        "tapeline verify my_model:make --checks all --html report.html    # make() returns (pipeline, x, y)",
     )  # fmt: skip
-    verify.add_argument("what", metavar="module:function", help="a function that returns (pipeline, x, y)")
-    verify.add_argument("--json", type=Path, help="write the report there")
+    verify_command.arguments(verify)
     plan = _command(
         commands, "plan", _plan, "draw the plan of a schedule", "tapeline plan --stages 4 --microbatches 8"
     )  # fmt: skip
@@ -107,19 +107,6 @@ def _demo(given: argparse.Namespace) -> int:
     return run(given.output, given.epochs, given.seed)
 
 
-def _verify(given: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    make = _import(given.what)
-    pipe, *batch = make()
-    with pipe:
-        report = pipe.verify(*batch)
-    Console().print(report.table())
-    if given.json is not None:
-        given.json.write_text(report.to_json(), encoding="utf-8")
-    return 0 if report.ok else 1
-
-
 def _plan(given: argparse.Namespace) -> int:
     from pipeline.schedules import build_plan
 
@@ -133,18 +120,3 @@ def _bench(given: argparse.Namespace) -> int:
     widths = given.width or [64, 512, 1024]
     sizes = given.microbatch or [{64: 32, 512: 64}.get(width, 128) for width in widths]
     return run(list(zip(widths, sizes, strict=True)), given.stages, given.steps, given.json)
-
-
-def _import(what: str) -> Callable[[], Any]:
-    """The function that `module:function` names; modules of the current folder can be named."""
-    from pipeline.errors import PipelineError
-
-    module, _, name = what.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Callable[[], Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PipelineError(
-            f"cannot find {what!r}: expected module:function, such as my_model:make ({error})"
-        ) from error
-    return found

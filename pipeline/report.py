@@ -280,7 +280,7 @@ class Report:
         return page(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the report where its suffix says how: ``.html``, ``.json``, ``.txt``, or a picture (``.png``, ``.svg``).
+        """Write the report as its suffix says: ``.html``, ``.json``, ``.txt``, or a picture (``.png``, ``.svg``).
 
         Raises:
             VerificationError: Another suffix.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 from pipeline.report import Check, Deviation, Edge, Flow, Report, Row
 from pipeline.schedules import build_plan
@@ -46,7 +47,7 @@ def row(kind, stage, name, *, check="tape", peer="", tolerance=BITS, relative=0.
 
 
 def rows(stages=STAGES, edges=EDGES, tolerance=FUSED, variables=2):
-    """A healthy step's rows in the order of its flow: activations, loss, output gradients, gradients, hand-off, state."""
+    """A healthy step's rows in the order of its flow, then what was handed over and left as it was."""
     found = []
     for edge in edges:
         found.append(row("activation", edge.producer, edge.tensor, peer=edge.consumer, tolerance=tolerance))
@@ -126,7 +127,7 @@ def not_finite():
 def long(stages=8, variables=40, deviating=0):
     """Hundreds of rows; the first `deviating` gradients are wrong."""
     names = tuple(f"stage_{number}" for number in range(stages))
-    edges = tuple(Edge(a, b, f"{a}_out", 4096) for a, b in zip(names, names[1:], strict=False))
+    edges = tuple(Edge(a, b, f"{a}_out", 4096) for a, b in pairwise(names))
     found = rows(names, edges, variables=variables)
     wrong = [index for index, one in enumerate(found) if one.kind == "gradient"][:deviating]
     for index in wrong:
