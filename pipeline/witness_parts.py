@@ -1,0 +1,223 @@
+"""What the witnesses share: the segments called in the order of the flow, their states kept, the batch's own loss.
+
+None of it is the hand-off's code: segments are called as Keras models, losses are asked of Keras, and what a forward
+pass changes by itself is put back.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from pipeline.reference_batch import Whole, state_names
+from pipeline.witness_results import Size
+from stages.hosted import HostedStage
+from stages.loss import Head
+from stages.part import States, mask_of, with_mask
+from stages.recipes import create
+from stages.tensors import flatten
+from transport.message import DRIVER
+
+Tensors = dict[str, Any]
+Call = Callable[[int, list[Any]], Sequence[Any]]
+"""(position of the stage, its inputs and states) -> its outputs and states, flat."""
+
+
+class RefusedError(Exception):
+    """A witness cannot be made; the message names the stage and the layer."""
+
+
+@contextmanager
+def undisturbed(hosted: Sequence[HostedStage]) -> Iterator[None]:
+    """Put back what forward passes and the making of models change: statistics, seeds, Python's random numbers."""
+    states = [States(stage.stage.model) for stage in hosted]
+    before, drawn = [state.read() for state in states], random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(drawn)
+        for state, values in zip(states, before, strict=True):
+            state.write(values)
+
+
+@contextmanager
+def named(stage: HostedStage, what: str) -> Iterator[None]:
+    """Turn any failure into a refusal that names the stage."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+        raise RefusedError(f"stage {stage.spec.name!r}: {what}: {type(error).__name__}: {line}") from error
+
+
+def tensor_names(stage: HostedStage) -> tuple[list[str], list[str]]:
+    """Names of what a stage takes and gives, states behind the rest."""
+    states = state_names(stage)
+    return [*(name for name, _ in stage.spec.inputs), *states], [*(name for name, _ in stage.spec.outputs), *states]
+
+
+def run_flow(hosted: Sequence[HostedStage], call: Call, given: Mapping[str, Any]) -> Tensors:
+    """Call all segments, one after the other.
+
+    A mask that a segment takes off its input is off for those after it, as in one process.
+
+    Args:
+        hosted: The stages in the order of the flow.
+        call: Runs one of them.
+        given: The pipeline's inputs and the states in front of the window, by name.
+
+    Returns:
+        All tensors by name; a state as it is behind the window.
+    """
+    tensors = dict(given)
+    behind: Tensors = {}
+    for i, stage in enumerate(hosted):
+        takes, gives = tensor_names(stage)
+        taken = [with_mask(tensors[name], mask_of(tensors[name])) for name in takes]
+        outputs = call(i, taken)
+        for name, copy in zip(takes, taken, strict=True):
+            if mask_of(tensors[name]) is not None and mask_of(copy) is None:
+                tensors[name]._keras_mask = None
+        states = set(state_names(stage))
+        for name, output in zip(gives, outputs, strict=True):
+            (behind if name in states else tensors)[name] = output
+    return tensors | behind
+
+
+def call_model(model: Any, taken: Sequence[Any], training: bool = True) -> tuple[Any, ...]:
+    """One model on flat tensors; its flat outputs."""
+    return flatten(model(taken[0] if len(taken) == 1 else list(taken), training=training))
+
+
+def own_losses(model: Any, window: int, dtype: str) -> list[Any]:
+    """What a model adds to the objective, float scalars; regularisers of weights, which Keras lists last, once."""
+    losses = list(model.losses)
+    count = len(losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
+    return [tf.reduce_sum(tf.cast(loss, dtype)) for loss in losses[:count]]
+
+
+def inputs_of(hosted: Sequence[HostedStage], batch: Whole, k: int | None, window: int = 0) -> Tensors:
+    """The pipeline's inputs: a window of a microbatch, or (k None) all there is."""
+    found: Tensors = {}
+    for stage in hosted:
+        for place, (name, source) in enumerate(stage.spec.inputs):
+            if source == DRIVER:
+                whole, over = batch.inputs[name], stage.takes_over_time(place)
+                found[name] = tf.constant(whole if k is None else batch.grid.part(whole, k, window, over))
+    return found
+
+
+def initial_states(hosted: Sequence[HostedStage], batch: Whole, k: int) -> Tensors:
+    """Every stage's states in front of window 0 of a microbatch: zeros, or what the batch before left."""
+    found: Tensors = {}
+    for stage in hosted:
+        carried, names = stage.stage.carried, state_names(stage)
+        if carried is None:
+            continue
+        kept = carried.kept.get(k) if carried.persists else None
+        shapes = [tuple(tensor.shape[1:]) for tensor in stage.stage.model.inputs[-len(names) :]]
+        types = [tensor.dtype for tensor in stage.stage.model.inputs[-len(names) :]]
+        zeros = [tf.zeros((batch.grid.sizes[k], *s), t) for s, t in zip(shapes, types, strict=True)]
+        found |= dict(zip(names, zeros if kept is None else kept, strict=True))
+    return found
+
+
+def heads_of(stage: HostedStage) -> list[Head]:
+    """New objectives like the stage's, without metrics: what they count belongs to nobody."""
+    names = [name for name, _ in stage.spec.outputs]
+    return [
+        Head(create(one["recipe"]["loss"]), place=names.index(one["output"]), weight=one["weight"])
+        for one in stage.spec.heads
+    ]
+
+
+def joined(parts: Sequence[Any], axis: int) -> Any:
+    """Tensors one behind the other, with what rides on them: masks, and the logits that Keras's losses look for."""
+    if len(parts) == 1:
+        return parts[0]
+    masks = [mask_of(part) for part in parts]
+    logits = [getattr(part, "_keras_logits", None) for part in parts]
+    whole = with_mask(tf.concat(list(parts), axis), None if masks[0] is None else tf.concat(masks, axis))
+    if logits[0] is not None:
+        whole._keras_logits = tf.concat(logits, axis)
+    return whole
+
+
+def objective(
+    hosted: Sequence[HostedStage],
+    heads: Sequence[Sequence[Head]],
+    batch: Whole,
+    predictions: Mapping[str, Any],
+    dtype: str,
+) -> Any:
+    """The loss of the whole batch as Keras itself computes it: every output's loss on all samples at once.
+
+    This is what microbatches' losses must sum up to, whatever they are weighed with.
+
+    Args:
+        hosted: The stages.
+        heads: Each stage's, as `heads_of` gives them.
+        batch: The batch.
+        predictions: {tensor name: the whole batch's}.
+        dtype: What it is added up in.
+
+    Returns:
+        A scalar.
+    """
+    total = tf.zeros((), dtype)
+    for stage, some in zip(hosted, heads, strict=True):
+        for head, label in zip(some, stage.labels, strict=True):
+            if head.loss is None:
+                continue
+            prediction = predictions[stage.spec.outputs[head.place][0]]
+            weight = batch.sample_weights.get(label)
+            value = head.value(
+                _floats_as(batch.targets[label], dtype),
+                prediction,
+                None if weight is None else _floats_as(weight, dtype),
+            )
+            total += tf.cast(value, dtype) * (1.0 if head.weight is None else head.weight)
+    return total
+
+
+def _floats_as(array: Any, dtype: str) -> Any:
+    tensor = tf.convert_to_tensor(array)
+    return tf.cast(tensor, dtype) if tensor.dtype.is_floating and dtype == "float64" else tensor
+
+
+def dtype_of(model: Any) -> str:
+    """The floating dtype with the fewest digits that a model computes in."""
+    found = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
+    floating = [name for name in found if tf.as_dtype(name).is_floating]
+    return min(floating, key=lambda name: _DIGITS.get(name, 0), default=keras.config.floatx())
+
+
+def sum_lengths(model: Any) -> int:
+    """How many numbers a model's forward pass adds up on its longest way, at most: the fan-in of every weight."""
+    return sum(math.prod(tuple(v.shape)[:-1]) for v in model.trainable_weights if len(v.shape) > 1) + 1
+
+
+def size_of(hosted: Sequence[HostedStage], rows: int) -> Size:
+    """How long the sums on the way from the inputs to the loss and back are.
+
+    Args:
+        hosted: The stages.
+        rows: Numbers that the witness's own sums have, over rows of Jacobians or samples.
+    """
+    models = [stage.stage.model for stage in hosted]
+    lowest = min((dtype_of(model) for model in models), key=lambda name: _DIGITS.get(name, 0))
+    return Size(rows + sum(sum_lengths(model) for model in models), lowest)
+
+
+_DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+
+
+__all__ = ["RefusedError", "run_flow", "undisturbed"]

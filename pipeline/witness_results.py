@@ -1,0 +1,212 @@
+"""What the three witnesses besides the single tape found, as plain data that travels from the reference to the driver.
+
+Nothing here imports TensorFlow: the reference's process fills these in, the driver's compares with them. On the wire a
+result is a JSON description and a list of arrays (`to_wire`, `from_wire`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Wire = tuple[dict[str, Any], list[Array]]
+"""A JSON description, and the arrays that it refers to by their numbers."""
+
+
+class Cut(NamedTuple):
+    """Where a gradient crosses between two stages.
+
+    Attributes:
+        producer: The stage whose output the tensor is.
+        tensor: Its name.
+        consumer: The stage that sends the gradient back.
+        microbatch: Number.
+        window: Number.
+    """
+
+    producer: int
+    tensor: str
+    consumer: int
+    microbatch: int
+    window: int
+
+
+class Size(NamedTuple):
+    """How long the sums are that a gradient is made of, for tolerances.
+
+    Attributes:
+        terms: Numbers that are added up on the longest way from the inputs to the loss and back.
+        dtype: What the model computes in: the dtype with the fewest digits in it.
+    """
+
+    terms: int = 1
+    dtype: str = "float32"
+
+
+@dataclass
+class Gradients:
+    """Gradients that a witness expects.
+
+    Attributes:
+        gradients: {stage: dL/dvariable for each trainable variable, None where L does not depend on it}. A variable
+            that several stages have carries the sum of all uses in each of them.
+        boundary: {cut: dL/dtensor as this consumer should send it, or None}; empty where the witness has no cuts.
+        size: How long its sums are.
+        loss: The loss of the batch, own losses included; NaN without one.
+        loss_scale: Factor that is in all gradients, though not in `loss`.
+        refusal: Why the witness cannot be made for this model and batch, naming stage and layer; "" if it was made.
+        note: What it cost, in words.
+    """
+
+    gradients: dict[int, list[Array | None]] = field(default_factory=dict)
+    boundary: dict[Cut, Array | None] = field(default_factory=dict)
+    size: Size = Size()
+    loss: float = float("nan")
+    loss_scale: float = 1.0
+    refusal: str = ""
+    note: str = ""
+
+    def to_wire(self) -> Wire:
+        """As a JSON description and arrays."""
+        arrays = _Arrays()
+        description = {
+            "gradients": [[stage, [arrays.put(g) for g in each]] for stage, each in self.gradients.items()],
+            "boundary": [[list(cut), arrays.put(g)] for cut, g in self.boundary.items()],
+            "size": list(self.size),
+            "loss": repr(self.loss),
+            "loss_scale": self.loss_scale,
+            "refusal": self.refusal,
+            "note": self.note,
+        }
+        return description, arrays.found
+
+    @classmethod
+    def from_wire(cls, description: Mapping[str, Any], arrays: Sequence[Array]) -> Gradients:
+        """What `to_wire` was called on."""
+
+        def array(number: int | None) -> Array | None:
+            return None if number is None else arrays[number]
+
+        return cls(
+            {stage: [array(number) for number in each] for stage, each in description["gradients"]},
+            {Cut(*cut): array(number) for cut, number in description["boundary"]},
+            Size(*description["size"]),
+            float(description["loss"]),
+            description["loss_scale"],
+            description["refusal"],
+            description["note"],
+        )
+
+
+class Direction(NamedTuple):
+    """The derivative of the loss along one direction of one variable.
+
+    Attributes:
+        stage: Of the variable.
+        place: Which of the stage's trainable variables.
+        number: Of the direction; see `direction`.
+        derivative: By finite differences.
+        error: An estimate of how far that may be from the derivative: truncation, rounding, kinks.
+        own: The same by one tape over the float64 model. Where it differs, the model's gradient is not the derivative
+            of what the model computes (`stop_gradient`, a custom gradient, rounding), and nothing can be said.
+    """
+
+    stage: int
+    place: int
+    number: int
+    derivative: float
+    error: float
+    own: float
+
+
+@dataclass
+class Differences:
+    """Directional derivatives by finite differences.
+
+    Attributes:
+        directions: One entry per variable and direction.
+        seed: Of the directions.
+        largest: Largest |dL/dvariable| of the float64 model.
+        size: How long its sums are.
+        loss: The loss of the batch in float64, own losses included.
+        loss_scale: Factor that live gradients carry, though these do not.
+        refusal: Why they cannot be made, naming stage and layer; "" if they were.
+        note: What it cost, in words.
+    """
+
+    directions: list[Direction] = field(default_factory=list)
+    seed: int = 0
+    largest: float = 0.0
+    size: Size = Size()
+    loss: float = float("nan")
+    loss_scale: float = 1.0
+    refusal: str = ""
+    note: str = ""
+
+    def to_wire(self) -> Wire:
+        """As a JSON description and arrays: the directions' numbers are one (n, 3) and one (n, 3) array."""
+        where = np.array([one[:3] for one in self.directions], np.int64).reshape(-1, 3)
+        values = np.array([one[3:] for one in self.directions], np.float64).reshape(-1, 3)
+        description = {
+            "seed": self.seed,
+            "largest": repr(self.largest),
+            "size": list(self.size),
+            "loss": repr(self.loss),
+            "loss_scale": self.loss_scale,
+            "refusal": self.refusal,
+            "note": self.note,
+        }
+        return description, [where, values]
+
+    @classmethod
+    def from_wire(cls, description: Mapping[str, Any], arrays: Sequence[Array]) -> Differences:
+        """What `to_wire` was called on."""
+        where, values = arrays
+        return cls(
+            [Direction(*map(int, a), *map(float, b)) for a, b in zip(where, values, strict=True)],
+            description["seed"],
+            float(description["largest"]),
+            Size(*description["size"]),
+            float(description["loss"]),
+            description["loss_scale"],
+            description["refusal"],
+            description["note"],
+        )
+
+
+def direction(seed: int, stage: int, place: int, number: int, shape: Sequence[int]) -> Array:
+    """A random direction of one variable, the same in every process.
+
+    Args:
+        seed: Of all directions.
+        stage: The stage's number.
+        place: Which of its trainable variables.
+        number: Which direction of it.
+        shape: The variable's.
+
+    Returns:
+        float64 of that shape, with an L2 norm of 1.
+    """
+    drawn = np.random.default_rng([seed, stage, place, number]).standard_normal(tuple(shape))
+    norm = float(np.linalg.norm(drawn))
+    return np.asarray(drawn / norm if norm else drawn)
+
+
+class _Arrays:
+    """Arrays in the order in which they were put."""
+
+    def __init__(self) -> None:
+        self.found: list[Array] = []
+
+    def put(self, array: Array | None) -> int | None:
+        if array is None:
+            return None
+        self.found.append(array)
+        return len(self.found) - 1
+
+
+__all__ = ["Cut", "Differences", "Direction", "Gradients", "Size", "direction"]
