@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from transport.dtypes import dtype_named
+from transport.dtypes import DTYPES
 
 FUSED_EPS = 8
 """What fused operations may differ by, in eps."""
@@ -29,7 +29,7 @@ def eps(dtype: str) -> float:
     """The distance from 1 to the next number; of integers and booleans 0."""
     import ml_dtypes
 
-    kind = dtype_named(dtype)
+    kind = DTYPES[dtype]
     return float(ml_dtypes.finfo(kind).eps) if kind.kind in "fV" else 0.0
 
 
