@@ -7,7 +7,7 @@ own. What no stage can decide alone is decided here: clipping by a norm over all
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -118,6 +118,28 @@ class Compiled:
         config["global_clipnorm"] = None  # decided over all stages together
         config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
         return recipe
+
+    def reference_recipe(self, stage: int) -> Any:
+        """The optimizer as the user gave it, under the (first) stage that it is for; None elsewhere."""
+        optimizer = self._inner_of(stage)
+        if optimizer is None or (stage > 0 and len(self.optimizers) == 1):
+            return None
+        recipe = describe(optimizer, "the optimizer")
+        recipe["keras"]["config"]["loss_scale_factor"] = None  # the reference divides by the scale itself
+        return recipe
+
+    def keep(self) -> Callable[[], None]:
+        """Set aside what training changes in the user's process; the returned function puts it back."""
+        iterations = [(iteration, np.array(iteration)) for iteration in self._iterations]
+        scale = None if self.loss_scaling is None else self.loss_scaling.state()
+
+        def put_back() -> None:
+            for iteration, value in iterations:
+                iteration.assign(value)
+            if self.loss_scaling is not None and scale is not None:
+                self.loss_scaling.go_on_from(scale)
+
+        return put_back
 
     def _inner_of(self, stage: int) -> Any:
         """The optimizer that updates a stage: its own, or the one for all."""

@@ -11,10 +11,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from pipeline.driver import Batch
 from pipeline.errors import DataError
 from pipeline.microbatch import microbatch_sizes
 from pipeline.objective import by_label
+from pipeline.step import Batch
 from stages.grid import is_over_time
 from stages.tensors import compatible, flatten
 

@@ -13,9 +13,9 @@ Rules:
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,57 +24,14 @@ from pipeline.crew import LOOK_SECONDS, Crew
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.schedules.forward_only import forward_only
+from pipeline.step import Batch, StepResult, losses_of
 from stages.actions import to_array
 from stages.grid import is_over_time
 from stages.hosted import StageSpec
+from stages.observing import Sight
 from transport.message import DRIVER, Key, Message
 
 _WITH_LOSS = ("train", "gradients", "test")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, cut as `sizes` says.
-
-    Attributes:
-        inputs: {input name: array (n, ...)}.
-        targets: {output label: array (n, ...)}.
-        sample_weights: {output label: array}, of those that have any.
-        sizes: Samples per microbatch; they sum to n.
-        lengths: Time steps per window; () without windows.
-    """
-
-    inputs: Mapping[str, np.ndarray[Any, Any]]
-    targets: Mapping[str, np.ndarray[Any, Any]]
-    sample_weights: Mapping[str, np.ndarray[Any, Any]]
-    sizes: tuple[int, ...]
-    lengths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step gave.
-
-    Attributes:
-        loss: The batch's loss: that of every output by its loss weight, and own losses; None in prediction.
-        losses: {output label: its loss, unweighted}.
-        metrics: The metrics so far.
-        outputs: In prediction: {tensor name: array (n, ...)}.
-        spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
-        squared_norm: Sum of squares of all gradients of all stages, where it was asked for.
-        finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
-        rounding: Of a compiled reference: how far its gradients are from those of the same tape run eagerly, as a part
-            of the largest |gradient|.
-    """
-
-    loss: float | None
-    losses: dict[str, float]
-    metrics: dict[str, float]
-    outputs: dict[str, np.ndarray[Any, Any]]
-    spans: list[list[tuple[float, float]]]
-    squared_norm: float | None = None
-    finite: bool = True
-    rounding: float = 0.0
 
 
 class Driver:
@@ -135,13 +92,12 @@ class Driver:
         self._replies(connected)
         self._crew.all_connected()
         for worker in range(len(self.placement)):
-            text = self._crew.wait(Key("reply", self._number, DRIVER, self._crew.place(worker))).array
-            assert text is not None
-            self.descriptions |= {int(index): found for index, found in json.loads(text.tobytes()).items()}
-        described = self.descriptions.values()
-        if any(d["masks"] for d in described):
+            described = self._long_reply(self._number, self._crew.place(worker))
+            self.descriptions |= {int(index): found for index, found in described.items()}
+        stages = self.descriptions.values()
+        if any(d["masks"] for d in stages):
             self._settle_masks()
-        self._masks_count = any(d["masks"] for d in described) and any(d["mean_loss"] for d in described)
+        self._masks_count = any(d["masks"] for d in stages) and any(d["mean_loss"] for d in stages)
 
     def _settle_masks(self) -> None:
         """Give a mask to those consumers only that would find it in one process.
@@ -180,6 +136,7 @@ class Driver:
         trace: bool = False,
         norms: bool = False,
         loss_scale: float | None = None,
+        observe: str = "",
     ) -> StepResult:
         """One step up to, not including, its update.
 
@@ -190,12 +147,14 @@ class Driver:
             trace: Whether to return when each action began and ended.
             norms: Whether to return the squared norm of all gradients.
             loss_scale: Factor on the loss while it is differentiated; then `finite` is returned too.
+            observe: What to note of tensors at the cuts, ``"values"`` for `seen` or ``"norms"``; see
+                `stages.observing`.
         """
         with self._crew.ending_on_failure(), deferred_interrupts():
             if self._masks_count and mode in _WITH_LOSS:
                 self._masks_count = self._masked(batch)
-            answers = self._step_of(plan, mode, batch, trace, norms, loss_scale)
-            losses, total = self._losses(answers)
+            answers = self._step_of(plan, mode, batch, trace, norms, loss_scale, observe)
+            losses, total, own = losses_of(answers, self.specs)
             return StepResult(
                 loss=total if mode != "predict" else None,
                 losses=losses,
@@ -204,7 +163,13 @@ class Driver:
                 spans=[[(a, b) for a, b in answer.get("spans", ())] for answer in answers],
                 squared_norm=sum(answer["squared_norm"] for answer in answers) if norms else None,
                 finite=all(answer.get("finite", True) for answer in answers),
-                rounding=max(answer.get("rounding", 0.0) for answer in answers),
+                roundings=max((answer.get("roundings", {}) for answer in answers), key=len),
+                own_losses=own,
+                boundary_norms={
+                    (what, producer, consumer, tensor): math.sqrt(squares)
+                    for answer in answers
+                    for what, producer, consumer, tensor, squares in answer.get("norms", ())
+                },
             )
 
     def _step_of(
@@ -215,6 +180,7 @@ class Driver:
         trace: bool = False,
         norms: bool = False,
         loss_scale: float | None = None,
+        observe: str = "",
     ) -> list[dict[str, Any]]:
         """Order a step, feed it, and return the workers' answers."""
         identity = self._announce(plan)
@@ -231,6 +197,7 @@ class Driver:
             "norms": norms,
             "finite": loss_scale is not None,
             "loss_scale": 1.0 if loss_scale is None else loss_scale,
+            "observe": observe,
         }
         self._tell_all("step", lambda _: value)
         self._feed(mode, batch)
@@ -277,13 +244,14 @@ class Driver:
                     found[int(index)] = [self._crew.wait(key).array for key in keys]
             return dict(sorted(found.items()))
 
-    def set(self, what: str, values: Mapping[int, Sequence[np.ndarray[Any, Any]]]) -> None:
+    def set(self, what: str, values: Mapping[int, Sequence[np.ndarray[Any, Any] | None]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
         with self._crew.ending_on_failure(), deferred_interrupts():
             number = self._number + 1
             for index, arrays in values.items():
                 for i, array in enumerate(arrays):
-                    message = Message("variable", self.incarnation, number, index, microbatch=i, array=np.array(array))
+                    value = None if array is None else np.array(array)
+                    message = Message("variable", self.incarnation, number, index, microbatch=i, array=value)
                     self._crew.send(self._worker_of[index], message)
             counts = {index: len(arrays) for index, arrays in values.items()}
             self._tell_all(
@@ -294,6 +262,53 @@ class Driver:
                 },
             )
             self._replies(number)
+
+    def keep(self) -> int:
+        """Let every stage set all its values aside until `put_back`; the bytes that this takes in all workers."""
+        return sum(answer["bytes"] for answer in self._answers("keep"))
+
+    def put_back(self) -> dict[int, list[str]]:
+        """Let every stage put back what it set aside.
+
+        Returns:
+            {stage: paths of variables whose bits are not as they were}; all lists should be empty.
+        """
+        return {int(i): paths for answer in self._answers("put_back") for i, paths in answer["changed"].items()}
+
+    def seen(self) -> dict[Sight, np.ndarray[Any, Any] | None]:
+        """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""
+        with self._crew.ending_on_failure(), deferred_interrupts():
+            self._tell_all("seen")
+            number, found = self._number, {}
+            for worker in range(len(self.placement)):
+                place = self._crew.place(worker)
+                sights = self._long_reply(number, place)
+                for i, sight in enumerate(sights):
+                    found[Sight(*sight)] = self._crew.wait(Key("variable", number, DRIVER, place, microbatch=i)).array
+            return found
+
+    def ask(self, do: str, value: Any = None) -> list[Any]:
+        """A question to every worker, as `stages.worker` (or the reference) knows it; the long answers.
+
+        Args:
+            do: The command.
+            value: A function from the worker's number to what else the command says.
+        """
+        with self._crew.ending_on_failure(), deferred_interrupts():
+            self._tell_all(do, value)
+            number = self._number
+            return [self._long_reply(number, self._crew.place(worker)) for worker in range(len(self.placement))]
+
+    def _answers(self, do: str) -> list[dict[str, Any]]:
+        with self._crew.ending_on_failure(), deferred_interrupts():
+            self._tell_all(do)
+            return self._replies(self._number)
+
+    def _long_reply(self, number: int, place: int) -> Any:
+        """An answer of any length: JSON in an array."""
+        text = self._crew.wait(Key("reply", number, DRIVER, place)).array
+        assert text is not None
+        return json.loads(text.tobytes())
 
     def call(self, name: str) -> None:
         """A small service in every stage: ``reset_metrics``, ``reset_state`` or ``finalize``."""
@@ -362,25 +377,6 @@ class Driver:
         dtype, shape = outputs[[one for one, _ in self.specs[stage].outputs].index(name)]
         return dtype, shape
 
-    def _losses(self, answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], float]:
-        """Every output's loss, and the objective: these by their weights, then every stage's own losses, in order."""
-        by_stage = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
-        specs = self.specs
-        found = [
-            (head["order"], head["label"], value, head["weight"])
-            for i, (by_head, _) in by_stage.items()
-            for head, value in zip(specs[i].heads, by_head, strict=False)
-        ]
-        losses: dict[str, float] = {}
-        total = np.float32(0.0)
-        for _, label, value, weight in sorted(found, key=lambda head: head[0]):
-            losses[label] = value
-            total = np.float32(total + np.float32(value) * np.float32(1.0 if weight is None else weight))
-        for _, (_, own) in sorted(by_stage.items()):
-            if own is not None:
-                total = np.float32(total + np.float32(own))
-        return losses, float(total)
-
     def _tell_all(self, do: str, value: Any = None) -> None:
         self._crew.check_open()
         self._number += 1
@@ -400,4 +396,4 @@ def default_threads(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-__all__ = ["Batch", "Driver", "StepResult", "default_threads"]
+__all__ = ["Driver", "default_threads"]

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline import checkpoint, merging, verify
+from pipeline import checkpoint, merging
 from pipeline.compiling import Compiled, refuse_options
 from pipeline.crew import check_transport
 from pipeline.cuts import CutTable, cut_table
@@ -24,20 +24,19 @@ from pipeline.data import class_weights
 from pipeline.driver import Driver, default_threads
 from pipeline.errors import CompileError
 from pipeline.graph import read_graph
+from pipeline.inspecting import Inspecting
 from pipeline.launch import prestart
 from pipeline.plan import Plan
 from pipeline.prediction import Prediction
 from pipeline.schedules import schedule_named
 from pipeline.session import Session
 from pipeline.splitter import Cut, Split, can_cut, split_model
-from pipeline.timeline import Timeline
 from pipeline.training import Trainer
-from pipeline.verify import Report
 from pipeline.wiring import wire
 from stages.segment import Segment
 
 
-class Pipeline:
+class Pipeline(Inspecting):
     """A model in segments, each in its own worker process.
 
     Args:
@@ -321,45 +320,6 @@ class Pipeline:
         if self._split is not None:
             return self._split.pack(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
-
-    def gradients(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, np.ndarray[Any, Any] | None]:
-        """dL/dvariables of one batch in training mode; nothing is applied, and no state is changed.
-
-        Returns:
-            {"<stage>/<variable path>": array of the variable's shape and dtype}; None where the loss does not depend
-            on the variable.
-        """
-        compiled = self._session.needs_compile("gradients")
-        return self._session.gradients(self._session.batch(x, y, sample_weight, compiled.judged))[1]
-
-    def verify(self, x: Any, y: Any = None, sample_weight: Any = None, *, tolerance: float | None = None) -> Report:
-        """Compare this pipeline's gradients and loss of one batch with those of one tape over the joined model.
-
-        The reference runs in a process of its own, with the same variables, states, microbatches and thread count, and
-        shares no code with the hand-off beyond the layers. Nothing is applied, and no state is changed.
-
-        Args:
-            x: As in `train_on_batch`, like `y` and `sample_weight`.
-            tolerance: Largest accepted difference as a part of the largest |gradient|; default: 0 (bit for bit) when
-                eager. Compiled, where the tape is compiled too: 1e-6, or more where that tape itself differs by more
-                from the same tape run eagerly (deep models of ReLU and normalisation magnify rounding).
-
-        Returns:
-            The report: ``report.ok`` is the verdict, ``print(report)`` the table; tests call ``raise_if_failed()``.
-        """
-        return verify.verified(self._session, x, y, sample_weight, tolerance)
-
-    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
-        """When each worker did what in a step without its update, in seconds; the median of several steps.
-
-        Nothing is applied, and no state is changed. In compiled mode the last stage's forward box holds its loss and
-        backward too: they are one function.
-
-        Args:
-            x: As in `train_on_batch`, like `y` and `sample_weight`.
-            repeats: How many steps to measure, after one that is not counted.
-        """
-        return self._session.timeline(x, y, sample_weight, repeats)
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""

@@ -1,22 +1,28 @@
 """The reference of `verify`: one tape over the joined model, in a worker process of its own.
 
 A process of its own, since results of convolutions depend on the size of TensorFlow's thread pools, which is set once
-per process.
+per process. It is set to the pipeline's values before each question, and may be asked many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from pipeline.reference_batch import Whole
+from pipeline.reference_optimizer import ReferenceOptimizer, reference_optimizers, share_values
 from pipeline.single_tape import SingleTape
+from stages.accumulate import dense
 from stages.grid import Grid
-from stages.part import States
+from stages.keeping import Kept
+from stages.observing import Sight, Values
+from stages.tensors import to_array
 from stages.worker import Worker, serve
-from transport.message import DRIVER, Key
+from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
 
@@ -24,45 +30,125 @@ Array = np.ndarray[Any, Any]
 class ReferenceWorker(Worker):
     """A worker that hosts all stages and computes a step's gradients under one tape."""
 
+    def __init__(self, spec: Mapping[str, Any], *links: Any) -> None:
+        super().__init__(spec, *links)
+        self._recipes = {stage.index: stage.optimizer for stage in self.specs}
+        self._undecayed = {stage.index: stage.undecayed for stage in self.specs}
+        self.specs = [replace(stage, optimizer=None, undecayed=()) for stage in self.specs]
+        self._optimizers: dict[int, ReferenceOptimizer] = {}
+        self._found: dict[int, list[Any]] = {}
+        self._tape: SingleTape | None = None
+        self._batch: Whole | None = None
+        self._commands |= {"optimizers": self._do_optimizers}
+
+    @property
+    def tape(self) -> SingleTape:
+        """The tape over all stages, whose traces serve every step."""
+        if self._tape is None:
+            self._tape = SingleTape([self.hosted[index] for index in sorted(self.hosted)])
+        return self._tape
+
+    def _do_optimizers(self, number: int, order: Mapping[str, Any]) -> None:
+        """Make the optimizers; answers with what their variables belong to."""
+        self._optimizers = reference_optimizers(self._recipes, self.tape.hosted, self._undecayed)
+        self._tell_long(number, {str(i): optimizer.described() for i, optimizer in self._optimizers.items()})
+
     def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
-        hosted = [self.hosted[index] for index in sorted(self.hosted)]
+        batch = self._batch = self._receive(order)
+        if order["mode"] == "masks":
+            return {"losses": {}, "masked": False}  # the joined model looks for itself
+        if order["mode"] == "predict":
+            return {"losses": {}, "roundings": self._predict(order["step"], batch)}
+        return self._differentiate(batch, order["observe"])
+
+    def _differentiate(self, batch: Whole, observe: str) -> dict[str, Any]:
+        """Losses, metrics and gradients of a batch; compiled, beside what compiling alone changes."""
+        tape = self.tape
+        weights = tape.weights(batch)
+        tape.counting = any(head.has_metrics for hosted in tape.hosted for head in hosted.heads)
+
+        def run(compiled: bool) -> tuple[Any, dict[Sight, Array | None]]:
+            seen = Values()
+            tape.observer = seen if observe else None
+            losses, self._found = tape.sums(batch, weights, compiled)
+            return losses, seen.seen
+
+        compiled = not tape.hosted[0].spec.run_eagerly and not tape.couples
+        before = [Kept(hosted, ("states", "metrics")) for hosted in tape.hosted] if compiled else []
+        losses, seen = run(compiled=False)
+        roundings: dict[str, float] = {}
+        if compiled:
+            for kept in before:
+                kept.put_back()
+            eager, seen_eagerly = self._found, seen
+            losses, seen = run(compiled=True)
+            pairs = [(a, b) for i, part in eager.items() for a, b in zip(part, self._found[i], strict=True)]
+            roundings["gradient"] = largest_difference(pairs)
+            for what in {sight.what for sight in seen}:
+                places = [sight for sight in seen if sight.what == what]
+                roundings[f"{what} at a cut"] = largest_difference(
+                    [(seen_eagerly[sight], seen[sight]) for sight in places]
+                )
+        self._seen = Values(seen)
+        return {"losses": losses, "metrics": self._metrics(), "roundings": roundings}
+
+    def _receive(self, order: Mapping[str, Any]) -> Whole:
+        """The batch of a step, whole."""
         inputs, targets, sample_weights = {}, {}, {}
-        for stage in hosted:
+        for stage in self.tape.hosted:
             index = stage.spec.index
             for name, source in stage.spec.inputs:
                 if source == DRIVER:
                     inputs[name] = self._array("activation", order["step"], index, name)
-            for label in stage.labels if order["mode"] != "masks" else ():
+            for label in stage.labels if order["mode"] not in ("masks", "predict") else ():
                 targets[label] = self._array("target", order["step"], index, label)
                 if label in order["sample_weights"]:
                     sample_weights[label] = self._array("sample_weight", order["step"], index, label)
-        if order["mode"] == "masks":
-            return {"losses": {}, "masked": False}  # the joined model looks for itself
         grid = Grid(tuple(order["sizes"]), tuple(order["lengths"]))
-        batch = Whole(inputs, targets, sample_weights, grid, order["loss_scale"], order["truncate"])
-        tape = SingleTape(hosted)
-        weights = tape.weights(batch)
-        compiled = not hosted[0].spec.run_eagerly and not tape.couples
-        states = [States(stage.stage.model) for stage in hosted]
-        before = [state.read() for state in states]
-        losses, self._found = tape.sums(batch, weights, compiled=False)
-        rounding = 0.0
-        if compiled:
-            for state, values in zip(states, before, strict=True):
-                state.write(values)
-            eager = self._found
-            losses, self._found = tape.sums(batch, weights, compiled=True)
-            rounding = largest_difference(eager, self._found)
-        return {"losses": losses, "metrics": {}, "rounding": rounding}
+        return Whole(inputs, targets, sample_weights, grid, order["loss_scale"], order["truncate"])
+
+    def _predict(self, step: int, batch: Whole) -> dict[str, float]:
+        """Send the outputs of a batch, microbatch by microbatch; what compiling alone changes in them."""
+        tape = self.tape
+        compiled = not tape.hosted[0].spec.run_eagerly
+        found: list[list[Array]] = []
+        names = tape.finals(batch.grid)
+        for run in [tape.outputs, *([tape.compiled_outputs] if compiled else [])]:
+            found.append([to_array(t) for k in range(len(batch.grid.sizes)) for t in run(batch, k)])
+        for (index, name, k, w), array in zip(names, found[-1], strict=True):
+            message = Message("output", self.incarnation, step, DRIVER, index, name, k, w, array=array)
+            self.driver.send(message, None)
+        return {"prediction": largest_difference(list(zip(*found, strict=True)))} if compiled else {}
+
+    def _do_apply(self, number: int, order: Mapping[str, Any]) -> None:
+        """One update by the reference's own optimizers, which clip by themselves."""
+        for index, optimizer in self._optimizers.items():
+            optimizer.apply(self._found, order["learning_rates"].get(str(index)), order["divisor"])
+        share_values(self.tape.hosted)
+
+    def _do_discard(self, number: int, order: Mapping[str, Any]) -> None:
+        self._found = {}
 
     def _array(self, kind: str, step: int, stage: int, tensor: str) -> Array:
         array = self._take(Key(kind, step, stage, DRIVER, tensor)).array
         assert array is not None
         return array
 
-    def _gradients_of(self, index: int) -> list[Array | None]:
-        """The part of the one tape's gradients that belongs to a stage."""
-        return [None if g is None else np.array(g) for g in self._found[index]]
+    def _values(self, what: str, index: int) -> Sequence[Array | None]:
+        """The part of the one tape's gradients that belongs to a stage, an optimizer's variables, or as a worker."""
+        if what == "gradients":
+            return [None if g is None else np.array(dense(g)) for g in self._found[index]]
+        if what == "optimizer":
+            return self._optimizers[index].read() if index in self._optimizers else []
+        return super()._values(what, index)
+
+    def _set(self, what: str, index: int, arrays: Sequence[Array | None]) -> None:
+        if what == "gradients":
+            self._found[index] = [None if array is None else tf.constant(array) for array in arrays]
+        elif what == "optimizer":
+            self._optimizers[index].write([array for array in arrays if array is not None])
+        else:
+            super()._set(what, index, arrays)
 
 
 def main(spec: Mapping[str, Any], board: Array) -> None:
@@ -70,16 +156,15 @@ def main(spec: Mapping[str, Any], board: Array) -> None:
     serve(ReferenceWorker, spec, board)
 
 
-def largest_difference(some: Mapping[int, list[Any]], others: Mapping[int, list[Any]]) -> float:
-    """The largest difference of two sets of gradients, as a part of the largest |gradient|; finite entries only."""
-    pairs = [
-        (np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for i, part in some.items()
-        for a, b in zip(part, others[i], strict=True)
+def largest_difference(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """The largest difference of pairs of arrays, as a part of the largest |value|; of finite entries only."""
+    arrays = [
+        (np.asarray(dense(a), np.float64), np.asarray(dense(b), np.float64))
+        for a, b in pairs
         if a is not None and b is not None
     ]
-    largest = max((float(np.max(np.abs(b), initial=0.0)) for _, b in pairs), default=0.0)
-    apart = max((float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in pairs), default=0.0)
+    largest = max((float(np.max(np.abs(b), initial=0.0)) for _, b in arrays), default=0.0)
+    apart = max((float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in arrays), default=0.0)
     return apart / largest if largest and np.isfinite(apart) and np.isfinite(largest) else 0.0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.compiling import Compiled
 from pipeline.data import InputSpec, make_batch
-from pipeline.driver import Batch, Driver, StepResult
+from pipeline.driver import Driver
 from pipeline.errors import CompileError, DataError, PipelineClosedError, WiringError
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
@@ -18,7 +18,8 @@ from pipeline.recurrent import warn_of_stateful_layers
 from pipeline.schedules import build_plan, forward_only
 from pipeline.sharing import state_in_two_stages, ties
 from pipeline.state import Slots, State, described_slots
-from pipeline.timeline import Span, Timeline
+from pipeline.step import Batch, StepResult
+from pipeline.timeline import Timeline, measured_timeline
 from pipeline.wiring import Wires, check_shapes
 from stages import snapshot
 from stages.grid import is_over_time
@@ -27,6 +28,8 @@ from stages.segment import Segment
 from transport.message import DRIVER
 
 Array = np.ndarray[Any, Any]
+Gradients = dict[int, list[Array | None]]
+"""{stage: dL/dvariable of each of its trainable variables, in order; None: there is none}."""
 
 
 class Session:
@@ -70,6 +73,7 @@ class Session:
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         self._start: State | None = None
         self._driver: Driver | None = None
+        self._reference: Driver | None = None
         self._closed = False
         # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
         built_here = all(segment.model is not None for segment in self.segments)
@@ -152,9 +156,10 @@ class Session:
 
     def stop(self, why: str) -> None:
         """End the workers; they start again when needed."""
-        driver, self._driver = self._driver, None
-        if driver is not None:
-            driver.close(why)
+        running, self._driver, self._reference = (self._driver, self._reference), None, None
+        for driver in running:
+            if driver is not None:
+                driver.close(why)
 
     def close(self) -> None:
         """End the workers for good. Idempotent."""
@@ -166,12 +171,25 @@ class Session:
         compiled = self.needs_compile("training")
         compiled.needs_optimizer()
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        return self.step(batch), sum(batch.sizes)
+
+    def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
+        """Forward, backward and update.
+
+        Args:
+            batch: The batch.
+            observe: As `Driver.run` takes it.
+            look: Called with the workers between backward and update.
+        """
+        compiled = self.needs_compile("training")
         driver, scaling = self.driver(), compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():
             plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
-            result = driver.run(plan, "train", batch, norms=norms, loss_scale=loss_scale)
+            result = driver.run(plan, "train", batch, norms=norms, loss_scale=loss_scale, observe=observe)
+            if look is not None:
+                look(driver)
             if result.finite:
                 rates = compiled.learning_rates(len(self.segments))
                 driver.apply(rates, compiled.clip_scale(result.squared_norm), loss_scale)
@@ -180,7 +198,7 @@ class Session:
                 driver.discard()
             if scaling is not None:
                 scaling.decide(result.finite)
-        return result, sum(batch.sizes)
+        return result
 
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
         """Loss and metrics of one batch; the result and the number of samples."""
@@ -195,29 +213,48 @@ class Session:
         found = self.driver().run(self.plan(batch, training=False), "predict", batch).outputs
         return [found[name] for name, _ in self.wires.outputs]
 
-    def gradients(self, batch: Batch, driver: Driver | None = None) -> tuple[StepResult, dict[str, Array | None]]:
+    def gradients(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
         """The result of one batch and its gradients under "<stage>/<variable path>"; nothing is applied.
 
         A variable that several stages have is there once, under the first of them.
         """
-        driver = self.driver() if driver is None else driver
+        result, gradients = self.differentiate(batch, self.driver())
+        owned = {place: name for place, (name, owner) in self.variable_names().items() if owner}
+        return result, {name: gradients[i][k] for (i, k), name in owned.items()}
+
+    def differentiate(
+        self, batch: Batch, driver: Driver, *, observe: str = "", trace: bool = False
+    ) -> tuple[StepResult, Gradients]:
+        """The result of one batch, and {stage: dL/dvariable of each trainable variable}; nothing is applied.
+
+        Args:
+            batch: The batch.
+            driver: The workers, or the reference.
+            observe: As `Driver.run` takes it, like `trace`.
+        """
         scaling = None if self.compiled is None else self.compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():  # or the next update would count these gradients too
             plan = self.plan(batch, training=True)
-            result = driver.run(plan, "gradients", batch, loss_scale=loss_scale)
+            result = driver.run(plan, "gradients", batch, loss_scale=loss_scale, observe=observe, trace=trace)
             gradients = driver.get("gradients")
             driver.discard()
-        named: dict[str, Array | None] = {}
-        for i, values in gradients.items():
-            variables = self.driver().descriptions[i]["variables"]
-            names = {trainable: name for name, _, _, trainable, _ in variables if trainable >= 0}
+        if loss_scale is None:
+            return result, gradients
+        return result, {
+            i: [value if value is None else value / value.dtype.type(loss_scale) for value in values]
+            for i, values in gradients.items()
+        }
+
+    def variable_names(self) -> dict[tuple[int, int], tuple[str, bool]]:
+        """{(stage, index among its trainable variables): ("<stage>/<path>", whether no earlier stage has it too)}."""
+        driver, found = self.driver(), {}
+        for i, stage in driver.descriptions.items():
             others = {tie["place"] for tie in driver.specs[i].ties if tie["stages"][0] != i}
-            for k, value in enumerate(values):
-                if k not in others:
-                    scaled = value if value is None or loss_scale is None else value / value.dtype.type(loss_scale)
-                    named[f"{self.wires.names[i]}/{names[k]}"] = scaled
-        return result, named
+            for name, _, _, trainable, _ in stage["variables"]:
+                if trainable >= 0:
+                    found[i, trainable] = (f"{self.wires.names[i]}/{name}", trainable not in others)
+        return dict(sorted(found.items()))
 
     def timeline(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> Timeline:
         """The median of some measured steps, of which nothing is applied; a first one is not counted."""
@@ -226,28 +263,20 @@ class Session:
         for _ in range(repeats + 1):
             measured = driver.run(plan, "gradients", batch, trace=True).spans
             driver.discard()
-            spans = tuple(
-                Span(worker, action, *times)
-                for worker, (program, done) in enumerate(zip(plan.programs, measured, strict=True))
-                for action, times in zip(program, done, strict=True)
-            )
-            found.append(Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured"))
+            found.append(measured_timeline(plan, measured))
         return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]
 
-    def one_tape(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
-        """The same by one tape over the joined model, in a process of its own that starts from the same values."""
+    def reference(self) -> Driver:
+        """One process with all stages joined, set to the pipeline's present values; it stays for the next question."""
         self.needs_the_trainable_set("verify")
-        values = self.driver().get("model")
-        specs = self._specs(optimizer=False)
-        scheme = self.transport.partition("://")[0]
-        reference = Driver([specs], threads=self.threads, transport=scheme, entry="pipeline.reference:main")
-        try:
-            reference.set("model", {i: [v for v in arrays if v is not None] for i, arrays in values.items()})
-            if self.keep_state:
-                reference.set("kept states", self.values("kept states"))
-            return self.gradients(batch, reference)
-        finally:
-            reference.close()
+        if self._reference is None or self._reference.closed:
+            scheme = self.transport.partition("://")[0]
+            specs = [self._specs(reference=True)]
+            self._reference = Driver(specs, threads=self.threads, transport=scheme, entry="pipeline.reference:main")
+        self._reference.set("model", self.values("model"))
+        if self.keep_state:
+            self._reference.set("kept states", self.values("kept states"))
+        return self._reference
 
     def values(self, what: str) -> dict[int, list[Array]]:
         """Every stage's ``model``, ``weights`` or ``optimizer`` variables, in order."""
@@ -376,15 +405,17 @@ class Session:
         if start.slots is not None:
             driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
 
-    def _specs(self, optimizer: bool = True) -> list[StageSpec]:
+    def _specs(self, reference: bool = False) -> list[StageSpec]:
         shared = ties(self.segments)
-        return [self._spec(i, shared[i], optimizer) for i in range(len(self.segments))]
+        return [self._spec(i, shared[i], reference) for i in range(len(self.segments))]
 
-    def _spec(self, index: int, shared: Sequence[Tie], optimizer: bool) -> StageSpec:
+    def _spec(self, index: int, shared: Sequence[Tie], reference: bool) -> StageSpec:
         compiled, segment = self.compiled, self.segments[index]
         given = [name for name, _ in self.wires.gives[index]]
         variables = [] if segment.model is None else segment.model.trainable_variables
-        trains = compiled is not None and optimizer
+        optimizer = None
+        if compiled is not None:
+            optimizer = compiled.reference_recipe(index) if reference else compiled.optimizer_recipe(index)
         return StageSpec(
             index=index,
             name=self.wires.names[index],
@@ -396,8 +427,8 @@ class Session:
             finals=[name for name, _ in self.wires.outputs if name in given],
             heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
             ties=[tie.plain() for tie in shared],
-            optimizer=compiled.optimizer_recipe(index) if compiled is not None and trains else None,
-            undecayed=compiled.undecayed(index, variables) if compiled is not None and trains else (),
+            optimizer=optimizer,
+            undecayed=() if compiled is None else compiled.undecayed(index, variables),
             run_eagerly=compiled is not None and compiled.run_eagerly,
             recompute=self.recompute[index],
             seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,

@@ -1,23 +1,19 @@
 """The joined model under one tape: all segments called one after the other, all gradients asked for at once.
 
 No activation or gradient is handed over, no output gradient is passed: this is what a pipeline must equal.
-
-Sums of three or more numbers depend on the order, so the tape has joints where the model is cut: every tensor that a
-segment takes is one identity of its own, all that a segment gives goes through one `IdentityN`, and a variable that
-several segments have is read through a chain of identities. These change no value, only which sums are made first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from pipeline.joined_model import JoinedModel, Pass
 from pipeline.reference_batch import (
     Weights,
     Whole,
@@ -27,56 +23,36 @@ from pipeline.reference_batch import (
     owned,
     owner,
     reported,
-    scaled_sum,
     standing_in,
     state_names,
     summed,
     weight_part,
 )
-from stages.accumulate import plus
+from stages.accumulate import dense, plus
 from stages.grid import Grid
-from stages.heads import Objective
 from stages.hosted import HostedStage, makes_masks
-from stages.part import States, mask_of, with_mask
-from stages.tapes import joint
+from stages.observing import ACTIVATION, GRADIENT, MASK, Observer, Sight
+from stages.part import States, mask_of
 from stages.tensors import is_differentiable
-from transport.message import DRIVER
 
 Array = np.ndarray[Any, Any]
 
 
-@dataclass
-class _Pass:
-    """What one call of all segments leaves on the tape.
-
-    Attributes:
-        tensors: {tensor name: its value}.
-        targets: What is differentiated, with `seeds`.
-        seeds: As many.
-        losses: {stage: [{head: its value}, own loss or None]}.
-        states: {state name: its value behind the window}.
-        reads: What the segments read in place of each variable.
-    """
-
-    tensors: dict[str, Any]
-    targets: list[Any] = field(default_factory=list)
-    seeds: list[Any] = field(default_factory=list)
-    losses: dict[int, list[Any]] = field(default_factory=dict)
-    states: dict[str, Any] = field(default_factory=dict)
-    reads: list[Any] = field(default_factory=list)
-
-
-class SingleTape:
+class SingleTape(JoinedModel):
     """One tape over all stages.
 
     Args:
         hosted: The stages, in the order of the data flow.
+
+    Attributes:
+        observer: Is shown what is at the cuts, as a worker's observer is; see `stages.observing`.
     """
 
     def __init__(self, hosted: Sequence[HostedStage]) -> None:
-        self.hosted = hosted
-        self._dead: frozenset[tuple[str, int]] | None = None
-        """(tensor, window) between segments or windows that no gradient comes back to; None: not known yet."""
+        super().__init__(hosted)
+        self.observer: Observer | None = None
+        self._compiled = tf.function(self._microbatch, autograph=False, reduce_retracing=False)
+        self._predicting = tf.function(self._forward, autograph=False, reduce_retracing=False)
 
     @property
     def variables(self) -> list[Any]:
@@ -107,16 +83,17 @@ class SingleTape:
         if self.couples and batch.targets:
             total, found = self._coupled(batch, weights)
             return reported([found]), self._by_stage(total)
-        step = tf.function(self._microbatch, autograph=False, reduce_retracing=False) if compiled else self._microbatch
+        step = self._compiled if compiled else self._microbatch
         total = [None] * len(self.variables)
         losses: list[dict[int, list[Any]]] = []
         for k, size in enumerate(batch.grid.sizes):
             part, mine = batch.microbatch(k), of_microbatch(weights, k)
             share = tf.constant(size / batch.grid.samples)
-            fixed = (part.grid, batch.loss_scale, batch.truncate)
-            blocks, some = step(
+            fixed = (part.grid, batch.loss_scale, batch.truncate, self.observer is not None)
+            blocks, some, crossing = step(
                 part.inputs, part.targets, part.sample_weights, mine, share, self._initial(batch, k), fixed
             )
+            self._show(k, crossing)
             for block in blocks:
                 total = [plus(a, b) for a, b in zip(total, block, strict=True)]
             losses += [dict(zip(self._indices, one, strict=True)) for one in some]
@@ -127,10 +104,6 @@ class SingleTape:
         """Whether a loss needs the whole batch at once."""
         return any(hosted.heads.couples_samples for hosted in self.hosted)
 
-    @property
-    def _indices(self) -> list[int]:
-        return [hosted.spec.index for hosted in self.hosted]
-
     def _microbatch(
         self,
         inputs: Mapping[str, Any],
@@ -139,14 +112,45 @@ class SingleTape:
         weights: Sequence[Any],
         share: Any,
         states: Mapping[str, Any],
-        fixed: tuple[Grid, float, int | None],
-    ) -> tuple[list[Any], list[Any]]:
-        """One microbatch under one tape: dL/dvariables for each block of windows, and each window's losses by stage."""
-        part = Whole(inputs, targets, sample_weights, *fixed)
+        fixed: tuple[Grid, float, int | None, bool],
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """One microbatch under one tape.
+
+        Returns:
+            dL/dvariables for each block of windows, each window's losses by stage, and, if asked for, what each window
+            has at the cuts: activation, mask and gradient, in the order of `_crossings`.
+        """
+        grid, loss_scale, truncate, observed = fixed
+        part = Whole(inputs, targets, sample_weights, grid, loss_scale, truncate)
         with self._tape() as tape:
             runs = self._windows(part, by_head(weights), share, states)
         losses = [[run.losses[index] for index in self._indices] for run in runs]
-        return self._gradients(tape, part, runs), losses
+        at_cuts = self._at_cuts(runs) if observed else []
+        blocks, gradients = self._gradients(tape, part, runs, [tensor for tensor, _ in at_cuts])
+        crossing = [(tensor, mask, g) for (tensor, mask), g in zip(at_cuts, gradients, strict=True)]
+        return blocks, losses, crossing
+
+    def _at_cuts(self, runs: Sequence[Pass]) -> list[tuple[Any, Any | None]]:
+        """The tensor and its mask of each crossing, window after window."""
+        return [
+            (run.taken[name, consumer], run.masks.get((name, consumer)))
+            for run in runs
+            for name, _, consumer in self._crossings()
+        ]
+
+    def _show(self, microbatch: int, crossing: Sequence[Any]) -> None:
+        """Let the observer see what a microbatch has at the cuts, gradients per consumer."""
+        if self.observer is None:
+            return
+        places = self._crossings()
+        for n, (tensor, mask, gradient) in enumerate(crossing):
+            window, place = divmod(n, len(places))
+            name, producer, consumer = places[place]
+            ends = (self._indices[producer], self._indices[consumer], name, microbatch, window)
+            self.observer(Sight(ACTIVATION, True, *ends), tensor)
+            self.observer(Sight(GRADIENT, True, *ends), gradient)
+            if mask is not None:
+                self.observer(Sight(MASK, True, *ends), mask)
 
     @contextmanager
     def _tape(self) -> Iterator[Any]:
@@ -155,9 +159,9 @@ class SingleTape:
                 tape.watch(variable.value)
             yield tape
 
-    def _windows(self, part: Whole, weights: Weights, share: Any, states: Mapping[str, Any]) -> list[_Pass]:
+    def _windows(self, part: Whole, weights: Weights, share: Any, states: Mapping[str, Any]) -> list[Pass]:
         """All windows of a microbatch, one after the other, under whatever tape is open."""
-        runs: list[_Pass] = []
+        runs: list[Pass] = []
         several = part.grid.windows > 1
         for w in range(part.grid.windows):
             reads = [tf.identity(v.value) if several else v.value for v in self.variables]
@@ -170,29 +174,28 @@ class SingleTape:
             runs.append(run)
         return runs
 
-    def _gradients(self, tape: Any, part: Whole, runs: Sequence[_Pass]) -> list[list[Any | None]]:
-        """For each block of windows dL/dvariables: what later windows add comes first."""
+    def _gradients(
+        self, tape: Any, part: Whole, runs: Sequence[Pass], others: Sequence[Any]
+    ) -> tuple[list[list[Any | None]], list[Any | None]]:
+        """For each block of windows dL/dvariables: what later windows add comes first; and dL/dothers."""
         targets = [target for run in runs for target in run.targets]
         seeds = [seed for run in runs for seed in run.seeds]
         sources = [read for run in runs for read in run.reads]
+        wanted = [is_differentiable(tensor.dtype) for tensor in others]
+        sources += [tensor for tensor, yes in zip(others, wanted, strict=True) if yes]
         flat = tape.gradient(targets, sources, output_gradients=seeds) if targets else [None] * len(sources)
-        dense = [None if g is None else tf.convert_to_tensor(g) for g in flat]
         count = len(self.variables)
+        found = iter([dense(g) for g in flat[count * len(runs) :]])
+        rest = [next(found) if yes else None for yes in wanted]
+        if len(runs) == 1:  # a single contribution stays sparse where it is: optimizers round these differently
+            return [list(flat[:count])], rest
+        each = [dense(g) for g in flat]
         blocks: list[list[Sequence[Any | None]]] = []
         for w in range(len(runs)):
             if w == 0 or part.begins_block(w):
                 blocks.append([])
-            blocks[-1].append(dense[w * count : (w + 1) * count])
-        return [[reduce(plus, each) for each in zip(*reversed(block), strict=True)] for block in blocks]
-
-    def _initial(self, batch: Whole, k: int) -> dict[str, Any]:
-        """Every stage's states in front of window 0."""
-        found: dict[str, Any] = {}
-        for hosted in self.hosted:
-            if hosted.stage.carried is not None:
-                states = hosted.stage.carried.enter(k, 0, batch.grid.sizes[k], True)
-                found |= dict(zip(state_names(hosted), states, strict=True))
-        return found
+            blocks[-1].append(each[w * count : (w + 1) * count])
+        return [[reduce(plus, terms) for terms in zip(*reversed(block), strict=True)] for block in blocks], rest
 
     def _by_stage(self, total: Sequence[Any | None]) -> dict[int, list[Any | None]]:
         """The gradients of each stage's trainable variables, shared ones in each stage that has them."""
@@ -207,10 +210,6 @@ class SingleTape:
             i: [found[owners.get(id(v), id(v))] for v in hosted.stage.trainable_variables]
             for i, hosted in stage.items()
         }
-
-    def _heads(self) -> list[tuple[int, int]]:
-        """(position of the stage, number of the head in it) of all heads."""
-        return [(i, h) for i, hosted in enumerate(self.hosted) for h in range(len(hosted.heads))]
 
     def _weights(
         self, batch: Whole, i: int, h: int, masks: Mapping[tuple[int, int], Any]
@@ -229,124 +228,46 @@ class SingleTape:
         )
         return dict(zip(units, found, strict=True))
 
-    def _objectives(self, batch: Whole, window: int | None, weights: Weights) -> dict[int, Objective]:
-        """For each stage (by position) with heads what they need for a window of one microbatch, or for all (None)."""
-        found: dict[int, Objective] = {}
-        for i, hosted in enumerate(self.hosted) if batch.targets else ():
-            over = [hosted.gives_over_time(head.place) for head in hosted.heads]
-            which = [h for h in range(len(over)) if window is None or over[h] or batch.grid.is_last(window)]
-            if not which:
-                continue
-            labels = {h: hosted.labels[h] for h in which}
-            if window is None:
-                targets = [batch.targets[label] for label in labels.values()]
-                given = [batch.sample_weights.get(label) for label in labels.values()]
-            else:
-                unit = (0, window)
-                targets = [batch.grid.part(batch.targets[label], *unit, over[h]) for h, label in labels.items()]
-                given = [weight_part(batch, label, unit, over[h]) for h, label in labels.items()]
-            found[i] = Objective(
-                tuple(tf.convert_to_tensor(target) for target in targets),
-                tuple(None if weight is None else tf.convert_to_tensor(weight) for weight in given),
-                tuple(1.0 if window is None else weights[i, h][0, window] for h in which),
-                tuple(which),
-            )
-        return found
-
-    def _run(
-        self,
-        part: Whole,
-        window: int,
-        objectives: Mapping[int, Objective],
-        states: Mapping[str, Any],
-        share: Any,
-        training: bool = True,
-    ) -> _Pass:
-        """Call all segments on one window of a microbatch, under whatever tape is open."""
-        run = _Pass(self._inputs(part, window))
-        values = self._shared_values()
-        for i, hosted in enumerate(self.hosted):
-            with standing_in(values.get(i, ())):
-                outputs = self._call(hosted, {**run.tensors, **states}, training)
-                own = _own_losses(hosted, window)
-                losses, terms = [], []
-                if i in objectives:
-                    losses = hosted.heads.values(outputs, objectives[i])
-                    terms = hosted.heads.terms(losses, objectives[i].heads)
-            seeds = (share * part.loss_scale, part.loss_scale)
-            self._through_one_joint(hosted, run, window, outputs, own, terms, *seeds)
-            which = (objectives[i].heads or ()) if i in objectives else ()
-            run.losses[hosted.spec.index] = [dict(zip(which, losses, strict=True)), scaled_sum(own, share)]
-        return run
-
-    def _inputs(self, part: Whole, window: int) -> dict[str, Any]:
-        found = {}
-        for hosted in self.hosted:
-            for place, (name, source) in enumerate(hosted.spec.inputs):
-                if source == DRIVER:
-                    over_time = hosted.takes_over_time(place)
-                    found[name] = tf.convert_to_tensor(part.grid.part(part.inputs[name], 0, window, over_time))
-        return found
-
-    def _through_one_joint(
-        self,
-        hosted: HostedStage,
-        run: _Pass,
-        window: int,
-        outputs: Sequence[Any],
-        own: Sequence[Any],
-        terms: Sequence[Any],
-        own_seed: float,
-        seed: float,
-    ) -> None:
-        """Let all that a segment gives go through one operation, as its stage's tape does."""
-        names = [*(name for name, _ in hosted.spec.outputs), *state_names(hosted)]
-        goes_on = [bool(consumers) for _, consumers in hosted.spec.outputs] + [True] * len(hosted.spec.states)
-        alive = [
-            i
-            for i, (name, output) in enumerate(zip(names, outputs, strict=True))
-            if goes_on[i] and is_differentiable(output.dtype) and (name, window) not in (self._dead or ())
+    def finals(self, grid: Grid) -> list[tuple[int, str, int, int]]:
+        """(stage, tensor, microbatch, window) of all that `outputs` gives, microbatch after microbatch."""
+        return [
+            (hosted.spec.index, name, k, w)
+            for k in range(len(grid.sizes))
+            for w in range(grid.windows)
+            for hosted, place, name in self._final_outputs()
+            if grid.is_last(w) or hosted.gives_over_time(place)
         ]
-        passed = joint([*terms, *own], [outputs[i] for i in alive])
-        losses = len(terms) + len(own)
-        given = list(outputs)
-        for i, tensor in zip(alive, passed[losses:], strict=True):
-            mask = mask_of(outputs[i])
-            given[i] = tensor if mask is None or tensor is outputs[i] else with_mask(tensor, mask)
-        run.tensors |= dict(zip(names, given, strict=True))
-        run.states = {**run.states, **{name: run.tensors[name] for name in state_names(hosted)}}
-        run.targets += passed[:losses]
-        run.seeds += [tf.fill((), tf.cast(seed, term.dtype)) for term in terms]
-        run.seeds += [tf.fill((), tf.cast(own_seed, term.dtype)) for term in own]
 
-    def _call(self, hosted: HostedStage, tensors: Mapping[str, Any], training: bool) -> tuple[Any, ...]:
-        """One segment's model, its inputs by name; its flat outputs.
+    def outputs(self, batch: Whole, k: int) -> list[Any]:
+        """A microbatch's predictions, in the order of `finals`."""
+        part = batch.microbatch(k)
+        return self._forward(part.inputs, self._initial(batch, k), part.grid)
 
-        A mask that the segment takes off its input is off for those after it.
-        """
-        given = [tensors[name] for name in (*(name for name, _ in hosted.spec.inputs), *state_names(hosted))]
-        taken = [with_mask(tensor, mask_of(tensor)) for tensor in given]
-        outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=training)
-        for tensor, copy in zip(given, taken, strict=True):
-            if mask_of(tensor) is not None and mask_of(copy) is None:
-                tensor._keras_mask = None
-        return tuple(tf.nest.flatten(outputs))
+    def compiled_outputs(self, batch: Whole, k: int) -> list[Any]:
+        """The same by one traced function."""
+        part = batch.microbatch(k)
+        found: list[Any] = self._predicting(part.inputs, self._initial(batch, k), part.grid)
+        return found
 
-    def _shared_values(self) -> dict[int, list[tuple[Any, Any]]]:
-        """For each stage (by position) what to read in place of shared variables: (variable, tensor) pairs.
+    def _final_outputs(self) -> list[tuple[HostedStage, int, str]]:
+        return [
+            (hosted, place, name)
+            for hosted in self.hosted
+            for place, (name, _) in enumerate(hosted.spec.outputs)
+            if name in hosted.spec.finals
+        ]
 
-        owner ─► rest ─► rest ...   each segment reads an identity of its own, so that the uses in one segment are
-             └► use 0   └► use 1    summed first, then those of later segments before those of earlier ones.
-        """
-        stage = {hosted.spec.index: hosted for hosted in self.hosted}
-        found: dict[int, list[tuple[Any, Any]]] = {}
-        rest: dict[str, Any] = {}
-        for i, hosted in enumerate(self.hosted):
-            for tie in hosted.ties:
-                source = rest[tie.name] if tie.name in rest else tf.convert_to_tensor(owner(tie, stage).value)
-                variable = hosted.stage.trainable_variables[tie.place]
-                found.setdefault(i, []).append((variable, tf.identity(source)))
-                rest[tie.name] = tf.identity(source)
+    def _forward(self, inputs: Mapping[str, Any], states: Mapping[str, Any], grid: Grid) -> list[Any]:
+        """One microbatch in inference mode, window after window."""
+        part, found = Whole(inputs, {}, {}, grid), []
+        for w in range(grid.windows):
+            run = self._run(part, w, {}, states, 1.0, training=False)
+            states = run.states
+            found += [
+                run.tensors[name]
+                for hosted, place, name in self._final_outputs()
+                if grid.is_last(w) or hosted.gives_over_time(place)
+            ]
         return found
 
     def _prediction_masks(self, batch: Whole) -> dict[tuple[int, int], list[Array]]:
@@ -377,6 +298,7 @@ class SingleTape:
         states = [States(hosted.stage.model) for hosted in self.hosted]
         before = [state.read() for state in states]
         self._dead = frozenset((name, w) for name in between for w in range(batch.grid.windows))  # no joints
+        counting, self.counting = self.counting, False
         with self._tape() as tape:
             mine = by_head(of_microbatch(weights, 0))
             runs = self._windows(batch.microbatch(0), mine, 1.0, self._initial(batch, 0))
@@ -390,6 +312,7 @@ class SingleTape:
         found = tape.gradient(targets, list(watched.values()), output_gradients=seeds) if targets else []
         for state, values in zip(states, before, strict=True):
             state.write(values)
+        self.counting = counting
         return frozenset(place for place, gradient in zip(watched, found, strict=False) if gradient is None)
 
     def _coupled(self, batch: Whole, weights: Weights) -> tuple[list[Any | None], dict[int, list[Any]]]:
@@ -420,24 +343,24 @@ class SingleTape:
                     head.place: joined([run.tensors[names[head.place]] for run in runs]) for head in hosted.heads
                 }
                 values = hosted.heads.values(predictions, at_once[i])  # type: ignore[arg-type]
+                if self.counting:
+                    hosted.heads.update(predictions, at_once[i])  # type: ignore[arg-type]
                 terms = hosted.heads.terms(values)
                 targets += terms
                 seeds += [tf.fill((), tf.cast(batch.loss_scale, term.dtype)) for term in terms]
                 losses[0][hosted.spec.index][0] = dict(enumerate(values))
-        flat = tape.gradient(targets, [tensor for part in reads for tensor in part], output_gradients=seeds)
-        found = iter(None if g is None else tf.convert_to_tensor(g) for g in flat)
+        at_cuts = self._at_cuts(runs) if self.observer is not None else []
+        wanted = [tensor for tensor, _ in at_cuts if is_differentiable(tensor.dtype)]
+        sources = [*(tensor for part in reads for tensor in part), *wanted]
+        found = iter([dense(g) for g in tape.gradient(targets, sources, output_gradients=seeds)])
         total: list[Any | None] = [None] * len(self.variables)
         for _ in batch.grid.sizes:
             total = [plus(a, next(found)) for a in total]
+        crossing = [(t, mask, next(found) if is_differentiable(t.dtype) else None) for t, mask in at_cuts]
+        cuts = len(crossing) // len(runs)
+        for k in range(len(runs)):
+            self._show(k, crossing[k * cuts : (k + 1) * cuts])
         return total, summed(losses)
-
-
-def _own_losses(hosted: HostedStage, window: int) -> list[Any]:
-    """A segment's own losses; weight regularisers, which Keras lists last, in window 0 only."""
-    model = hosted.stage.model
-    losses = list(model.losses)  # every look computes the regularisers
-    count = len(losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
-    return [tf.reduce_sum(tf.cast(term, "float32")) for term in losses[:count]]
 
 
 __all__ = ["SingleTape", "Whole"]

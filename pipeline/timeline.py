@@ -9,14 +9,18 @@ All times are seconds. The bubble is the share of worker time within the step in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pipeline.errors import TimelineError
 from stages.actions import Action, Kind, open_tapes
 
-__all__ = ["Span", "Timeline"]
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+__all__ = ["Span", "Timeline", "measured_timeline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,21 @@ class Timeline:
 
     def __str__(self) -> str:
         return self.text()
+
+
+def measured_timeline(plan: Plan, measured: Sequence[Sequence[tuple[float, float]]]) -> Timeline:
+    """What workers noted of a step.
+
+    Args:
+        plan: What they did.
+        measured: For each worker the (begin, end) of its actions, seconds of a common clock.
+    """
+    spans = tuple(
+        Span(worker, action, *times)
+        for worker, (program, done) in enumerate(zip(plan.programs, measured, strict=True))
+        for action, times in zip(program, done, strict=True)
+    )
+    return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured")
 
 
 def _ms(seconds: float) -> str:

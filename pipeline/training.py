@@ -17,9 +17,9 @@ import tensorflow as tf
 
 from pipeline import keras_files
 from pipeline.callbacks import prepared
-from pipeline.driver import StepResult
 from pipeline.objective import by_label
 from pipeline.session import Session
+from pipeline.step import StepResult
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline

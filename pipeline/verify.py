@@ -1,280 +1,224 @@
-"""Compare two sets of gradients, variable by variable, and say so in a table.
+"""Verify a running pipeline: one step seen at every cut, and whatever witnesses are asked for; nothing stays changed.
 
-The tolerance is relative to the largest |gradient| of the whole model: a gradient that is exactly zero on one side and
-rounding noise on the other (a bias before a normalisation) must not fail for a meaningless ratio.
+    keep all values ─► a step with observers ─► compare with one tape, with witnesses ─► updates ─► put all values back
+
+The report's first deviation walks the flow (`pipeline.verify_tape`), so that it names the culprit and not what only
+follows from it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from io import StringIO
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from pipeline.compare import Judged, Part, judge
 from pipeline.errors import VerificationError
+from pipeline.report import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Report, Row
+from pipeline.step import Batch
+from pipeline.timeline import measured_timeline
+from pipeline.tolerance import Tolerance
+from pipeline.verify_steps import Steps
+from pipeline.verify_tape import LOSS, UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
+from stages.observing import ACTIVATION
 
 if TYPE_CHECKING:
     from pipeline.session import Session
 
-_COMPILED = 1e-6
-"""What fused operations may differ by, as a part of the largest |gradient|."""
-
-Gradients = Mapping[str, np.ndarray[Any, Any] | None]
+MEMORY_LIMIT = 2 << 30
+"""Bytes that a Jacobian may take in the check "chain" unless told otherwise."""
 
 
 @dataclass(frozen=True)
-class Tolerance:
-    """How much two runs may differ.
+class Question:
+    """What is asked of a verification.
 
     Attributes:
-        relative: As a part of the largest |gradient|; 0 demands equal bits.
-        why: Why this much.
+        checks: Keys of `pipeline.report.CHECKS`.
+        steps: How many updates the check "steps" makes.
+        tolerance: What may differ, as a part of the largest |value|; None: by the rules of `pipeline.tolerance`.
+        memory_limit: Bytes that a Jacobian may take.
+        seed: Of random directions.
     """
 
-    relative: float
-    why: str
+    checks: tuple[str, ...] = ("tape",)
+    steps: int = 1
+    tolerance: float | None = None
+    memory_limit: int = MEMORY_LIMIT
+    seed: int = 0
 
     @classmethod
-    def default(cls, run_eagerly: bool, rounding: float = 0.0) -> Tolerance:
-        """0 for eager tapes; for compiled functions 1e-6, or what compiling alone changes where that is more.
-
-        Args:
-            run_eagerly: Whether stages run eager tapes.
-            rounding: How far one compiled tape is from the same tape run eagerly, as a part of the largest |gradient|.
-        """
-        if run_eagerly:
-            return cls(0.0, "eager: the same operations in the same order, bit for bit")
-        if rounding <= _COMPILED:
-            return cls(_COMPILED, "compiled: fused operations round differently")
-        return cls(rounding, "compiled: what one tape over this model differs by between eager and compiled")
-
-
-def verified(session: Session, x: Any, y: Any, sample_weight: Any, tolerance: float | None) -> Report:
-    """Compare a running pipeline with one tape; see `Pipeline.verify`."""
-    compiled = session.needs_compile("verify")
-    batch = session.batch(x, y, sample_weight, compiled.judged)
-    ours, gradients = session.gradients(batch)
-    theirs, expected = session.one_tape(batch)
-    default = Tolerance.default(compiled.run_eagerly, theirs.rounding)
-    allowed = default if tolerance is None else Tolerance(tolerance, "as given")
-    parts = [f"{len(session.segments)} stages", f"{session.microbatches} microbatches"]
-    parts += [f"{len(batch.lengths)} windows"] if batch.lengths else []
-    parts += [str(session.schedule), "eager" if compiled.run_eagerly else "compiled"]
-    return compare(gradients, expected, ours.loss, theirs.loss, allowed, ", ".join(parts))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variable's comparison.
-
-    Attributes:
-        name: ``<stage>/<variable path>``.
-        shape: The gradient's shape.
-        norm: L2 norm of the pipeline's gradient; NaN where there is none.
-        difference: Largest absolute difference.
-        relative: That, as a part of the largest |gradient| of the reference over all variables.
-        ulps: Largest distance in units in the last place, for elements of at least that largest |gradient| times the
-            tolerance's scale; see `ulp_distance`.
-        ok: Whether it is within the tolerance.
-        verdict: In words.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    norm: float
-    difference: float
-    relative: float
-    ulps: int
-    ok: bool
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a verification found.
-
-    Attributes:
-        rows: One per variable, in the order of stages and variables.
-        loss: The pipeline's loss.
-        reference_loss: The loss of one tape.
-        tolerance: What was allowed.
-        headline: What was compared.
-    """
-
-    rows: tuple[Row, ...]
-    loss: float
-    reference_loss: float
-    tolerance: Tolerance
-    headline: str
-
-    @property
-    def loss_ok(self) -> bool:
-        """Whether the losses agree: equal when bit for bit is demanded, else within 1e-6 (NaN equals NaN)."""
-        if math.isnan(self.loss) and math.isnan(self.reference_loss):
-            return True
-        if self.tolerance.relative == 0.0:
-            return self.loss == self.reference_loss
-        allowed = max(self.tolerance.relative, 1e-6) * max(abs(self.reference_loss), 1e-30)
-        return abs(self.loss - self.reference_loss) <= allowed
-
-    @property
-    def ok(self) -> bool:
-        """Whether every gradient and the loss agree."""
-        return bool(self.rows) and self.loss_ok and all(row.ok for row in self.rows)
-
-    @property
-    def worst(self) -> Row | None:
-        """The row with the largest relative difference, a failed one first."""
-        return max(self.rows, key=lambda row: (not row.ok, row.relative), default=None)
-
-    def raise_if_failed(self) -> None:
-        """Raise the report as an error unless it is ok.
+    def of(cls, checks: str | Sequence[str], **others: Any) -> Question:
+        """From what `Pipeline.verify` takes.
 
         Raises:
-            VerificationError: Something differs by more than the tolerance.
+            VerificationError: An unknown check, or none.
         """
-        if not self.ok:
-            raise VerificationError(f"the hand-off does not match one tape\n{self}")
-
-    def summary(self) -> str:
-        """One line."""
-        worst = self.worst
-        verdict = "equal to one tape" if self.ok else "NOT equal to one tape"
-        part = "" if worst is None else f", largest difference {worst.relative:.1e} of the largest |gradient|"
-        bits = " (bit for bit)" if self.ok and self.tolerance.relative == 0.0 else ""
-        return f"{verdict}{bits}: {len(self.rows)} gradients{part}"
-
-    def to_json(self) -> str:
-        """The report as JSON."""
-        return json.dumps(
-            {
-                "ok": self.ok,
-                "headline": self.headline,
-                "loss": self.loss,
-                "reference_loss": self.reference_loss,
-                "tolerance": asdict(self.tolerance),
-                "rows": [asdict(row) for row in self.rows],
-            },
-            indent=2,
-        )
-
-    def table(self) -> Table:
-        """The report as a rich table."""
-        table = Table(title=f"Verification against one tape: {self.headline}", title_justify="left")
-        for name, justify in _COLUMNS:
-            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in self.rows:
-            style = None if row.ok else "bold red"
-            table.add_row(
-                row.name,
-                "x".join(map(str, row.shape)) or "scalar",
-                f"{row.norm:.4g}",
-                f"{row.difference:.2e}",
-                f"{row.relative:.1e}",
-                str(row.ulps),
-                row.verdict,
-                style=style,
+        given = tuple(CHECKS) if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)
+        unknown = [check for check in given if check not in CHECKS]
+        if unknown or not given:
+            raise VerificationError(
+                f"checks must be 'all' or some of {', '.join(map(repr, CHECKS))}; received {checks!r}"
             )
-        loss = "equal" if self.loss_ok else "DIFFERS"
-        table.caption = (
-            f"loss {self.loss:.9g}, one tape {self.reference_loss:.9g}: {loss}\n"
-            f"tolerance {self.tolerance.relative:g} of the largest |gradient| ({self.tolerance.why})\n{self.summary()}"
-        )
-        table.caption_justify = "left"
-        return table
-
-    def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120, color_system=None).print(self.table())
-        return text.getvalue().rstrip()
+        return cls(tuple(check for check in CHECKS if check in given), **others)
 
 
-_COLUMNS = (
-    ("variable", "left"),
-    ("shape", "right"),
-    ("norm", "right"),
-    ("max |diff|", "right"),
-    ("relative", "right"),
-    ("ULP", "right"),
-    ("verdict", "left"),
-)
+def verified(session: Session, x: Any, y: Any, sample_weight: Any, question: Question) -> Report:
+    """Verify one batch; see `Pipeline.verify`."""
+    compiled = session.needs_compile("verify")
+    batch = session.batch(x, y, sample_weight, compiled.judged)
+    return Verification(session, batch, question).run()
 
 
-def compare(
-    ours: Gradients,
-    theirs: Gradients,
-    loss: float | None,
-    reference_loss: float | None,
-    tolerance: Tolerance,
-    headline: str,
-) -> Report:
-    """Compare gradients under the same names.
+@dataclass
+class Verification:
+    """One verification.
 
-    Args:
-        ours: The pipeline's.
-        theirs: The reference's.
-        loss: The pipeline's loss.
-        reference_loss: The reference's.
-        tolerance: What is allowed.
-        headline: What was compared.
+    Attributes:
+        session: The running pipeline.
+        batch: What it is verified on.
+        question: What is asked.
     """
-    largest = max((float(np.max(np.abs(g))) for g in theirs.values() if g is not None and g.size), default=0.0)
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    rows = tuple(_row(name, ours.get(name), theirs.get(name), largest, tolerance) for name in names)
-    nan = float("nan")
-    return Report(
-        rows, nan if loss is None else loss, nan if reference_loss is None else reference_loss, tolerance, headline
-    )
 
+    session: Session
+    batch: Batch
+    question: Question
+    _judged: list[Judged] = field(default_factory=list)
+    _checks: list[Check] = field(default_factory=list)
 
-def _row(
-    name: str,
-    ours: np.ndarray[Any, Any] | None,
-    theirs: np.ndarray[Any, Any] | None,
-    largest: float,
-    tolerance: Tolerance,
-) -> Row:
-    if ours is None or theirs is None:
-        there = ours if ours is not None else theirs
-        shape = () if there is None else there.shape
-        same = ours is None and theirs is None
-        verdict = (
-            "no gradient, as one tape" if same else f"gradient only in {'one tape' if ours is None else 'the pipeline'}"
+    def run(self) -> Report:
+        """Make all checks; whatever happens, all values are put back."""
+        begin = time.monotonic()
+        compiled, driver = self.session.needs_compile("verify"), self.session.driver()
+        self.session.needs_the_trainable_set("verify")
+        put_back = compiled.keep()
+        driver.keep()
+        changed: dict[int, list[str]] = {}
+        try:
+            report = self._checked()
+        finally:
+            put_back()
+            if not driver.closed:
+                changed = driver.put_back()
+        self._timed("undisturbed", lambda: [self._undisturbed(i, paths) for i, paths in changed.items()])
+        return self._report(report, time.monotonic() - begin)
+
+    def _checked(self) -> Report:
+        session, asked = self.session, self.question.checks
+        names = self._names()
+        ours = self._observed(session.driver(), trace=True)
+        self._timed("hand-off", lambda: hand_off(ours.seen, names))
+        theirs, allowed = ours, Allowance(self._eager, {}, self.question.tolerance)
+        if set(asked) & {"tape", "chain", "differences", "batch"}:
+            begin = time.monotonic()
+            theirs = self._observed(session.reference())
+            allowed = Allowance(self._eager, theirs.result.roundings, self.question.tolerance)
+        if "tape" in asked:
+            self._judged += at_cuts(ours.seen, theirs.seen, names, allowed)
+            self._judged += losses(ours.result, theirs.result, names, allowed.of("gradient"))
+            self._judged += gradients(ours, theirs, names, allowed)
+            self._checks.append(Check("tape", True, seconds=time.monotonic() - begin))
+        if "steps" in asked:
+            steps = Steps(session, self.batch, self.question, names)
+            if reason := steps.refused:
+                self._checks.append(Check("steps", False, reason))
+            else:
+                self._timed("steps", steps.run)
+        nothing = float("nan")
+        return Report(
+            (),
+            (),
+            nothing if ours.result.loss is None else ours.result.loss,
+            nothing if theirs.result.loss is None else theirs.result.loss,
+            allowed.of("gradient"),
+            self._headline(),
+            flow=self._flow(ours),
         )
-        size = 0.0 if same else float("inf")
-        return Row(name, shape, float("nan"), size, size, 0, same, verdict)
-    norm = float(np.linalg.norm(ours.astype(np.float64)))
-    if ours.shape != theirs.shape:
-        return Row(name, ours.shape, norm, float("inf"), float("inf"), 0, False, f"shape {theirs.shape} in one tape")
-    if ours.tobytes() == theirs.tobytes():
-        return Row(name, ours.shape, norm, 0.0, 0.0, 0, True, "equal bits")
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return Row(name, ours.shape, norm, float("inf"), float("inf"), 0, False, "not finite on one side only")
-    finite = np.isfinite(a)
-    difference = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
-    relative = difference / largest if largest else (0.0 if difference == 0.0 else float("inf"))
-    ulps = ulp_distance(ours[finite], theirs[finite])
-    ok = relative <= tolerance.relative
-    verdict = ("equal" if difference == 0.0 else "within tolerance") if ok else "DIFFERS"
-    return Row(name, ours.shape, norm, difference, relative, ulps, ok, verdict)
+
+    @property
+    def _eager(self) -> bool:
+        return self.session.needs_compile("verify").run_eagerly
+
+    def _observed(self, driver: Any, trace: bool = False) -> Observed:
+        result, found = self.session.differentiate(self.batch, driver, observe="values", trace=trace)
+        return Observed(result, found, driver.seen())
+
+    def _names(self) -> Names:
+        session = self.session
+        variables = {place: name for place, (name, _) in session.variable_names().items()}
+        judges = {label: stage for label, (_, stage) in _outputs(session).items()}
+        return Names(session.wires.names, variables, judges)
+
+    def _timed(self, check: str, make: Callable[[], list[Judged]]) -> None:
+        """Add what a check finds, and what it takes."""
+        begin = time.monotonic()
+        self._judged += make()
+        self._checks.append(Check(check, True, seconds=time.monotonic() - begin))
+
+    def _undisturbed(self, stage: int, changed: Sequence[str]) -> Judged:
+        """All bits of a stage are as before, or which are not."""
+        count = np.asarray(len(changed), np.int64)
+        part = Part(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), f"changed: {', '.join(changed)}")
+        name = self.session.wires.names[stage]
+        return judge("undisturbed", "left as it was", name, name, [part], Tolerance.bits())
+
+    def _headline(self) -> str:
+        session = self.session
+        parts = [f"{len(session.segments)} stages", f"{session.microbatches} microbatches"]
+        parts += [f"{len(self.batch.lengths)} windows"] if self.batch.lengths else []
+        return ", ".join([*parts, str(session.schedule), "eager" if self._eager else "compiled"])
+
+    def _flow(self, ours: Observed) -> Flow:
+        names = self.session.wires.names
+        sizes: dict[tuple[int, int, str], int] = {}
+        for sight, array in ours.seen.items():
+            if sight.what == ACTIVATION and sight.sent and array is not None:
+                place = (sight.producer, sight.consumer, sight.tensor)
+                sizes[place] = sizes.get(place, 0) + array.nbytes
+        edges = tuple(Edge(names[p], names[c], tensor, size) for (p, c, tensor), size in sorted(sizes.items()))
+        timeline = measured_timeline(self.session.plan(self.batch, training=True), ours.result.spans)
+        return Flow(names, edges, timeline)
+
+    def _report(self, report: Report, seconds: float) -> Report:
+        first = min(
+            ((judged.order, k) for k, judged in enumerate(self._judged) if judged.order is not None), default=None
+        )
+        order = (*CHECKS, *ALWAYS)
+        return Report(
+            tuple(judged.row for judged in self._judged),
+            tuple(sorted(self._checks, key=lambda check: order.index(check.name))),
+            report.loss,
+            report.reference_loss,
+            report.tolerance,
+            report.headline,
+            None if first is None else deviation(self._judged[first[1]].row, first[0][0] == LOSS),
+            report.flow,
+            seconds,
+        )
 
 
-def ulp_distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> int:
-    """The largest difference in units in the last place of the larger of the two elements.
+def deviation(row: Row, loss: bool = False) -> Deviation:
+    """What is wrong, in words."""
+    size = f"by {row.difference:.1e}, {row.relative:.1e} of the largest" if np.isfinite(row.difference) else row.verdict
+    at = f" in {row.where}" if row.where else ""
+    sentences = {
+        "received activation": f"what stage {row.stage!r} received as {row.name!r}{at} is not what {row.peer!r} sent",
+        "received output gradient": (
+            f"the gradient for {row.name!r} that stage {row.stage!r} received{at} is not what {row.peer!r} sent"
+        ),
+        "activation": f"stage {row.stage!r} gives another {row.name!r}{at}",
+        "output gradient": f"stage {row.stage!r} sends another dL/d{row.name} to {row.peer!r}{at}",
+        "gradient": f"stage {row.stage!r} sums another dL/d{row.name}{at}",
+        "left as it was": f"the verification left stage {row.stage!r} changed ({row.where})",
+    }
+    owner = f"stage {row.stage!r}: " if row.stage else ""
+    sentence = sentences.get(row.kind, f"{owner}{row.kind} {row.name!r} differs{at}")
+    return Deviation(row, row.stage, f"{sentence} ({row.check}: {size})")
 
-    Args:
-        a: Finite floats.
-        b: The same shape and dtype.
-    """
-    if not a.size:
-        return 0
-    larger = np.maximum(np.abs(a), np.abs(b))
-    unit = np.spacing(np.maximum(larger, np.finfo(larger.dtype).tiny)).astype(np.float64)
-    return int(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)) / unit))
+
+def _outputs(session: Session) -> dict[str, tuple[str, int]]:
+    """{output label: (tensor, the stage that gives it)}."""
+    return dict(zip(session.wires.labels, session.wires.outputs, strict=True))

@@ -21,6 +21,7 @@ from stages.actions import Action, Kind
 from stages.grid import Grid
 from stages.heads import Objective, WholeBatch, whole_batch
 from stages.hosted import HostedStage
+from stages.observing import CROSSES, GRADIENT, Sight, observer_named
 from stages.part import with_mask
 from stages.tapes import Key as TapeKey
 from stages.tensors import to_array, to_tensor
@@ -43,6 +44,7 @@ class StepOrder:
         trace: Whether to note when each action began and ended.
         loss_scale: Factor on every loss while it is differentiated.
         truncate: How many windows a state's gradient goes back through; None: all.
+        observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see `stages.observing`.
     """
 
     step: int
@@ -52,6 +54,7 @@ class StepOrder:
     trace: bool = False
     loss_scale: float = 1.0
     truncate: int | None = None
+    observe: str = ""
 
     @property
     def training(self) -> bool:
@@ -127,6 +130,7 @@ class Program:
         self._batches = {index: _Batch() for index in hosted}
         self.current: Action | None = None
         self.spans: list[tuple[float, float]] = []
+        self.observer = observer_named(order.observe)
 
     def run(self) -> dict[str, Any]:
         """Carry out all actions.
@@ -168,7 +172,17 @@ class Program:
     ) -> Message:
         self.links.board[6] = source
         self.links.board[0] = WAITING
-        return self.links.take(Key(kind, self.order.step, stage, source, tensor, microbatch, window))
+        message = self.links.take(Key(kind, self.order.step, stage, source, tensor, microbatch, window))
+        self._see(kind, False, source, stage, tensor, (microbatch, window), message.array)
+        return message
+
+    def _see(
+        self, kind: str, sent: bool, sender: int, receiver: int, tensor: str, number: tuple[int, int], array: Any
+    ) -> None:
+        """Let the observer, if there is one, look at what crosses a cut."""
+        if self.observer is not None and kind in CROSSES and DRIVER not in (sender, receiver):
+            producer, consumer = (receiver, sender) if kind == GRADIENT else (sender, receiver)
+            self.observer(Sight(kind, sent, producer, consumer, tensor, *number), array)
 
     def _take(self, kind: str, stage: int, source: int, tensor: str = "", microbatch: int = 0, window: int = 0) -> Any:
         return self._message(kind, stage, source, tensor, microbatch, window).array
@@ -190,6 +204,7 @@ class Program:
         mark: bool | None = None,
     ) -> None:
         array = None if value is None else to_array(value)
+        self._see(kind, True, source, stage, tensor, number, array)
         step = self.order.step
         self.links.send(Message(kind, self.links.incarnation, step, stage, source, tensor, *number, mark, array))
 

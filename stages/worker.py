@@ -31,6 +31,8 @@ from stages.carried import Carried
 from stages.errors import HandoffError
 from stages.grid import Grid
 from stages.hosted import HostedStage, StageSpec
+from stages.keeping import EVERYTHING, Kept
+from stages.observing import Norms, Values
 from stages.program import BUILDING, BUSY, IDLE, Links, Program, StepOrder, Stopped
 from stages.tensors import to_array, to_tensor
 from transport.channel import Outbox
@@ -42,6 +44,8 @@ from transport.registry import open_transport
 CONNECT_SECONDS = 30.0
 """How long a neighbour may take to accept a connection."""
 _TRACEBACK_CHARACTERS = 12000
+_NAMED = 20
+"""So many variables are named that could not be put back."""
 
 
 def main(spec: Mapping[str, Any], board: np.ndarray[Any, Any]) -> None:
@@ -86,6 +90,8 @@ class Worker:
         self._program: Program | None = None
         self._stepped: set[str] = set()
         self._applied = -1
+        self._seen: Values | Norms | None = None
+        self._kept: dict[int, Kept] = {}
         self._commands: dict[str, Callable[[int, Any], Any]] = {
             "connect": self._do_connect,
             "build": self._do_build,
@@ -96,6 +102,9 @@ class Worker:
             "get": self._do_get,
             "set": self._do_set,
             "call": self._do_call,
+            "seen": self._do_seen,
+            "keep": self._do_keep,
+            "put_back": self._do_put_back,
             "strips": self._do_strips,
             "unmask": self._do_unmask,
         }
@@ -163,8 +172,7 @@ class Worker:
         if self.own_process:
             gc.freeze()
         described = {str(index): hosted.describe() for index, hosted in self.hosted.items()}
-        text = json.dumps(described).encode()  # as one array: a large model's description is no small plain value
-        self._tell("reply", number, {}, np.frombuffer(text, np.uint8))
+        self._tell_long(number, described)
 
     def _do_plan(self, number: int, order: Mapping[str, Any]) -> None:
         array = self._take(Key("plan", number, self._place())).array
@@ -180,9 +188,10 @@ class Worker:
             order["trace"],
             order["loss_scale"],
             order["truncate"],
+            order["observe"],
         )
         links = Links(self._take, self._send, self.incarnation, self.board)
-        before = self._states() if what.mode == "gradients" else None
+        before = self._keep(("states", "metrics")) if what.mode == "gradients" else {}
         if what.mode == "masks":
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
@@ -192,13 +201,16 @@ class Worker:
             answer["squared_norm"] = sum(h.squared_norm(order["loss_scale"]) for h in self.hosted.values())
         if order["finite"]:
             answer["finite"] = all(hosted.all_finite() for hosted in self.hosted.values())
-        if before is not None:
-            self._restore(before)
-        elif what.mode not in ("predict", "masks"):
+        for kept in before.values():
+            kept.put_back()
+        if not before and what.mode not in ("predict", "masks"):
             answer["metrics"] = self._metrics()
         answer["masked"] = any(hosted.prediction_masks for hosted in self.hosted.values())
         if what.trace:
             answer["spans"] = [list(span) for span in self._program.spans]
+        self._seen = self._program.observer
+        if isinstance(self._seen, Norms):
+            answer["norms"] = [[*place, squares] for place, squares in self._seen.squares.items()]
         self._program = None
         self.mailbox.clear(what.step + 1)
         if self.own_process and what.mode not in self._stepped:
@@ -206,27 +218,34 @@ class Worker:
             gc.freeze()
         return answer
 
-    def _states(self) -> dict[int, tuple[Any, Any, Any]]:
-        """What a step changes besides gradients: states of layers, metrics, states kept for the next batch."""
-        return {
-            i: (
-                snapshot.read(hosted.variables("states")),
-                snapshot.read(hosted.variables("metrics")),
-                None if hosted.stage.carried is None else hosted.stage.carried.kept,
-            )
-            for i, hosted in self.hosted.items()
-        }
+    def _keep(self, groups: Sequence[str]) -> dict[int, Kept]:
+        return {index: Kept(hosted, groups) for index, hosted in self.hosted.items()}
 
-    def _restore(self, before: Mapping[int, tuple[Any, Any, Any]]) -> None:
-        for i, (states, metrics, kept) in before.items():
-            if kept is not None:
-                self._carried(i).kept = kept
-            snapshot.write(self.hosted[i].variables("states"), states, "states")
-            current = self.hosted[i].variables("metrics")
-            if len(metrics) == len(current):
-                snapshot.write(current, metrics, "metrics")
-            else:
-                self.hosted[i].heads.reset()
+    def _do_keep(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Set all values aside; answers with their bytes."""
+        self._kept = self._keep(EVERYTHING)
+        return {"bytes": sum(kept.size for kept in self._kept.values())}
+
+    def _do_put_back(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Put back what `keep` set aside; answers with the paths of variables that are not as they were."""
+        for kept in self._kept.values():
+            kept.put_back()
+        changed = {str(index): kept.changed()[:_NAMED] for index, kept in self._kept.items()}
+        self._kept = {}
+        return {"changed": changed}
+
+    def _do_seen(self, number: int, order: Mapping[str, Any]) -> None:
+        """Send what was seen at the cuts in the last step, and forget it."""
+        seen = self._seen.seen if isinstance(self._seen, Values) else {}
+        self._seen = None
+        for i, array in enumerate(seen.values()):
+            message = Message("variable", self.incarnation, number, DRIVER, self._place(), microbatch=i, array=array)
+            self.driver.send(message, CONNECT_SECONDS)
+        self._tell_long(number, [list(sight) for sight in seen])
+
+    def _tell_long(self, number: int, value: Any) -> None:
+        """Answer with plain data of any length, as JSON in an array: messages' own values are small."""
+        self._tell("reply", number, {}, np.frombuffer(json.dumps(value).encode(), np.uint8))
 
     def _metrics(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -256,35 +275,39 @@ class Worker:
 
     def _do_get(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         counts = {}
-        for index, hosted in self.hosted.items():
-            if order["what"] == "gradients":
-                values: Sequence[Any] = self._gradients_of(index)
-            elif order["what"] == "kept states":
-                kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
-                values = [to_array(state) for k in sorted(kept) for state in kept[k]]
-            else:
-                values = snapshot.read(hosted.variables(order["what"]))
+        for index in self.hosted:
+            values = self._values(order["what"], index)
             counts[str(index)] = len(values)
             for i, value in enumerate(values):
                 message = Message("variable", self.incarnation, number, DRIVER, index, microbatch=i, array=value)
                 self.driver.send(message, CONNECT_SECONDS)
         return {"counts": counts}
 
-    def _gradients_of(self, index: int) -> list[np.ndarray[Any, Any] | None]:
-        return self.hosted[index].gradients()
+    def _values(self, what: str, index: int) -> Sequence[np.ndarray[Any, Any] | None]:
+        """What a stage has under a name: ``gradients``, ``kept states``, or as `HostedStage.variables` calls it."""
+        hosted = self.hosted[index]
+        if what == "gradients":
+            return hosted.gradients()
+        if what == "kept states":
+            kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
+            return [to_array(state) for k in sorted(kept) for state in kept[k]]
+        return snapshot.read(hosted.variables(what))
 
     def _do_set(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         for index, count in order["counts"].items():
-            hosted = self.hosted[int(index)]
             arrays = [self._take(Key("variable", number, int(index), microbatch=i)).array for i in range(count)]
-            values = [array for array in arrays if array is not None]
-            if order["what"] == "kept states":
-                self._keep(int(index), values)
-            else:
-                hosted.set(order["what"], values)
+            self._set(order["what"], int(index), arrays)
         return {}
 
-    def _keep(self, index: int, values: Sequence[np.ndarray[Any, Any]]) -> None:
+    def _set(self, what: str, index: int, arrays: Sequence[np.ndarray[Any, Any] | None]) -> None:
+        """Write what a stage has under a name; `_values` the other way."""
+        values = [array for array in arrays if array is not None]
+        if what == "kept states":
+            self._begin_with(index, values)
+        else:
+            self.hosted[index].set(what, values)
+
+    def _begin_with(self, index: int, values: Sequence[np.ndarray[Any, Any]]) -> None:
         """Let a stage begin with states that another run's batch left, microbatch after microbatch."""
         if values:
             carried = self._carried(index)

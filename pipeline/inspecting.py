@@ -1,0 +1,80 @@
+"""What can be asked of a running pipeline and leaves it as it is: gradients, their verification, times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.report import Report
+from pipeline.session import Session
+from pipeline.timeline import Timeline
+from pipeline.verify import MEMORY_LIMIT, Question, verified
+
+
+class Inspecting:
+    """The questions of `Pipeline`."""
+
+    _session: Session
+
+    def gradients(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, np.ndarray[Any, Any] | None]:
+        """dL/dvariables of one batch in training mode; nothing is applied, and no state is changed.
+
+        Returns:
+            {"<stage>/<variable path>": array of the variable's shape and dtype}; None where the loss does not depend
+            on the variable.
+        """
+        compiled = self._session.needs_compile("gradients")
+        return self._session.gradients(self._session.batch(x, y, sample_weight, compiled.judged))[1]
+
+    def verify(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        checks: str | Sequence[str] = ("tape",),
+        steps: int = 1,
+        tolerance: float | None = None,
+        memory_limit: int = MEMORY_LIMIT,
+        seed: int = 0,
+    ) -> Report:
+        """Check this pipeline on one batch: everything that crosses a cut, all gradients, and whatever else is asked.
+
+        What was sent and what arrived is always compared, and all values are put back and compared bit for bit. The
+        reference runs in a process of its own, with the same values, microbatches and thread count.
+
+        Args:
+            x: As in `train_on_batch`, like `y` and `sample_weight`.
+            checks: ``"all"`` or some of: ``"tape"``, one tape over the joined model; ``"chain"``, the Jacobian chain
+                rule; ``"differences"``, finite differences in float64; ``"batch"``, the whole batch under one tape
+                with Keras's own loss; ``"steps"``, updates of weights, optimizer, statistics, seeds and metrics.
+            steps: How many updates the check ``"steps"`` makes.
+            tolerance: Largest accepted difference as a part of the largest |value|; default: the rules of
+                `pipeline.tolerance`: 0 (bit for bit) when eager, 8 eps or what compiling alone changes when compiled.
+            memory_limit: Bytes that a Jacobian may take in the check ``"chain"``.
+            seed: Of the random directions of the check ``"differences"``.
+
+        Returns:
+            The report: ``report.ok`` is the verdict, ``report.first`` says where the flow first deviates,
+            ``print(report)`` shows a table, ``report.save("report.html")`` writes a page; tests call
+            ``raise_if_failed()``.
+
+        Raises:
+            VerificationError: An unknown check.
+        """
+        question = Question.of(checks, steps=steps, tolerance=tolerance, memory_limit=memory_limit, seed=seed)
+        return verified(self._session, x, y, sample_weight, question)
+
+    def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
+        """When each worker did what in a step without its update, in seconds; the median of several steps.
+
+        Nothing is applied, and no state is changed. In compiled mode the last stage's forward box holds its loss and
+        backward too: they are one function.
+
+        Args:
+            x: As in `train_on_batch`, like `y` and `sample_weight`.
+            repeats: How many steps to measure, after one that is not counted.
+        """
+        return self._session.timeline(x, y, sample_weight, repeats)

@@ -1,0 +1,96 @@
+"""The reference's own updates: Keras's optimizers over the joined model, as a user of one process would apply them.
+
+One optimizer for all stages is one object here, which clips by the global norm itself; a stage's worker has one for its
+own variables, and the driver decides about norms. Both must end at the same weights and slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.reference_batch import owned, owner
+from stages import snapshot
+from stages.hosted import HostedStage, leave_undecayed
+from stages.recipes import Recipe, create
+from stages.tapes import rescaled, update
+
+Array = np.ndarray[Any, Any]
+
+
+class ReferenceOptimizer:
+    """One Keras optimizer over the variables of some stages.
+
+    Args:
+        recipe: The user's optimizer, clipping included.
+        hosted: The stages that it updates, in order; variables that an earlier stage of all has too are left out.
+        undecayed: {stage: which of its trainable variables, by place, are left out of weight decay}.
+    """
+
+    def __init__(self, recipe: Recipe, hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]) -> None:
+        self._hosted = hosted
+        self.variables = [v for stage in hosted for v in owned(stage)]
+        self._optimizer = create(recipe)
+        left_out = [stage.stage.trainable_variables[k] for stage in hosted for k in undecayed[stage.spec.index]]
+        if left_out:
+            leave_undecayed(self._optimizer, left_out)
+        self._optimizer.build(self.variables)
+
+    def described(self) -> list[list[Any]]:
+        """[stage, index among its trainable variables or -1, slot name] of each of the optimizer's variables."""
+        places = self.places
+        first = self._hosted[0].spec.index
+        return [
+            [*(places[slot.variable] if slot.variable >= 0 else (first, -1)), slot.name]
+            for slot in snapshot.optimizer_slots(self._optimizer, self.variables)
+        ]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(stage, index among its trainable variables) of each variable."""
+        at = {id(v): (h.spec.index, k) for h in self._hosted for k, v in enumerate(h.stage.trainable_variables)}
+        return [at[id(variable)] for variable in self.variables]
+
+    def read(self) -> list[Array]:
+        """The values of the optimizer's variables."""
+        return snapshot.read(self._optimizer.variables)
+
+    def write(self, values: Sequence[Array]) -> None:
+        """Set them."""
+        snapshot.write(self._optimizer.variables, values, "the reference's optimizer")
+
+    def apply(self, gradients: Mapping[int, Sequence[Any]], rate: float | None, divisor: float | None) -> None:
+        """One update.
+
+        Args:
+            gradients: {stage: dL/dvariable of each trainable variable, or None}.
+            rate: The learning rate; None leaves it.
+            divisor: What the gradients are divided by first (the loss scale).
+        """
+        if rate is not None:
+            self._optimizer.learning_rate = rate
+        pairs = [(gradients[i][k], v) for (i, k), v in zip(self.places, self.variables, strict=True)]
+        pairs = [(g, v) for g, v in pairs if g is not None]
+        update(self._optimizer, rescaled([g for g, _ in pairs], None, divisor), [v for _, v in pairs])
+
+
+def reference_optimizers(
+    recipes: Mapping[int, Recipe], hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]
+) -> dict[int, ReferenceOptimizer]:
+    """{first stage it is for: an optimizer}: one for all stages where only the first has a recipe, else one each."""
+    given = {i: recipe for i, recipe in recipes.items() if recipe is not None}
+    if len(given) == 1 and len(hosted) > 1:
+        return {i: ReferenceOptimizer(recipe, hosted, undecayed) for i, recipe in given.items()}
+    by_index = {stage.spec.index: stage for stage in hosted}
+    return {i: ReferenceOptimizer(recipe, [by_index[i]], undecayed) for i, recipe in given.items()}
+
+
+def share_values(hosted: Sequence[HostedStage]) -> None:
+    """Give every stage's copy of a tied variable the owner's value."""
+    by_index = {stage.spec.index: stage for stage in hosted}
+    for stage in hosted:
+        for tie in stage.ties:
+            if tie.stages[0] != stage.spec.index:
+                stage.stage.trainable_variables[tie.place].assign(owner(tie, by_index).value)

@@ -1,0 +1,86 @@
+"""A step in plain data: the batch that goes in, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stages.hosted import StageSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, cut as `sizes` says.
+
+    Attributes:
+        inputs: {input name: array (n, ...)}.
+        targets: {output label: array (n, ...)}.
+        sample_weights: {output label: array}, of those that have any.
+        sizes: Samples per microbatch; they sum to n.
+        lengths: Time steps per window; () without windows.
+    """
+
+    inputs: Mapping[str, np.ndarray[Any, Any]]
+    targets: Mapping[str, np.ndarray[Any, Any]]
+    sample_weights: Mapping[str, np.ndarray[Any, Any]]
+    sizes: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave.
+
+    Attributes:
+        loss: The batch's loss: that of every output by its loss weight, and own losses; None in prediction.
+        losses: {output label: its loss, unweighted}.
+        metrics: The metrics so far.
+        outputs: In prediction: {tensor name: array (n, ...)}.
+        spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
+        squared_norm: Sum of squares of all gradients of all stages, where it was asked for.
+        finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
+        roundings: Of a compiled reference: how far its gradients, and what it has at the cuts, are from those of the
+            same tape run eagerly, each as a part of the largest of its kind.
+        own_losses: {stage: its own losses (regularisers, `add_loss`)} of those that have any.
+        boundary_norms: {(what, producer, consumer, tensor): L2 norm over the batch}, where it was asked for.
+    """
+
+    loss: float | None
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    outputs: dict[str, np.ndarray[Any, Any]]
+    spans: list[list[tuple[float, float]]]
+    squared_norm: float | None = None
+    finite: bool = True
+    roundings: Mapping[str, float] = field(default_factory=dict)
+    own_losses: Mapping[int, float] = field(default_factory=dict)
+    boundary_norms: Mapping[tuple[str, int, int, str], float] = field(default_factory=dict)
+
+
+def losses_of(
+    answers: Sequence[Mapping[str, Any]], specs: Mapping[int, StageSpec]
+) -> tuple[dict[str, float], float, dict[int, float]]:
+    """The losses out of the workers' answers.
+
+    Returns:
+        {output label: its loss}; the objective: these by their weights, then every stage's own losses, in order; and
+        {stage: its own losses}.
+    """
+    by_stage = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
+    found = [
+        (head["order"], head["label"], value, head["weight"])
+        for i, (by_head, _) in by_stage.items()
+        for head, value in zip(specs[i].heads, by_head, strict=False)
+    ]
+    losses: dict[str, float] = {}
+    total = np.float32(0.0)
+    for _, label, value, weight in sorted(found, key=lambda head: head[0]):
+        losses[label] = value
+        total = np.float32(total + np.float32(value) * np.float32(1.0 if weight is None else weight))
+    own_losses = {i: own for i, (_, own) in sorted(by_stage.items()) if own is not None}
+    for own in own_losses.values():
+        total = np.float32(total + np.float32(own))
+    return losses, float(total), own_losses

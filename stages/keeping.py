@@ -1,0 +1,77 @@
+"""A stage's values set aside and put back: what makes a look at a running stage leave no trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stages import snapshot
+from stages.hosted import HostedStage
+from stages.tensors import to_array
+
+EVERYTHING = ("model", "optimizer", "metrics")
+"""All of a stage's variables, as `HostedStage.variables` calls them."""
+
+
+class Kept:
+    """Copies of a stage's variables, and of the states that it keeps for its next batch.
+
+    Args:
+        hosted: The stage.
+        groups: Which variables.
+    """
+
+    def __init__(self, hosted: HostedStage, groups: Sequence[str] = EVERYTHING) -> None:
+        self._hosted = hosted
+        self._values = {group: snapshot.read(hosted.variables(group)) for group in groups}
+        carried = hosted.stage.carried
+        self._states = None if carried is None else carried.kept
+
+    def put_back(self) -> None:
+        """Set everything to what it was; metrics that did not exist yet begin anew."""
+        for group, values in self._values.items():
+            variables = self._hosted.variables(group)
+            if group == "metrics" and len(values) != len(variables):
+                self._hosted.heads.reset()
+            else:
+                snapshot.write(variables, values, group)
+        if self._hosted.stage.carried is not None and self._states is not None:
+            self._hosted.stage.carried.kept = self._states
+
+    def changed(self) -> list[str]:
+        """Paths of the variables, and "kept states", whose bits are not what they were."""
+        found: list[str] = []
+        for group, values in self._values.items():
+            variables = self._hosted.variables(group)
+            if len(variables) != len(values):
+                continue  # metrics that did not exist: a fresh one has counted nothing
+            found += [
+                variable.path
+                for variable, before, now in zip(variables, values, snapshot.read(variables), strict=True)
+                if digest([before]) != digest([now])
+            ]
+        carried = self._hosted.stage.carried
+        if carried is not None and self._states is not None and _flat(carried.kept) != _flat(self._states):
+            found.append("kept states")
+        return found
+
+    @property
+    def size(self) -> int:
+        """Bytes that were copied."""
+        return sum(value.nbytes for values in self._values.values() for value in values)
+
+
+def digest(arrays: Sequence[np.ndarray[Any, Any]]) -> str:
+    """A fingerprint of the arrays' bits, dtypes and shapes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(f"{array.dtype.name}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _flat(kept: Any) -> list[str]:
+    return [digest([to_array(state) for state in kept[k]]) for k in sorted(kept)]
