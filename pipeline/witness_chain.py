@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Weights, Whole, owner, state_names, weight_part
+from pipeline.reference_batch import Weights, Whole, state_names, weight_part
 from pipeline.single_tape import SingleTape
 from pipeline.witness_parts import (
     RefusedError,
-    Tensors,
+    as_dtype,
     call_model,
     heads_of,
     initial_states,
@@ -37,6 +37,7 @@ from pipeline.witness_parts import (
     named,
     own_losses,
     run_flow,
+    shared_sums,
     size_of,
     tensor_names,
     undisturbed,
@@ -130,9 +131,11 @@ class _Chain:
                 with named(self.hosted[record.stage], "its Jacobian"):
                     self._backward(record)
             self.arriving.clear()
+        sums = shared_sums(self.hosted, self.totals)
+        variables = {stage.spec.index: stage.stage.trainable_variables for stage in self.hosted}
         limit = "none" if self.limit is None else readable_bytes(self.limit)
         return Gradients(
-            self._by_stage(),
+            {i: [as_dtype(g, v) for g, v in zip(each, variables[i], strict=True)] for i, each in sums.items()},
             self.boundary,
             size_of(self.hosted, sum(self.rows) + len(microbatches) * self.batch.grid.windows),
             self.loss,
@@ -300,34 +303,6 @@ class _Chain:
         self.blocks += count
         each = iter(gradients)
         return [next(each) if yes else None for yes in reached]
-
-    def _by_stage(self) -> dict[int, list[Array | None]]:
-        return shared_sums(self.hosted, self.totals)
-
-
-def shared_sums(hosted: Sequence[HostedStage], totals: Sequence[Sequence[Any]]) -> dict[int, list[Array | None]]:
-    """Each stage's gradients, where every copy of a shared variable has the sum of all its uses.
-
-    Args:
-        hosted: The stages.
-        totals: For each, each trainable variable's own uses.
-    """
-    stage = {one.spec.index: one for one in hosted}
-    owners: dict[int, int] = {}
-    sums: dict[int, Any] = {}
-    for one, values in zip(hosted, totals, strict=True):
-        ties = {tie.place: tie for tie in one.ties}
-        for place, variable in enumerate(one.stage.trainable_variables):
-            first = owner(ties[place], stage) if place in ties else variable
-            owners[id(variable)] = id(first)
-            sums[id(first)] = plus(sums.get(id(first)), values[place])
-    return {
-        i: [
-            None if sums[owners[id(v)]] is None else np.asarray(sums[owners[id(v)]])
-            for v in one.stage.trainable_variables
-        ]
-        for i, one in stage.items()
-    }
 
 
 __all__ = ["MEMORY_LIMIT", "chain"]

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Whole, state_names
-from pipeline.witness_results import Size
+from pipeline.reference_batch import Whole, owner, state_names
+from pipeline.witness_results import Array, Size
+from stages.accumulate import plus
 from stages.hosted import HostedStage
 from stages.loss import Head
 from stages.part import States, mask_of, with_mask
@@ -140,15 +142,18 @@ def heads_of(stage: HostedStage) -> list[Head]:
 
 
 def joined(parts: Sequence[Any], axis: int) -> Any:
-    """Tensors one behind the other, with what rides on them: masks, and the logits that Keras's losses look for."""
-    if len(parts) == 1:
-        return parts[0]
+    """Tensors one behind the other, with what rides on them."""
+    return parts[0] if len(parts) == 1 else riding(parts, lambda some: tf.concat(list(some), axis))
+
+
+def riding(parts: Sequence[Any], make: Callable[[Sequence[Any]], Any]) -> Any:
+    """A tensor made of others, with what rides on them: masks, and the logits that Keras's losses look for."""
     masks = [mask_of(part) for part in parts]
     logits = [getattr(part, "_keras_logits", None) for part in parts]
-    whole = with_mask(tf.concat(list(parts), axis), None if masks[0] is None else tf.concat(masks, axis))
+    found = with_mask(make(parts), None if masks[0] is None else make(masks))
     if logits[0] is not None:
-        whole._keras_logits = tf.concat(logits, axis)
-    return whole
+        found._keras_logits = make(logits)
+    return found
 
 
 def objective(
@@ -191,6 +196,36 @@ def objective(
 def _floats_as(array: Any, dtype: str) -> Any:
     tensor = tf.convert_to_tensor(array)
     return tf.cast(tensor, dtype) if tensor.dtype.is_floating and dtype == "float64" else tensor
+
+
+def shared_sums(hosted: Sequence[HostedStage], totals: Sequence[Sequence[Any]]) -> dict[int, list[Array | None]]:
+    """Each stage's gradients, where every copy of a shared variable has the sum of all its uses.
+
+    Args:
+        hosted: The stages.
+        totals: For each, each trainable variable's own uses.
+    """
+    stage = {one.spec.index: one for one in hosted}
+    owners: dict[int, int] = {}
+    sums: dict[int, Any] = {}
+    for one, values in zip(hosted, totals, strict=True):
+        ties = {tie.place: tie for tie in one.ties}
+        for place, variable in enumerate(one.stage.trainable_variables):
+            first = owner(ties[place], stage) if place in ties else variable
+            owners[id(variable)] = id(first)
+            sums[id(first)] = plus(sums.get(id(first)), values[place])
+    return {
+        i: [
+            None if sums[owners[id(v)]] is None else np.asarray(sums[owners[id(v)]])
+            for v in one.stage.trainable_variables
+        ]
+        for i, one in stage.items()
+    }
+
+
+def as_dtype(gradient: Array | None, variable: Any) -> Array | None:
+    """A gradient in the dtype of its variable."""
+    return None if gradient is None else gradient.astype(tf.as_dtype(variable.dtype).as_numpy_dtype)
 
 
 def dtype_of(model: Any) -> str:

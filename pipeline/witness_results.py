@@ -47,6 +47,10 @@ class Size(NamedTuple):
     dtype: str = "float32"
 
 
+ONE = Size()
+"""Of a sum of one number."""
+
+
 @dataclass
 class Gradients:
     """Gradients that a witness expects.
@@ -64,7 +68,7 @@ class Gradients:
 
     gradients: dict[int, list[Array | None]] = field(default_factory=dict)
     boundary: dict[Cut, Array | None] = field(default_factory=dict)
-    size: Size = Size()
+    size: Size = ONE
     loss: float = float("nan")
     loss_scale: float = 1.0
     refusal: str = ""
@@ -141,7 +145,7 @@ class Differences:
     directions: list[Direction] = field(default_factory=list)
     seed: int = 0
     largest: float = 0.0
-    size: Size = Size()
+    size: Size = ONE
     loss: float = float("nan")
     loss_scale: float = 1.0
     refusal: str = ""
