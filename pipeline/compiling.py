@@ -130,7 +130,10 @@ class Compiled:
 
     def keep(self) -> Callable[[], None]:
         """Set aside what training changes in the user's process; the returned function puts it back."""
-        iterations = [(iteration, np.array(iteration)) for iteration in self._iterations]
+        if self.optimizer is None:
+            return lambda: None
+        self.build_optimizers()
+        iterations = [(iteration, iteration.value.numpy()) for iteration in self._iterations]
         scale = None if self.loss_scaling is None else self.loss_scaling.state()
 
         def put_back() -> None:

@@ -89,7 +89,7 @@ class SingleTape(JoinedModel):
         for k, size in enumerate(batch.grid.sizes):
             part, mine = batch.microbatch(k), of_microbatch(weights, k)
             share = tf.constant(size / batch.grid.samples)
-            fixed = (part.grid, batch.loss_scale, batch.truncate, self.observer is not None)
+            fixed = (size, part.grid.lengths, batch.loss_scale, batch.truncate, self.observer is not None)
             blocks, some, crossing = step(
                 part.inputs, part.targets, part.sample_weights, mine, share, self._initial(batch, k), fixed
             )
@@ -112,7 +112,7 @@ class SingleTape(JoinedModel):
         weights: Sequence[Any],
         share: Any,
         states: Mapping[str, Any],
-        fixed: tuple[Grid, float, int | None, bool],
+        fixed: tuple[int, tuple[int, ...], float, int | None, bool],
     ) -> tuple[list[Any], list[Any], list[Any]]:
         """One microbatch under one tape.
 
@@ -120,8 +120,8 @@ class SingleTape(JoinedModel):
             dL/dvariables for each block of windows, each window's losses by stage, and, if asked for, what each window
             has at the cuts: activation, mask and gradient, in the order of `_crossings`.
         """
-        grid, loss_scale, truncate, observed = fixed
-        part = Whole(inputs, targets, sample_weights, grid, loss_scale, truncate)
+        size, lengths, loss_scale, truncate, observed = fixed  # plain numbers: TensorFlow traces anew for each object
+        part = Whole(inputs, targets, sample_weights, Grid((size,), lengths), loss_scale, truncate)
         with self._tape() as tape:
             runs = self._windows(part, by_head(weights), share, states)
         losses = [[run.losses[index] for index in self._indices] for run in runs]
@@ -241,12 +241,13 @@ class SingleTape(JoinedModel):
     def outputs(self, batch: Whole, k: int) -> list[Any]:
         """A microbatch's predictions, in the order of `finals`."""
         part = batch.microbatch(k)
-        return self._forward(part.inputs, self._initial(batch, k), part.grid)
+        return self._forward(part.inputs, self._initial(batch, k), part.grid.sizes, part.grid.lengths)
 
     def compiled_outputs(self, batch: Whole, k: int) -> list[Any]:
         """The same by one traced function."""
         part = batch.microbatch(k)
-        found: list[Any] = self._predicting(part.inputs, self._initial(batch, k), part.grid)
+        states = self._initial(batch, k)
+        found: list[Any] = self._predicting(part.inputs, states, part.grid.sizes, part.grid.lengths)
         return found
 
     def _final_outputs(self) -> list[tuple[HostedStage, int, str]]:
@@ -257,8 +258,11 @@ class SingleTape(JoinedModel):
             if name in hosted.spec.finals
         ]
 
-    def _forward(self, inputs: Mapping[str, Any], states: Mapping[str, Any], grid: Grid) -> list[Any]:
+    def _forward(
+        self, inputs: Mapping[str, Any], states: Mapping[str, Any], sizes: tuple[int, ...], lengths: tuple[int, ...]
+    ) -> list[Any]:
         """One microbatch in inference mode, window after window."""
+        grid = Grid(sizes, lengths)
         part, found = Whole(inputs, {}, {}, grid), []
         for w in range(grid.windows):
             run = self._run(part, w, {}, states, 1.0, training=False)

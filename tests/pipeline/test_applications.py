@@ -100,7 +100,7 @@ class Case:
             pipe.compile("sgd", self.loss, run_eagerly=True)
             report = pipe.verify(self.x, self.y)
         report.raise_if_failed()
-        assert len(report.rows) == len(self.natural[1])
+        assert len(report.gradients) == len(self.natural[1])
         assert {row.difference for row in report.rows} == {0.0} and report.loss == report.reference_loss
 
 

@@ -93,7 +93,7 @@ def test_processes_equal_one_tape() -> None:
             pipe.train_on_batch(x[:samples], y[:samples])
         report = pipe.verify(x, y)
     report.raise_if_failed()
-    assert report.tolerance.relative == 1e-6
+    assert report.tolerance.relative <= 1e-6
 
 
 @pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
