@@ -30,7 +30,7 @@ def eps(dtype: str) -> float:
     import ml_dtypes
 
     kind = DTYPES[dtype]
-    return float(ml_dtypes.finfo(kind).eps) if kind.kind in "fV" else 0.0
+    return float(ml_dtypes.finfo(kind).eps) if kind.kind in "fV" else 0.0  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,22 @@ class Tolerance:
         spread = math.sqrt(2 * math.log(2 * max(elements, 1) / FALSE_ALARM))
         allowed = spread * math.sqrt(max(terms, 1)) * eps(dtype) / 2
         return cls(allowed, f"sums of {terms} terms of {dtype} in another order")
+
+    @classmethod
+    def beside(cls, dtype: str, terms: int, elements: int, rounding: Tolerance, error: float = 0.0) -> Tolerance:
+        """Against a witness: another order of sums, what compiling alone changes, and the witness's own error.
+
+        Args:
+            dtype: What the model computes in.
+            terms: Numbers that are added up on the longest way from the inputs to the loss and back.
+            elements: In how many places is compared.
+            rounding: What the pipeline may differ by from one tape.
+            error: What the witness may be wrong by, as a part of the largest |gradient|.
+        """
+        order = cls.reordered(dtype, terms, elements)
+        why = order.why
+        if rounding.relative:
+            why += f", and {rounding.why}"
+        if error:
+            why += f", and {error:.1g}, the error of the differences themselves"
+        return cls(order.relative + rounding.relative + error, why)

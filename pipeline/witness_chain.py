@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -150,11 +150,12 @@ class _Chain:
         for w in range(self.batch.grid.windows):
             records: list[_Record] = []
             given = {**inputs_of(self.hosted, self.batch, k, w), **states}
-            tensors = run_flow(self.hosted, lambda i, taken, w=w, to=records: self._call(i, taken, (k, w), to), given)
+            call = partial(self._call, (k, w), records)
+            tensors = run_flow(self.hosted, call, given)
             states = {name: tensors[name] for name in all_states}
             yield from records
 
-    def _call(self, i: int, taken: list[Any], unit: Unit, records: list[_Record]) -> Sequence[Any]:
+    def _call(self, unit: Unit, records: list[_Record], i: int, taken: list[Any]) -> Sequence[Any]:
         stage, (k, w) = self.hosted[i], unit
         takes, gives = tensor_names(stage)
         states = set(state_names(stage))
@@ -245,7 +246,7 @@ class _Chain:
 
     def _backward(self, record: _Record) -> None:
         """Contract what arrives at a segment's outputs with its Jacobians."""
-        stage, (k, w) = self.hosted[record.stage], record.unit
+        stage, k = self.hosted[record.stage], record.unit[0]
         variables = stage.stage.trainable_variables
         places = [p for p in range(len(record.inputs)) if self._is_wanted(stage, record, p)]
         sources = [record.inputs[p] for p in places] + [variable.value for variable in variables]

@@ -232,12 +232,12 @@ def dtype_of(model: Any) -> str:
     """The floating dtype with the fewest digits that a model computes in."""
     found = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
     floating = [name for name in found if tf.as_dtype(name).is_floating]
-    return min(floating, key=lambda name: _DIGITS.get(name, 0), default=keras.config.floatx())
+    return str(min(floating, key=lambda name: _DIGITS.get(name, 0), default=keras.config.floatx()))
 
 
 def sum_lengths(model: Any) -> int:
     """How many numbers a model's forward pass adds up on its longest way, at most: the fan-in of every weight."""
-    return sum(math.prod(tuple(v.shape)[:-1]) for v in model.trainable_weights if len(v.shape) > 1) + 1
+    return 1 + sum(int(math.prod(tuple(v.shape)[:-1])) for v in model.trainable_weights if len(v.shape) > 1)
 
 
 def size_of(hosted: Sequence[HostedStage], rows: int) -> Size:

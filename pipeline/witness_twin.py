@@ -1,0 +1,174 @@
+"""A float64 twin of a pipeline's segments: the same functions, the same random draws, nine more digits.
+
+Finite differences lose half of the digits, so they are made in float64. A segment's twin comes from the model's own
+configuration with every dtype replaced, or from its builder with float64 as Keras's default; values are cast up.
+
+Random layers draw other numbers in float64 than in float32. So while a twin runs, Keras's random functions draw as the
+model itself does and cast the result (`drawing`). A layer that draws in another way gives other outputs than the model:
+`check` finds the first stage of which that is so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.witness_parts import RefusedError, dtype_of, heads_of, named
+from stages import snapshot
+from stages.hosted import HostedStage
+from stages.loss import Head
+from stages.part import Part
+from stages.recipes import create, describe
+from stages.segment import build_model
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+WIDE = "float64"
+_DRAWING = ("normal", "uniform", "truncated_normal", "gamma", "beta", "binomial")
+"""Random functions of Keras that take a dtype; `dropout` takes a tensor."""
+
+
+@contextmanager
+def wide_floats() -> Iterator[None]:
+    """Let Keras make float64 of what says nothing else, in this process."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(WIDE)
+    keras.config.set_dtype_policy(WIDE)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+
+
+@contextmanager
+def drawing(narrow: str) -> Iterator[None]:
+    """Let Keras's random functions draw in a narrow dtype and cast up, in this thread.
+
+    Args:
+        narrow: What the model draws in.
+    """
+    module, mine = keras.src.backend.random, threading.get_ident()
+    before = {name: getattr(module, name) for name in (*_DRAWING, "dropout")}
+
+    def drawn(draw: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(draw)
+        def draws(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+            if threading.get_ident() != mine or str(dtype or WIDE) != WIDE:
+                return draw(*args, dtype=dtype, **kwargs)
+            return tf.cast(draw(*args, dtype=narrow, **kwargs), WIDE)
+
+        return draws
+
+    def dropout(inputs: Any, rate: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != mine or inputs.dtype != WIDE:
+            return before["dropout"](inputs, rate, *args, **kwargs)
+        kept = before["dropout"](tf.ones_like(inputs, dtype=narrow), rate, *args, **kwargs)
+        return inputs * tf.cast(kept, WIDE)
+
+    try:
+        for name in _DRAWING:
+            setattr(module, name, drawn(before[name]))
+        module.dropout = dropout
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+class Twin:
+    """The float64 twin of one stage.
+
+    Args:
+        hosted: The stage, with its values.
+
+    Attributes:
+        model: The twin.
+        narrow: What the stage's own model computes and draws in.
+        heads: Its objectives in float64.
+
+    Raises:
+        RefusedError: It cannot be made.
+    """
+
+    def __init__(self, hosted: HostedStage) -> None:
+        self.hosted = hosted
+        self.narrow = dtype_of(hosted.stage.model)
+        with wide_floats(), named(hosted, "its float64 copy cannot be made"):
+            self.model = Part(self._build(), hosted.spec.name).model  # inner layers hand masks on by themselves
+            self.heads: list[Head] = heads_of(hosted)
+        for head in self.heads:
+            if isinstance(head.loss, keras.losses.Loss):
+                head.loss._dtype_policy = keras.dtype_policies.get(WIDE)
+                head.loss._dtype = WIDE
+        for tie in hosted.ties:
+            if tie.stages[0] != hosted.spec.index:
+                self.model.trainable_variables[tie.place].regularizer = None
+
+    def _build(self) -> Any:
+        """From the model's configuration; where that fails (a subclassed model), from the builder."""
+        ours = self.hosted.stage.model
+        try:
+            twin = create(widened(describe(ours, f"the model {ours.name!r}")))
+            self._fill(twin)
+        except Exception:
+            if "build" not in self.hosted.spec.segment:
+                raise
+            twin = build_model(self.hosted.spec.segment, self.hosted.spec.name)
+            self._fill(twin)
+        return twin
+
+    def _fill(self, twin: Any) -> None:
+        values = snapshot.read(self.hosted.stage.model.variables)
+        narrow = [v.path for v in twin.variables if v.dtype in FLOATS and v.dtype != WIDE]
+        if len(values) != len(twin.variables) or narrow:
+            raise RefusedError(
+                f"stage {self.hosted.spec.name!r}: its float64 copy has {len(twin.variables)} variables of "
+                f"{len(values)}, {', '.join(narrow) or 'none'} of them in another dtype; give its layers no dtype"
+            )
+        for variable, value in zip(twin.variables, values, strict=True):
+            variable.assign(value.astype(WIDE) if variable.dtype == WIDE else value)
+
+
+def widened(recipe: Any) -> Any:
+    """A recipe of which every floating dtype is float64.
+
+    Args:
+        recipe: As `stages.recipes.describe` gives it.
+    """
+    if isinstance(recipe, list):
+        return [widened(one) for one in recipe]
+    if not isinstance(recipe, dict):
+        return recipe
+    found = {key: widened(value) for key, value in recipe.items()}
+    if str(found.get("class_name", "")).endswith("DTypePolicy"):
+        found["config"] = {**found["config"], "name": WIDE}
+    for key in ("dtype", "output_dtype"):
+        if isinstance(found.get(key), str) and found[key].removeprefix("mixed_") in FLOATS:
+            found[key] = WIDE
+    return found
+
+
+def check(ours: Sequence[Any], theirs: Sequence[Any], hosted: HostedStage, allowed: float) -> None:
+    """Compare what a stage and its twin give for one microbatch.
+
+    Raises:
+        RefusedError: They compute different things.
+    """
+    for (name, _), a, b in zip(hosted.spec.outputs, ours, theirs, strict=False):
+        x, y = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+        apart = float(np.max(np.abs(x - y), initial=0.0))
+        if not apart <= allowed * float(np.max(np.abs(x), initial=0.0)):
+            raise RefusedError(
+                f"stage {hosted.spec.name!r}: its float64 copy gives another {name!r} (by {apart:.2g}); a layer of it "
+                "draws numbers in a way of its own, or computes in a dtype of its own"
+            )
+
+
+__all__ = ["Twin", "check", "drawing", "wide_floats", "widened"]
