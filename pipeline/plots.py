@@ -27,8 +27,8 @@ _FILL = {
     Kind.BACKWARD_INPUT: "#d4701c",
     Kind.BACKWARD_WEIGHT: "#4c9a6a",
 }
-_INK, _FAINT, _PAPER, _BUBBLE = "#22272e", "#8a929c", "#ffffff", "#f1f2f4"
-_DPI = 150
+INK, FAINT, PAPER, _BUBBLE = "#22272e", "#8a929c", "#ffffff", "#f1f2f4"
+DPI = 150
 _WIDTH, _ROW, _HEAD, _GAP = 11.0, 0.52, 0.88, 1.0  # inches
 _BOX = 0.78  # share of a row's height that a box fills
 _LONGEST_NAME = 24
@@ -58,7 +58,7 @@ def save_timeline(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    timeline_figure(timeline, title=title, names=names).savefig(path, dpi=_DPI, facecolor=_PAPER)
+    timeline_figure(timeline, title=title, names=names).savefig(path, dpi=DPI, facecolor=PAPER)
     return path
 
 
@@ -72,7 +72,7 @@ def timeline_figure(
     panels = {"": timeline} if isinstance(timeline, Timeline) else dict(timeline)
     rows = [panel.workers for panel in panels.values()]
     height = _HEAD + sum(rows) * _ROW + len(rows) * _GAP - 0.35
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
+    figure = Figure(figsize=(_WIDTH, height), dpi=DPI)
     FigureCanvasAgg(figure)
     slowest = max((panel.step_time for panel in panels.values()), default=0.0)
     top = height - _HEAD
@@ -85,7 +85,7 @@ def timeline_figure(
         _draw(axes, panel, slowest, label, titles[label])
         top = bottom - _GAP
     heading = title if title is not None else next((panel.name for panel in panels.values()), "")
-    figure.text(left, 1 - 0.30 / height, heading, fontsize=13, fontweight="bold", color=_INK, va="center")
+    figure.text(left, 1 - 0.30 / height, heading, fontsize=13, fontweight="bold", color=INK, va="center")
     _legend(figure, panels, (right, 1 - 0.30 / height))
     return figure
 
@@ -98,19 +98,19 @@ def _draw(axes: Axes, timeline: Timeline, slowest: float, label: str, titles: Se
     axes.set_xlim(0, span_ms)
     axes.set_ylim(timeline.workers - 0.5, -0.5)
     axes.set_yticks(range(timeline.workers), labels=titles)
-    axes.tick_params(axis="y", length=0, labelsize=_LARGEST, labelcolor=_INK, pad=8)
-    axes.tick_params(axis="x", labelsize=9, labelcolor=_INK, color=_FAINT)
+    axes.tick_params(axis="y", length=0, labelsize=_LARGEST, labelcolor=INK, pad=8)
+    axes.tick_params(axis="x", labelsize=9, labelcolor=INK, color=FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, min_n_ticks=2))
-    axes.set_xlabel("time in ms", fontsize=9, color=_INK, labelpad=2)
+    axes.set_xlabel("time in ms", fontsize=9, color=INK, labelpad=2)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_FAINT)
+    axes.spines["bottom"].set_color(FAINT)
     summary = (
         f"step {_ms(timeline.step_time)} ms    bubble {timeline.bubble:.1%}    "
         f"{timeline.parallelism:.2f} of {timeline.workers} workers busy"
     )
-    axes.set_title(f"{label}    {summary}" if label else summary, loc="left", fontsize=10, color=_INK, pad=6)
-    points_per_ms = axes.get_window_extent().width * 72 / _DPI / span_ms
+    axes.set_title(f"{label}    {summary}" if label else summary, loc="left", fontsize=10, color=INK, pad=6)
+    points_per_ms = axes.get_window_extent().width * 72 / DPI / span_ms
     labels = _labels(timeline)
     sizes = _font_sizes(labels, points_per_ms)
     for worker in range(timeline.workers):
@@ -137,7 +137,7 @@ def _draw(axes: Axes, timeline: Timeline, slowest: float, label: str, titles: Se
             textcoords="offset points",
             va="center_baseline",
             fontsize=9,
-            color=_INK,
+            color=INK,
         )
 
 
@@ -150,7 +150,7 @@ def _ms(seconds: float) -> str:
 def _text_width(figure: Figure, text: str) -> float:
     """The width in inches of a worker's name."""
     probe = figure.text(0, 0, text, fontsize=_LARGEST)
-    width = probe.get_window_extent().width / _DPI
+    width = probe.get_window_extent().width / DPI
     probe.remove()
     return float(width)
 
@@ -185,7 +185,7 @@ def _box(axes: Axes, span: Span, label: str, size: float, points_per_ms: float) 
             width,
             _BOX,
             facecolor=_FILL[span.action.kind],
-            edgecolor=_PAPER,
+            edgecolor=PAPER,
             linewidth=0.8 if points > 3 else 0.0,
         )
     )
@@ -197,7 +197,7 @@ def _box(axes: Axes, span: Span, label: str, size: float, points_per_ms: float) 
             ha="center",
             va="center_baseline",
             fontsize=size,
-            color=_PAPER,
+            color=PAPER,
             fontweight="bold",
         )
 
@@ -229,7 +229,7 @@ def _legend(figure: Figure, panels: Mapping[str, Timeline], corner: tuple[float,
         ncols=len(handles),
         frameon=False,
         fontsize=9,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=1.4,
         handleheight=1.1,
         columnspacing=1.4,

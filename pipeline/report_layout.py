@@ -36,9 +36,9 @@ WORDS = {
 }
 """The states for readers."""
 
-BOX, TALL, CHIP = 198.0, 78.0, 22.0
-GUTTER, LEVEL, LANE, MARGIN = 124.0, 50.0, 34.0, 20.0
-_PORT, _PAIR, _EAVES = 34.0, 6.0, 14.0
+BOX, TALL, CHIP = 240.0, 78.0, 22.0
+GUTTER, LEVEL, LANE, MARGIN = 124.0, 60.0, 34.0, 20.0
+_PORT, _PAIR, _EAVES, _APART = 34.0, 6.0, 14.0, 22.0
 
 Point = tuple[float, float]
 
@@ -126,7 +126,7 @@ def picture(report: Report) -> Picture:
     arrows: list[Arrow] = []
     for number, link in enumerate(links):
         tensors = [edge for edge in report.flow.edges if (edge.producer, edge.consumer) == link]
-        ends = _skip(link, skips, columns, lanes, places, top) if link in skips else _next(link, links, columns, places)
+        ends = _skip(link, skips, columns, lanes, places) if link in skips else _next(link, links, columns, places)
         arrows += _arrows(report, number, link, tensors, *ends)
     right = max((box.x + BOX for box in boxes), default=0.0)
     bottom = max((box.y + box.height for box in boxes), default=0.0)
@@ -223,27 +223,28 @@ def _next(link: Link, links: Sequence[Link], columns: dict[str, int], places: di
 
 
 def _skip(
-    link: Link,
-    skips: Sequence[Link],
-    columns: dict[str, int],
-    lanes: dict[Link, int],
-    places: dict[str, Place],
-    top: float,
+    link: Link, skips: Sequence[Link], columns: dict[str, int], lanes: dict[Link, int], places: dict[str, Place]
 ) -> tuple[Point, ...]:
-    """The way over the stages in between: out of the box's roof and into the other's."""
-    lane = top - LANE * (lanes[link] + 0.65)
+    """The way over the stages in between: out of one roof and into the other, through the gutter from a lower row.
 
-    def slot(side: int) -> float:
-        mates = sorted((one for one in skips if one[side] == link[side]), key=lambda one: -lanes[one])
-        return _EAVES + 2.5 * _PAIR * (mates.index(link) if side == 0 else len(mates) - 1 - mates.index(link))
+    Of several at one roof the highest lane is outermost all the way, so that they do not cross each other.
+    """
+    lane = min(y for _, y, _ in places.values()) - LANE * (lanes[link] + 0.65)
 
-    (left, y, _), (right, below, _) = places[link[0]], places[link[1]]
-    leaving = left + BOX - 80.0 + slot(0) if y <= top else left + BOX + 2 * _PAIR
-    coming = right + slot(1) if below <= top else right - 2 * _PAIR
-    up = [(leaving, y)] if y <= top else [(left + BOX - 30.0, y), (left + BOX - 30.0, y - 20.0), (leaving, y - 20.0)]
-    into = right + 30.0
-    down = [(coming, below)] if below <= top else [(coming, below - 20.0), (into, below - 20.0), (into, below)]
-    return (*up, (leaving, lane), (coming, lane), *down)
+    def end(side: int) -> tuple[Point, ...]:
+        stage, out = link[side], 1 - 2 * side  # out: +1 leaves to the right, -1 comes from the left
+        x, y, _ = places[stage]
+        mates = sorted((one for one in skips if one[side] == stage), key=lambda one: -lanes[one])
+        inner, outer = mates.index(link), len(mates) - 1 - mates.index(link)
+        wall = x + BOX if side == 0 else x
+        door = wall - out * (_EAVES + _APART * (outer + 1))
+        if all(places[other][1] >= y for other in columns if columns[other] == columns[stage]):
+            return ((door, y), (door, lane))
+        level = y - 0.6 * _APART - _APART * outer
+        gutter = wall + out * 0.8 * _APART * (inner + 1)
+        return ((door, y), (door, level), (gutter, level), (gutter, lane))
+
+    return (*end(0), *reversed(end(1)))
 
 
 def _arrows(report: Report, number: int, link: Link, tensors: Sequence[Edge], *way: Point) -> list[Arrow]:
