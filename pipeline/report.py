@@ -237,7 +237,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; numbers that JSON has not (NaN, infinities) as strings: "nan", "inf", "-inf"."""
         timeline = self.flow.timeline
-        return _plain(
+        found: dict[str, Any] = _plain(
             {
                 "format": 1,
                 "ok": self.ok,
@@ -268,6 +268,7 @@ class Report:
                 },
             }
         )
+        return found
 
     def to_json(self) -> str:
         """The report as JSON; see `as_dict`."""

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from pipeline.plots import DPI, FAINT, INK, PAPER
@@ -34,7 +35,7 @@ _TINTS = {"none": "#eef0f3", "equal": "#e1f4ee", "within": "#e4ecfc", "failed": 
 _MARKS = {"equal": "o", "within": "o", "failed": "X"}
 _WIDTH, _BELOW, _HEAD, _WIDEST = 11.0, 3.6, 1.0, 3.2
 _PIXEL = 1 / 100
-_NAME, _SENTENCE = 26, 170
+_NAME, _LETTERS = 26, 100
 _FLOOR = 1e-17
 
 
@@ -73,18 +74,23 @@ def figure(report: Report) -> Figure:
         share = drawn.width * _PIXEL * scale / width
         axes = found.add_axes(((1 - share) / 2, _BELOW / height, share, above / height))
         _pipeline(axes, drawn, scale, "" if report.first is None else report.first.stage)
-    axes = found.add_axes((0.85 / width, 0.62 / height, 1 - 1.15 / width, (_BELOW - 1.25) / height))
+    axes = found.add_axes((0.95 / width, 0.62 / height, 1 - 1.25 / width, (_BELOW - 1.25) / height))
     _differences(axes, report)
     return found
 
 
 def _heading(found: Figure, report: Report, width: float, height: float) -> None:
+    """The verdict in up to two lines, what was verified below."""
     colour = COLOURS["equal" if report.ok else "failed"]
-    words = shortened(report.summary(), int(_SENTENCE * width / _WIDTH * 0.6))
-    top = 1 - 0.32 / height
-    found.text(0.3 / width, top, _plain(words), fontsize=12, fontweight="bold", color=colour, va="center")
-    headline = shortened(report.headline, int(_SENTENCE * width / _WIDTH))
-    found.text(0.3 / width, top - 0.27 / height, _plain(headline), fontsize=9.5, color=INK, va="center")
+    fits = int(_LETTERS * width / _WIDTH)
+    words = wrap(_plain(report.summary()), fits, max_lines=2, placeholder=" …")
+    top = 1 - 0.28 / height
+    for number, line in enumerate(words):
+        y = top - number * 0.24 / height
+        found.text(0.3 / width, y, line, fontsize=12, fontweight="bold", color=colour, va="center")
+    headline = _plain(shortened(report.headline, fits))
+    y = top - (0.24 * len(words) + 0.03) / height
+    found.text(0.3 / width, y, headline, fontsize=9.5, color=INK, va="center")
 
 
 def _plain(words: str) -> str:
@@ -156,7 +162,7 @@ def _differences(axes: Axes, report: Report) -> None:
     """Points and dashes over the numbers of the rows; differences of 0 and infinite ones have lines of their own."""
     rows = report.rows
     finite = [size for row in rows for size in (row.relative, row.tolerance) if math.isfinite(size) and size > 0]
-    low, high = 10 ** (_power(min(finite, default=1e-8)) - 1), 10 ** (_power(max(finite, default=1.0)) + 1)
+    low, high = 10.0 ** (_power(min(finite, default=1e-8)) - 1), 10.0 ** (_power(max(finite, default=1.0)) + 1)
     zero, endless = low / 10, high * 10
     beyond = any(not math.isfinite(row.relative) for row in rows)
 
@@ -216,7 +222,7 @@ def _ticks(axes: Axes, low: float, high: float, zero: float, endless: float | No
     ends = [] if endless is None else [endless]
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(FixedLocator([zero, *(10.0**power for power in powers), *ends]))
-    axes.set_yticklabels(["equal", *(f"1e{power}" for power in powers), *["no number" for _ in ends]])
+    axes.set_yticklabels(["equal", *(f"1e{power}" for power in powers), *["inf, nan" for _ in ends]])
     axes.tick_params(axis="both", labelsize=8, labelcolor=INK, color=FAINT)
     axes.xaxis.set_major_locator(FixedLocator([]))
     axes.axhline(zero, color=FAINT, linewidth=0.6, zorder=1)
