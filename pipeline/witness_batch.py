@@ -96,15 +96,13 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
         loss += sum(term for terms in own for term in terms)
     size = size_of(hosted, longest)
     _check_independence(hosted, batch, tensors, own, size)
-    flat = tape.gradient(loss, [v for some in variables for v in some], output_gradients=_scale(batch, loss))
+    flat = tape.gradient(
+        loss, [v for some in variables for v in some], output_gradients=tf.cast(batch.loss_scale, loss.dtype)
+    )
     found = iter(None if g is None else dense(g) for g in flat)
-    sums = shared_sums(hosted, [[next(found) for _ in some] for some in variables])
+    sums = shared_sums(hosted, [[next(found) for _ in some] for some in variables], batch.loss_scale)
     note = f"one tape over {batch.grid.samples} samples"
-    return Gradients(sums, {}, size, float(loss), batch.loss_scale, note=note)
-
-
-def _scale(batch: Whole, loss: Any) -> Any:
-    return tf.cast(batch.loss_scale, loss.dtype)
+    return Gradients(sums, {}, size, float(loss), note=note)
 
 
 def _all_states(hosted: Sequence[HostedStage], batch: Whole) -> Tensors:
@@ -161,7 +159,7 @@ def _check_independence(
         given = {**inputs_of(hosted, batch, None), **{name: first[name] for name in states}}
         mine = {name: _rows(tensor, rows) for name, tensor in given.items()}
 
-        def call(i: int, taken: list[Any], rows: slice = rows, count: int = count) -> Sequence[Any]:
+        def call(i: int, taken: list[Any], k: int = k, rows: slice = rows, count: int = count) -> Sequence[Any]:
             stage = hosted[i]
             with named(stage, "its forward pass on a microbatch"):
                 outputs = call_model(stage.stage.model, taken)
@@ -184,8 +182,8 @@ def _check_independence(
         if abs(total - part) > allowed:
             layer = next((layer.name for layer in stage.stage.model._flatten_layers() if layer._losses), "?")
             raise RefusedError(
-                f"stage {stage.spec.name!r}, layer {layer!r} adds a loss that is no mean over samples: {total:.6g} of the "
-                f"whole batch, {part:.6g} of its microbatches; divide it by the number of samples"
+                f"stage {stage.spec.name!r}, layer {layer!r} adds a loss that is no mean over samples: {total:.6g} of "
+                f"the whole batch, {part:.6g} of its microbatches; divide it by the number of samples"
             )
 
 

@@ -28,7 +28,6 @@ from pipeline.reference_batch import Weights, Whole, state_names, weight_part
 from pipeline.single_tape import SingleTape
 from pipeline.witness_parts import (
     RefusedError,
-    as_dtype,
     call_model,
     heads_of,
     initial_states,
@@ -131,15 +130,12 @@ class _Chain:
                 with named(self.hosted[record.stage], "its Jacobian"):
                     self._backward(record)
             self.arriving.clear()
-        sums = shared_sums(self.hosted, self.totals)
-        variables = {stage.spec.index: stage.stage.trainable_variables for stage in self.hosted}
         limit = "none" if self.limit is None else readable_bytes(self.limit)
         return Gradients(
-            {i: [as_dtype(g, v) for g, v in zip(each, variables[i], strict=True)] for i, each in sums.items()},
+            shared_sums(self.hosted, self.totals, self.batch.loss_scale),
             self.boundary,
             size_of(self.hosted, sum(self.rows) + len(microbatches) * self.batch.grid.windows),
             self.loss,
-            self.batch.loss_scale,
             note=f"{sum(self.rows)} rows of Jacobians a unit, {self.blocks} blocks, memory limit {limit}",
         )
 

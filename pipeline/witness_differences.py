@@ -11,8 +11,8 @@ The step is not chosen by hand. From t = 10^-3 |W| down by factors of 4, two nei
 extrapolation R = (16 D(t/4) - D(t)) / 15, free of the error in t^2, and three reasons to doubt it (Ridders 1982):
 
     |R - D(t/4)|                         what extrapolation changed: truncation
-    |(4 s(t/4) - s(t)) / 3|              s = (f(t) - 2 f(0) + f(-t)) / t is how far the slopes to both sides differ; what
-                                         is left of it at t = 0 is zero where f is smooth, else the jump of the slope
+    |(4 s(t/4) - s(t)) / 3|              s = (f(t) - 2 f(0) + f(-t)) / t is how far the slopes to both sides differ: its
+                                         limit at t = 0 is zero where f is smooth, else the jump of the slope
                                          (ReLU at 0, ties of a maximum)
     4 eps |f| / t                        rounding, eps of float64
 
@@ -99,7 +99,7 @@ def _differences(hosted: Sequence[HostedStage], batch: Whole, seed: int, directi
     largest = max((float(np.max(np.abs(g), initial=0.0)) for g in gradients.values() if g is not None), default=0.0)
     longest = max([batch.grid.samples, *(int(np.prod(np.shape(a)[:2])) for a in batch.inputs.values())])
     note = f"{function.calls} passes forward of {batch.grid.samples} samples in float64"
-    return Differences(found, seed, largest, size_of(hosted, longest), at, batch.loss_scale, note=note)
+    return Differences(found, seed, largest, size_of(hosted, longest), at, note=note)
 
 
 def derivative(f: Callable[[float], float], at: float, norm: float) -> tuple[float, float]:

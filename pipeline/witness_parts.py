@@ -198,12 +198,15 @@ def _floats_as(array: Any, dtype: str) -> Any:
     return tf.cast(tensor, dtype) if tensor.dtype.is_floating and dtype == "float64" else tensor
 
 
-def shared_sums(hosted: Sequence[HostedStage], totals: Sequence[Sequence[Any]]) -> dict[int, list[Array | None]]:
+def shared_sums(
+    hosted: Sequence[HostedStage], totals: Sequence[Sequence[Any]], loss_scale: float
+) -> dict[int, list[Array | None]]:
     """Each stage's gradients, where every copy of a shared variable has the sum of all its uses.
 
     Args:
         hosted: The stages.
         totals: For each, each trainable variable's own uses.
+        loss_scale: Factor that is in them, and taken out.
     """
     stage = {one.spec.index: one for one in hosted}
     owners: dict[int, int] = {}
@@ -214,18 +217,15 @@ def shared_sums(hosted: Sequence[HostedStage], totals: Sequence[Sequence[Any]]) 
             first = owner(ties[place], stage) if place in ties else variable
             owners[id(variable)] = id(first)
             sums[id(first)] = plus(sums.get(id(first)), values[place])
-    return {
-        i: [
-            None if sums[owners[id(v)]] is None else np.asarray(sums[owners[id(v)]])
-            for v in one.stage.trainable_variables
-        ]
-        for i, one in stage.items()
-    }
 
+    def found(variable: Any) -> Array | None:
+        total = sums[owners[id(variable)]]
+        if total is None:
+            return None
+        unscaled = np.asarray(total).astype(np.float64) / loss_scale
+        return unscaled.astype(tf.as_dtype(variable.dtype).as_numpy_dtype)
 
-def as_dtype(gradient: Array | None, variable: Any) -> Array | None:
-    """A gradient in the dtype of its variable."""
-    return None if gradient is None else gradient.astype(tf.as_dtype(variable.dtype).as_numpy_dtype)
+    return {i: [found(variable) for variable in one.stage.trainable_variables] for i, one in stage.items()}
 
 
 def dtype_of(model: Any) -> str:

@@ -58,10 +58,10 @@ class Gradients:
     Attributes:
         gradients: {stage: dL/dvariable for each trainable variable, None where L does not depend on it}. A variable
             that several stages have carries the sum of all uses in each of them.
-        boundary: {cut: dL/dtensor as this consumer should send it, or None}; empty where the witness has no cuts.
+        boundary: {cut: dL/dtensor as this consumer should send it, or None}, with the loss scale in it, as what crosses
+            a cut has; empty where the witness has no cuts.
         size: How long its sums are.
         loss: The loss of the batch, own losses included; NaN without one.
-        loss_scale: Factor that is in all gradients, though not in `loss`.
         refusal: Why the witness cannot be made for this model and batch, naming stage and layer; "" if it was made.
         note: What it cost, in words.
     """
@@ -70,7 +70,6 @@ class Gradients:
     boundary: dict[Cut, Array | None] = field(default_factory=dict)
     size: Size = ONE
     loss: float = float("nan")
-    loss_scale: float = 1.0
     refusal: str = ""
     note: str = ""
 
@@ -82,7 +81,6 @@ class Gradients:
             "boundary": [[list(cut), arrays.put(g)] for cut, g in self.boundary.items()],
             "size": list(self.size),
             "loss": repr(self.loss),
-            "loss_scale": self.loss_scale,
             "refusal": self.refusal,
             "note": self.note,
         }
@@ -100,7 +98,6 @@ class Gradients:
             {Cut(*cut): array(number) for cut, number in description["boundary"]},
             Size(*description["size"]),
             float(description["loss"]),
-            description["loss_scale"],
             description["refusal"],
             description["note"],
         )
@@ -137,7 +134,6 @@ class Differences:
         largest: Largest |dL/dvariable| of the float64 model.
         size: How long its sums are.
         loss: The loss of the batch in float64, own losses included.
-        loss_scale: Factor that live gradients carry, though these do not.
         refusal: Why they cannot be made, naming stage and layer; "" if they were.
         note: What it cost, in words.
     """
@@ -147,7 +143,6 @@ class Differences:
     largest: float = 0.0
     size: Size = ONE
     loss: float = float("nan")
-    loss_scale: float = 1.0
     refusal: str = ""
     note: str = ""
 
@@ -160,7 +155,6 @@ class Differences:
             "largest": repr(self.largest),
             "size": list(self.size),
             "loss": repr(self.loss),
-            "loss_scale": self.loss_scale,
             "refusal": self.refusal,
             "note": self.note,
         }
@@ -176,7 +170,6 @@ class Differences:
             float(description["largest"]),
             Size(*description["size"]),
             float(description["loss"]),
-            description["loss_scale"],
             description["refusal"],
             description["note"],
         )

@@ -76,7 +76,7 @@ def by_gradients(check: str, ours: Observed, theirs: Gradients, names: Names, ya
 
     Args:
         check: Which.
-        ours: The pipeline's step; gradients with the loss scale in them, if there is one.
+        ours: The pipeline's step; gradients without the loss scale.
         theirs: The witness's.
         names: Of stages and variables.
         yardstick: What they may differ by.
@@ -136,7 +136,7 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
             live = 0.0
             if gradient is not None:
                 along = direction(theirs.seed, i, k, one.number, gradient.shape)
-                live = float(np.sum(gradient.astype(np.float64) * along)) / theirs.loss_scale
+                live = float(np.sum(gradient.astype(np.float64) * along))
             place = f"direction {one.number}"
             parts.append(Part(np.asarray(live), np.asarray(one.derivative), (SUMS, -i, k), place))
         error = max((one.error / scale for one in decided), default=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from stages.hosted import HostedStage
 def stages_of(pipe: Pipeline) -> list[HostedStage]:
     """The pipeline's stages, built here as the reference builds them."""
     session = pipe._session
-    found = [HostedStage(spec) for spec in session._specs(optimizer=False)]
+    found = [HostedStage(replace(spec, optimizer=None, undecayed=())) for spec in session._specs()]
     for stage, segment in zip(found, session.segments, strict=True):
         stage.set("model", snapshot.read(segment.model.variables))
     return found
