@@ -13,6 +13,8 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.project-installed
 PEER  := .venv-peer
 PIP   := -m pip --disable-pip-version-check --no-input
+APT   := DEBIAN_FRONTEND=noninteractive apt-get -y -qq --no-install-recommends -o DPkg::Lock::Timeout=60 \
+  -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 # The user's own PYTHONPATH or an active environment must not leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -21,7 +23,7 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment test lint format demo soak bench peer lock clean distclean moved
+.PHONY: help environment test lint browser format demo soak bench peer lock clean distclean moved
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,7 +49,7 @@ $(READY): $(VENV)/.locked pyproject.toml
 	@$(BIN)/python $(PIP) check || { echo "make: requirements.lock does not fit pyproject.toml; say: make lock" >&2; exit 1; }
 	@touch $@
 
-test: $(READY) lint ## the gate: lint, types, tests, coverage with the worker processes
+test: $(READY) lint browser ## the gate: lint, types, tests, coverage with the worker processes
 	@$(BIN)/coverage erase
 	@status=0; \
 	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS) || status=$$?; \
@@ -59,6 +61,15 @@ lint: $(READY) ## ruff and mypy, nothing changed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser: ## the Chromium of the browser tests, where it may be installed; they are skipped without one
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	without() { echo "make: $$1: the browser tests will be skipped" >&2; exit 0; }; \
+	command -v apt-get >/dev/null || without "no chromium with chromedriver here, and no apt-get"; \
+	[ "$$(id -u)" = 0 ] || without "no chromium here, and only root may: apt-get install chromium chromium-driver"; \
+	echo "make: installing chromium and chromium-driver for the browser tests"; \
+	log=$$(timeout --kill-after=10 300 sh -c '$(APT) update && $(APT) install chromium chromium-driver' \
+	  </dev/null 2>&1) || without "chromium could not be installed within 300 s ($$(echo "$$log" | tail -n 1))"
 
 format: $(READY) ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
