@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.errors import HandoffError as HandoffError
     from stages.errors import SegmentError as SegmentError
     from stages.errors import StageError as StageError
+    from stages.explain_function import explain as explain
+    from stages.explain_function import explaining as explaining
+    from stages.explain_rows import Explanation as Explanation
     from stages.influence_map import InfluenceMap as InfluenceMap
     from stages.influencing import influence as influence
     from stages.initial_states import LearnedState as LearnedState
@@ -43,6 +46,10 @@ _HOME = {
     # which step influences which
     "influence": "stages.influencing",
     "InfluenceMap": "stages.influence_map",
+    # why a gradient is None, zero, or not finite
+    "explain": "stages.explain_function",
+    "explaining": "stages.explain_function",
+    "Explanation": "stages.explain_rows",
     # a cell that runs a different number of times on every element
     "RaggedSteps": "stages.ragged",
     "NormAbove": "stages.ragged",

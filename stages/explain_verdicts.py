@@ -1,0 +1,104 @@
+"""Rows of an explanation: the verdict of a real tape on every source, with the reason that the graph gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import backprop, record
+
+from stages.explain_reasons import ADVICE, Finding, reason
+from stages.explain_rows import CONNECTED, NOT_CONNECTED, ZERO, Row
+from stages.explain_values import Gradients, status_of, where_not_finite, where_zero
+from stages.gradient_flow import Graph
+from stages.gradient_flow_tapes import Asked, Source, handle_of
+
+
+def real_gradients(tape: Any, target: Any, sources: Sequence[Source]) -> tuple[list[Any], str]:
+    """What a persistent tape says, and a note where TensorFlow raises since an operation has no registered gradient.
+
+    That operation then sends none back, so that the other variables can be judged.
+    """
+    given = [handle_of(source.given) for source in sources]
+    with _forgiving() as missing:
+        found = tape.gradient(target, given) if tf.is_tensor(target) else [None] * len(given)
+    names = ", ".join(sorted(missing))
+    note = f"TensorFlow raises LookupError when this target is differentiated: no gradient is registered for {names}"
+    return list(found), note if missing else ""
+
+
+@contextmanager
+def _forgiving() -> Iterator[set[str]]:
+    """Operations without a registered gradient send none back; yields their names."""
+    missing: set[str] = set()
+
+    def gradient(name: str, attributes: Any, count: int, *rest: Any) -> Any:
+        try:
+            return backprop._gradient_function(name, attributes, count, *rest)
+        except LookupError:
+            missing.add(name)
+            return [None] * count
+
+    pywrap_tfe.TFE_Py_RegisterGradientFunction(gradient)
+    try:
+        with record.stop_recording():
+            yield missing
+    finally:
+        pywrap_tfe.TFE_Py_RegisterGradientFunction(backprop._gradient_function)
+
+
+def rows_of(graph: Graph, asked: Asked, tape: Any) -> list[Row]:
+    """One row for every source of a call of `tape.gradient`; `tape` can be asked for more."""
+    name = " + ".join(asked.targets)
+    targets = [graph.seen(handle_of(target)) for target in asked.targets.values()]
+    flat = list(asked.targets.values())
+
+    def ask(tensors: list[Any]) -> Sequence[Any]:
+        with _forgiving():
+            return list(tape.gradient(flat, tensors))
+
+    line = "" if asked.line is None else str(asked.line)
+    return [
+        replace(_row(graph, asked, source, gradient, targets, name, ask), asked=line)
+        for source, gradient in zip(asked.sources, asked.found, strict=True)
+    ]
+
+
+def _row(
+    graph: Graph, asked: Asked, source: Source, gradient: Any, targets: list[int], target: str, ask: Gradients
+) -> Row:
+    status, norm = status_of(gradient)
+    frozen = source.variable and not source.trainable
+    if status == NOT_CONNECTED:
+        found = reason(graph, asked, source, targets)
+        return _none_row(source, target, found, frozen)
+    if frozen:
+        why = "the variable has trainable=False: it is not trained, though a gradient reaches it when a tape is asked"
+        advice = ADVICE["trainable=False"]
+        return Row(source.name, target, status, "trainable=False", why, advice, (), norm, frozen=True)
+    if status == CONNECTED:
+        return Row(source.name, target, status, norm=norm)
+    where = where_zero if status == ZERO else where_not_finite
+    name, why, advice, blockers = where(graph, source.value, targets, ask)
+    return Row(source.name, target, status, name, why, advice, tuple(blockers), norm)
+
+
+def _none_row(source: Source, target: str, found: Finding, frozen: bool) -> Row:
+    return Row(
+        source.name,
+        target,
+        NOT_CONNECTED,
+        found.reason,
+        found.why,
+        found.advice,
+        found.blockers,
+        frozen=frozen or found.reason == "trainable=False",
+        certain=found.certain,
+    )
+
+
+__all__ = ["real_gradients", "rows_of"]

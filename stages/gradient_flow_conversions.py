@@ -1,0 +1,137 @@
+"""Where values leave TensorFlow for NumPy or Python while a recorder is open.
+
+    tensor.numpy(), float(tensor), if tensor:, np.array(tensor), np.mean(tensor), model.predict(x), tf.numpy_function
+
+A tape cannot see what is computed from there on, and nothing tells it that it came from a tensor. A conversion is
+recorded if it is the user's own code, a NumPy function or Keras's `convert_to_numpy` that asks for it; those that
+TensorFlow and Keras make for themselves are not. NumPy's ufuncs (`np.sqrt(tensor)`) take the memory of a tensor without
+calling anything, so they are seen only where their result comes back.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import script_ops
+
+from stages.gradient_flow_record import Recorder, user_line
+
+_METHODS = ("numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__format__")
+_FUNCTIONS = ("array", "asarray", "asanyarray", "ascontiguousarray")
+_TRANSPARENT = frozenset({*_METHODS, "convert_to_numpy", "_numpy", "numpy_text"})
+_NUMPY = np.__file__.rpartition("/")[0]
+
+
+def watch_conversions(recorder: Recorder) -> None:
+    """See conversions until the recorder closes."""
+    base = ops._EagerTensorBase
+    for name in _METHODS:
+        recorder.add_patch(base, name, partial(_method, recorder, name))
+    for name in _FUNCTIONS:
+        recorder.add_patch(np, name, partial(_function, recorder, name))
+    recorder.add_patch(base, "__array_function__", lambda _: _dispatched(recorder))
+    recorder.add_patch(script_ops, "py_func_common", partial(_numpy_function, recorder))
+    for name in ("predict", "predict_on_batch"):
+        recorder.add_patch(keras.Model, name, partial(_predict, recorder, name))
+
+
+def _asked_by_user(place: str) -> bool:
+    """Whether a function may stand between the user's line and a conversion."""
+    file, _, name = place.rpartition(":")
+    return file.startswith(_NUMPY) or name in _TRANSPARENT
+
+
+def _note(recorder: Recorder, name: str, tensors: list[Any]) -> None:
+    if recorder.here and tensors and user_line(_asked_by_user)[0] is not None:
+        recorder.node("conversion", name, map(recorder.graph.seen, tensors), [recorder.graph.pseudo()])
+
+
+def _method(recorder: Recorder, name: str, original: Any) -> Any:
+    def convert(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        _note(recorder, _said(name), [tensor])
+        with recorder.pause():
+            return original(tensor, *args, **kwargs)
+
+    return convert
+
+
+def _function(recorder: Recorder, name: str, original: Any) -> Any:
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        if recorder.here and args:
+            given = args[0] if isinstance(args[0], list | tuple) else args[:1]
+            _note(recorder, f"np.{name}", [_tensor(one) for one in given if _is_tensor(one)])
+            with recorder.pause():
+                return original(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    return convert
+
+
+def _dispatched(recorder: Recorder) -> Any:
+    """NumPy's own hook for functions that are given foreign arrays (NEP 18)."""
+
+    def convert(_: Any, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        given = [one for one in tf.nest.flatten([args, kwargs]) if _is_tensor(one)]
+        _note(recorder, f"np.{function.__name__}", given)
+        with recorder.pause():
+            return function._implementation(*args, **kwargs)
+
+    return convert
+
+
+def _numpy_function(recorder: Recorder, original: Any) -> Any:
+    def call(function: Any, inp: Any, Tout: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
+        if not recorder.here:
+            return original(function, inp, Tout, *args, **kwargs)
+        given = [tf.convert_to_tensor(one) for one in inp]
+        with recorder.pause():
+            result = original(function, given, Tout, *args, **kwargs)
+        seen = recorder.graph.seen
+        outputs = [one for one in tf.nest.flatten(result) if tf.is_tensor(one)]
+        recorder.node("numpy_function", "numpy_function", map(seen, given), map(seen, outputs))
+        return result
+
+    return call
+
+
+def _predict(recorder: Recorder, name: str, original: Any) -> Any:
+    def predict(model: Any, *args: Any, **kwargs: Any) -> Any:
+        start = len(recorder.graph.nodes)
+        result = original(model, *args, **kwargs)
+        if recorder.here:
+            inside = recorder.graph.nodes[start:]
+            given = dict.fromkeys(value for node in inside for value in node.outputs)
+            layer = "/".join(part for part in (recorder._layer_path(), model.name) if part)
+            recorder.node("conversion", f"Model.{name}", given, [recorder.graph.pseudo()], layer=layer)
+        return result
+
+    return predict
+
+
+def _said(name: str) -> str:
+    """How the user wrote it."""
+    words = {
+        "__float__": "float()",
+        "__int__": "int()",
+        "__bool__": "bool()",
+        "__index__": "index",
+        "numpy": ".numpy()",
+    }
+    words |= {"__complex__": "complex()", "__format__": "format()", "__array__": "np.array"}
+    return words.get(name, name)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, ops.EagerTensor | tf.Variable | keras.Variable)
+
+
+def _tensor(value: Any) -> Any:
+    return value if isinstance(value, ops.EagerTensor) else tf.convert_to_tensor(value)
+
+
+__all__ = ["watch_conversions"]

@@ -1,0 +1,327 @@
+"""Record what a block of eager code does as a graph; see `stages.gradient_flow`.
+
+    with Recorder() as recorder:
+        ...                      # every operation, conversion to NumPy, tape and gradient in here is seen
+    recorder.graph, recorder.tapes
+
+While it is open, compiled functions run operation by operation, calls of Keras layers say where an operation belongs,
+and reads of variables are made visible (TensorFlow's fast path reads them without telling anybody). All that is put
+back when it closes, also after an exception. It changes no number: the same operations run on the same values.
+
+Rules:
+
+1. Only the thread that opened it is recorded; one recorder is open in a process at a time.
+2. Before a variable is written for the first time, its value is kept, so that whoever opened it can put it back.
+3. A line is the user's if its file is none of TensorFlow's, Keras's, NumPy's, Python's or ours.
+"""
+
+from __future__ import annotations
+
+import linecache
+import random
+import sys
+import sysconfig
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import context, record
+from tensorflow.python.framework import op_callbacks
+from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
+
+from stages.errors import HandoffError
+from stages.gradient_flow import Graph, Line, Node
+from stages.influencing import _eagerly as eagerly
+
+_OURS = Path(__file__).resolve().parent.parent
+_STDLIB = sysconfig.get_paths()["stdlib"]
+_LIBRARIES = (
+    *(str(Path(str(module.__file__)).parent) for module in (tf, keras, np)),
+    *(str(_OURS / name) for name in ("stages", "pipeline", "transport")),
+)
+_SITE = ("site-packages", "dist-packages")
+_PLUMBING = ("optree", "wrapt", "tree", "absl")
+_WRITES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter", "ResourceStridedSliceAssign", "Rng")
+_busy = threading.Lock()
+
+BOUNDARY = "run_and_explain"
+"""The function of ours that the explained code is called by, where it is called."""
+
+
+class Recorder:
+    """Records while it is open.
+
+    Args:
+        stages: {id of a model: name of the stage that it is}.
+    """
+
+    def __init__(self, stages: Mapping[int, str] | None = None) -> None:
+        self.graph = Graph()
+        self.kept: dict[int, tuple[Any, Any]] = {}
+        """{id of a handle: (handle, value before the first write)}."""
+        self._stages = dict(stages or {})
+        self._stage = ""
+        self.layers: list[Any] = []
+        """The layers that were called from outside of any other."""
+        self._layers: list[Any] = []
+        self._tapes: set[int] = set()
+        self._muted: set[int] = set()
+        self._new: set[int] = set()
+        self._paused = 0
+        self._thread = 0
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        if not _busy.acquire(blocking=False):
+            raise HandoffError("another explanation is being recorded in this process; finish it first")
+        self._thread = threading.get_ident()
+        with ExitStack() as stack:
+            stack.callback(_busy.release)
+            stack.enter_context(eagerly())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Even though the `tf.config.experimental_run_functions_eagerly")
+            self._patch(stack, pywrap_tfe, "TFE_Py_FastPathExecute", self._fast_path)
+            self._patch(stack, record, "record_operation", self._custom)
+            self._patch(stack, keras.Layer, "__call__", self._layer_call)
+            op_callbacks.add_op_callback(self._operation)
+            stack.callback(op_callbacks.remove_op_callback, self._operation)
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._closing.close()
+
+    @property
+    def here(self) -> bool:
+        """Whether what happens now is to be recorded."""
+        return not self._paused and threading.get_ident() == self._thread
+
+    def add_patch(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Replace an attribute until the recorder closes; `make` gets the original."""
+        self._patch(self._closing, owner, name, make)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """See nothing for a while."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def tape_opened(self, tape: Any) -> None:
+        """A tape of the user's records from now on."""
+        self._tapes.add(id(tape))
+
+    def tape_closed(self, tape: Any) -> None:
+        """And no longer."""
+        self._tapes.discard(id(tape))
+
+    @contextmanager
+    def tape_muted(self, tape: Any) -> Iterator[None]:
+        """A tape of the user's that is open does not record for a while."""
+        self._muted.add(id(tape))
+        try:
+            yield
+        finally:
+            self._muted.discard(id(tape))
+
+    def restore(self) -> None:
+        """Give every variable that was written the value it had."""
+        with record.stop_recording():
+            for handle, value in self.kept.values():
+                gen_resource_variable_ops.assign_variable_op(handle, value)
+
+    def node(self, kind: str, operation: str, inputs: Any, outputs: Any, **more: Any) -> Node:
+        """Append what just happened, with where it happened."""
+        line, literals = user_line()
+        more.setdefault("layer", self._layer_path())
+        return self.graph.add(
+            Node(
+                len(self.graph.nodes),
+                kind,
+                operation,
+                tuple(inputs),
+                tuple(outputs),
+                stage=self._stage,
+                line=line,
+                literals=literals,
+                tapes=frozenset(self._tapes),
+                muted=frozenset(self._muted),
+                stopped=bool(pywrap_tfe.TFE_Py_TapeSetIsStopped()),
+                stateful=any(getattr(layer, "stateful", False) for layer in self._layers),
+                **more,
+            )
+        )
+
+    def _layer_path(self) -> str:
+        return "/".join(layer.name for layer in self._layers if id(layer) not in self._stages)
+
+    def _operation(
+        self, operation: Any, inputs: Any, attributes: Any, outputs: Any, op_name: Any = None, graph: Any = None
+    ) -> None:
+        if graph is not None or not self.here:
+            return
+        name = operation.decode() if isinstance(operation, bytes) else str(operation)
+        seen = self.graph.seen
+        taken = [seen(tensor) for tensor in inputs]
+        if name == "VarHandleOp":
+            self._new.add(id(outputs[0]))
+        if name.startswith(_WRITES) and inputs and inputs[0].dtype == tf.resource:
+            handle = taken[0]
+            before = [] if name == "AssignVariableOp" else [self.graph.content.get(handle, handle)]
+            content = self.graph.content[handle] = self.graph.pseudo()
+            given = [seen(tensor) for tensor in outputs]
+            self.node("write", name, [*before, *taken[1:]], [content, *given], attributes=(handle,), owner=writer())
+            return
+        content_read = [self.graph.content[value] for value in taken if value in self.graph.content]
+        self.node("operation", name, [*taken, *content_read], map(seen, outputs), attributes=tuple(attributes or ()))
+
+    def _custom(self, original: Any) -> Any:
+        def recorded(name: str, outputs: Any, inputs: Any, backward: Any, forward: Any = None) -> Any:
+            original(name, outputs, inputs, backward, forward)
+            if self.here and all(hasattr(tensor, "_numpy_internal") for tensor in (*outputs, *inputs)):
+                seen = self.graph.seen
+                self.node("custom", str(name), map(seen, inputs), map(seen, outputs), backward=backward)
+
+        return recorded
+
+    def _layer_call(self, original: Any) -> Any:
+        recorder = self
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not recorder.here:
+                return original(layer, *args, **kwargs)
+            recorder._stage = recorder._stages.get(id(layer), recorder._stage)
+            if not recorder._layers and not any(layer is one for one in recorder.layers):
+                recorder.layers.append(layer)
+            recorder._layers.append(layer)
+            try:
+                return original(layer, *args, **kwargs)
+            finally:
+                recorder._layers.pop()
+
+        return call
+
+    def _fast_path(self, original: Any) -> Any:
+        def execute(ctx: Any, operation: Any, name: Any, *args: Any) -> Any:
+            if not self.here:
+                return original(ctx, operation, name, *args)
+            if str(operation).startswith(_WRITES):
+                self._keep(args[0])
+            return original(ctx, operation, name, *map(_read, args))
+
+        return execute
+
+    def _keep(self, handle: Any) -> None:
+        """Remember a variable's value before it is written; one that was made just now has none."""
+        if id(handle) in self.kept or id(handle) in self._new or getattr(handle, "_handle_data", None) is None:
+            return
+        with self.pause(), record.stop_recording():
+            dtype = tf.as_dtype(handle._handle_data.shape_and_type[0].dtype)
+            value = gen_resource_variable_ops.read_variable_op(handle, dtype)
+            self.kept[id(handle)] = (handle, tf.identity(value))
+
+    def _patch(self, stack: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        there = name in vars(owner)
+        original = vars(owner)[name] if there else getattr(owner, name, None)
+        setattr(owner, name, make(original))
+        stack.callback(setattr, owner, name, original) if there else stack.callback(delattr, owner, name)
+
+
+@contextmanager
+def random_states() -> Iterator[None]:
+    """Python's, NumPy's and TensorFlow's own random states are as before; Keras's are variables."""
+    tensorflow = context.context()._rng
+    before = (random.getstate(), np.random.get_state(), None if tensorflow is None else tensorflow.getstate())
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        if tensorflow is not None:
+            tensorflow.setstate(before[2])
+
+
+def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, tuple[Any, ...]]:
+    """The innermost line of the user's that is being executed, and the constants in its function's code.
+
+    Args:
+        skip: Says of a function's name whether it may stand between the user's line and us; None: all may. If one that
+            may not is met first, there is no line.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == BOUNDARY and _is_ours(code.co_filename):
+            return None, ()  # what is outside asked for the explanation and is not explained
+        if is_users(code.co_filename):
+            text = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            return Line(code.co_filename, frame.f_lineno, code.co_name, text), code.co_consts
+        if skip is not None and not _is_ours(code.co_filename) and not skip(f"{code.co_filename}:{code.co_name}"):
+            return None, ()
+        frame = frame.f_back
+    return None, ()
+
+
+def user_frame() -> Any:
+    """The innermost frame of the user's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+_known: dict[str, bool] = {}
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is the user's."""
+    found = _known.get(file)
+    if found is None:
+        in_site = any(f"/{site}/" in file for site in _SITE)
+        found = _known[file] = not (
+            file.startswith("<")
+            or file.startswith(_LIBRARIES)
+            or (file.startswith(_STDLIB) and not in_site)
+            or (in_site and any(f"/{name}/" in file for name in _PLUMBING))
+        )
+    return found
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(str(_OURS / "stages"))
+
+
+def writer() -> str:
+    """Which metric, optimizer or layer is writing a variable."""
+    frame: Any = sys._getframe(1)
+    kinds = {"metric": keras.metrics.Metric, "optimizer": keras.optimizers.Optimizer, "layer": keras.Layer}
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        for kind, family in kinds.items():
+            if isinstance(owner, family):
+                return f"{kind} {owner.name}"
+        frame = frame.f_back
+    return ""
+
+
+def _read(argument: Any) -> Any:
+    """A variable's value in its place, read in a way that can be seen."""
+    if isinstance(argument, resource_variable_ops.BaseResourceVariable):
+        return argument.value()
+    if isinstance(argument, list | tuple) and any(
+        isinstance(one, resource_variable_ops.BaseResourceVariable) for one in argument
+    ):
+        return [_read(one) for one in argument]
+    return argument
+
+
+__all__ = ["Recorder", "is_users", "random_states", "user_frame", "user_line"]

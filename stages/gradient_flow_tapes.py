@@ -1,0 +1,249 @@
+"""What a user's tapes did while a recorder was open: when they recorded, what they watched, what they were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager import backprop
+from tensorflow.python.ops import resource_variable_ops
+
+from stages.gradient_flow import Graph, Line
+from stages.gradient_flow_edges import Edges
+from stages.gradient_flow_record import Recorder, user_frame, user_line
+
+
+@dataclass(eq=False)
+class Source:
+    """What a gradient was asked for.
+
+    Attributes:
+        name: The variable's path, the name that the user gave a tensor, or its place.
+        given: The variable or tensor.
+        value: Its number in the graph (of the handle, for a variable).
+        variable: Whether it is one.
+        trainable: For a variable, its flag.
+    """
+
+    name: str
+    given: Any
+    value: int
+    variable: bool
+    trainable: bool = True
+
+
+@dataclass(eq=False)
+class Asked:
+    """One call of `tape.gradient`.
+
+    Attributes:
+        tape: id of the tape.
+        targets: {name: tensor}; together they were differentiated.
+        sources: What for.
+        found: The gradients, or None, in the order of the sources.
+        watched: {value: the node before which it was watched}.
+        accesses: Whether the tape watches the variables that are read.
+        line: Where.
+        when: How many nodes there were.
+    """
+
+    tape: int
+    targets: dict[str, Any]
+    sources: list[Source]
+    found: list[Any]
+    watched: dict[int, int] = field(default_factory=dict)
+    accesses: bool = True
+    line: Line | None = None
+    when: int = 0
+
+
+class TapeLog:
+    """Sees the tapes of a block.
+
+    Args:
+        recorder: The open recorder.
+        shadow: A persistent tape of ours that should watch what the user's tapes watch, or None.
+    """
+
+    def __init__(self, recorder: Recorder, shadow: Any = None) -> None:
+        self.asked: list[Asked] = []
+        self.notes: list[str] = []
+        self._recorder = recorder
+        self._shadow = shadow
+        self._watched: dict[int, dict[int, int]] = {}
+        self._alive: list[Any] = []
+        self._used: dict[int, str] = {}
+        for name in ("_push_tape", "_pop_tape", "watch", "gradient", "stop_recording"):
+            make = getattr(self, f"_{name.strip('_')}")
+            recorder.add_patch(backprop.GradientTape, name, make)
+
+    def _push_tape(self, original: Any) -> Any:
+        def push(tape: Any) -> Any:
+            if self._recorder.here and tape is not self._shadow:
+                self._alive.append(tape)  # ids of tapes must not be used twice
+                self._recorder.tape_opened(tape)
+            return original(tape)
+
+        return push
+
+    def _pop_tape(self, original: Any) -> Any:
+        def pop(tape: Any) -> Any:
+            self._recorder.tape_closed(tape)
+            return original(tape)
+
+        return pop
+
+    def _stop_recording(self, original: Any) -> Any:
+        @contextmanager
+        def stopped(tape: Any) -> Iterator[None]:
+            with original(tape), self._recorder.tape_muted(tape):
+                yield
+
+        return stopped
+
+    def _watch(self, original: Any) -> Any:
+        def watch(tape: Any, tensor: Any) -> Any:
+            original(tape, tensor)
+            if self._recorder.here and tape is not self._shadow:
+                for one in tf.nest.flatten(tensor):
+                    place = self._recorder.graph.seen(handle_of(one))
+                    self._watched.setdefault(id(tape), {}).setdefault(place, len(self._recorder.graph.nodes))
+                    if self._shadow is not None and tf.is_tensor(one) and one.dtype.is_floating:
+                        original(self._shadow, one)
+
+        return watch
+
+    def _gradient(self, original: Any) -> Any:
+        def gradient(tape: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._recorder.here or tape is self._shadow:
+                return original(tape, target, sources, *args, **kwargs)
+            line, _ = user_line()
+            when = len(self._recorder.graph.nodes)
+            try:
+                found = original(tape, target, sources, *args, **kwargs)
+            except RuntimeError as error:
+                if id(tape) in self._used:
+                    self.notes.append(
+                        f"the tape was asked a second time at {line}, and had been used up at {self._used[id(tape)]}: "
+                        "make it with persistent=True, or ask for all gradients in one call"
+                    )
+                raise error
+            except AttributeError as error:
+                self._note_foreign(target, sources, line)
+                raise error
+            except LookupError as error:
+                self.notes.append(f"tape.gradient at {line} raised LookupError: {error}")
+                self._asked(tape, target, sources, None, line, when)
+                raise error
+            self._used[id(tape)] = str(line)
+            self._asked(tape, target, sources, found, line, when)
+            return found
+
+        return gradient
+
+    def _note_foreign(self, target: Any, sources: Any, line: Line | None) -> None:
+        """The tape was given what is no tensor: TensorFlow's own error does not say which."""
+        for what, given in (("target", target), ("source", sources)):
+            for one in tf.nest.flatten(given):
+                if not tf.is_tensor(one) and not hasattr(one, "handle"):
+                    kind = type(one).__name__
+                    self.notes.append(
+                        f"tape.gradient at {line} was given a {what} that is no tensor but a {kind}: what left "
+                        "TensorFlow has no gradient; keep it a tensor inside the tape"
+                    )
+
+    def _asked(self, tape: Any, target: Any, sources: Any, found: Any, line: Line | None, when: int) -> None:
+        targets = dict(zip(names_of(target, "target"), tf.nest.flatten(target), strict=True))
+        flat = tf.nest.flatten(sources)
+        gradients = [None] * len(flat) if found is None else list(_flat_gradients(found, len(flat)))
+        graph = self._recorder.graph
+        watched = dict(self._watched.get(id(tape), {}))
+        for variable in tape.watched_variables():
+            watched.setdefault(graph.seen(variable.handle), 0)
+        self.asked.append(
+            Asked(
+                id(tape),
+                targets,
+                make_sources(graph, dict(zip(names_of(sources, "source"), flat, strict=True))),
+                gradients,
+                watched,
+                tape._watch_accessed_variables,
+                line,
+                when,
+            )
+        )
+
+
+def is_tracked(graph: Graph, asked: Asked, value: int) -> bool:
+    """Whether a tape follows a value: it watches it, or saw it computed from what it follows."""
+    edges = Edges(graph, asked.tape)
+    found = set(asked.watched)
+    _, before = graph.ancestors([value])
+    for node in sorted(before, key=lambda node: node.index):
+        for position, value in enumerate(node.inputs):
+            late = value in asked.watched and asked.watched[value] > node.index and value not in graph.makers
+            if value in found and not late and edges.passes(node, position):
+                found.update(node.outputs)
+                break
+    return value in found
+
+
+def make_sources(graph: Graph, given: dict[str, Any]) -> list[Source]:
+    """Name -> variable or tensor, as sources."""
+    return [
+        Source(name, one, graph.seen(handle_of(one)), is_variable(one), getattr(one, "trainable", True))
+        for name, one in given.items()
+    ]
+
+
+def handle_of(source: Any) -> Any:
+    """What stands for a variable or tensor in the graph and on the tape."""
+    return source.handle if is_variable(source) else source
+
+
+def is_variable(source: Any) -> bool:
+    """Whether it is a variable of TensorFlow's or Keras's."""
+    return isinstance(source, keras.Variable | resource_variable_ops.BaseResourceVariable)
+
+
+def names_of(structure: Any, otherwise: str) -> list[str]:
+    """A name for each leaf: a variable's path, the name of a local variable of the user's, or its place."""
+    if isinstance(structure, Mapping) and not any(tf.nest.is_nested(value) for value in structure.values()):
+        return [str(key) for key in sorted(structure)]
+    leaves = tf.nest.flatten(structure)
+    frame = user_frame()
+    local = {} if frame is None else {id(value): name for name, value in frame.f_locals.items()}
+    several = f" {{}} of {len(leaves)}" if len(leaves) > 1 else ""
+    names = [_name(leaf, local) or f"{otherwise}{several.format(i)}" for i, leaf in enumerate(leaves)]
+    return list(unique(names))
+
+
+def unique(names: Sequence[str]) -> Iterator[str]:
+    """Names told apart by a number where they are equal."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        yield name if counts[name] == 1 else f"{name} #{counts[name]}"
+
+
+def _name(leaf: Any, local: dict[int, str]) -> str | None:
+    if isinstance(leaf, keras.Variable):
+        return str(leaf.path)
+    if is_variable(leaf):
+        name = str(leaf.name).removesuffix(":0")
+        return local.get(id(leaf), name) if name == "Variable" else name
+    return local.get(id(leaf))
+
+
+def _flat_gradients(found: Any, count: int) -> Sequence[Any]:
+    if found is None or tf.is_tensor(found) or isinstance(found, tf.IndexedSlices):
+        return [found]
+    flat = tf.nest.flatten(found)
+    return flat if len(flat) == count else list(found)
+
+
+__all__ = ["Asked", "Source", "TapeLog", "handle_of", "is_tracked", "is_variable", "make_sources", "names_of", "unique"]
