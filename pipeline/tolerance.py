@@ -7,6 +7,9 @@
     the same sum in another order            lambda * sqrt(n) * u, the probabilistic bound of Higham and Mary (2019) for
                                              n terms; lambda = sqrt(2 ln(2 * elements / chance)), chance = 1e-6 of one
                                              false alarm in a row of so many elements
+    a witness                                that, and twice what the model's own gradients are from those of its
+                                             float64 twin on this very batch (measured: normalisation of few samples
+                                             amplifies rounding), and what compiling adds
 
 eps is the distance from 1 to the next number of the dtype, u = eps / 2. All are parts of the largest |value| of what is
 compared (for gradients: of all variables of the model), so that a zero gradient is judged by the others' size.
@@ -74,20 +77,26 @@ class Tolerance:
         return cls(allowed, f"sums of {terms} terms of {dtype} in another order")
 
     @classmethod
-    def beside(cls, dtype: str, terms: int, elements: int, rounding: Tolerance, error: float = 0.0) -> Tolerance:
-        """Against a witness: another order of sums, what compiling alone changes, and the witness's own error.
+    def beside(
+        cls, dtype: str, terms: int, elements: int, compiled: Tolerance, model: float = 0.0, error: float = 0.0
+    ) -> Tolerance:
+        """Against a witness, which computes the same numbers another way.
 
         Args:
             dtype: What the model computes in.
             terms: Numbers that are added up on the longest way from the inputs to the loss and back.
             elements: In how many places is compared.
-            rounding: What the pipeline may differ by from one tape.
-            error: What the witness may be wrong by, as a part of the largest |gradient|.
+            compiled: What the pipeline may differ by from one tape.
+            model: How far the model's own gradients are from those in float64. Pipeline and witness round
+                independently, each by so much.
+            error: What the witness may be wrong by besides.
         """
         order = cls.reordered(dtype, terms, elements)
-        why = order.why
-        if rounding.relative:
-            why += f", and {rounding.why}"
+        why = [order.why]
+        if model:
+            why.append(f"2 x {model:.1g}, what the model itself is from float64")
+        if compiled.relative:
+            why.append(compiled.why)
         if error:
-            why += f", and {error:.1g}, the error of the differences themselves"
-        return cls(order.relative + rounding.relative + error, why)
+            why.append(f"{error:.1g}, the error of the differences themselves")
+        return cls(order.relative + 2 * model + compiled.relative + error, "; ".join(why))

@@ -16,7 +16,6 @@ Cost: one tape over the whole batch, so the activations of all samples at once, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +26,7 @@ import tensorflow as tf
 
 from pipeline.reference_batch import Whole, state_names
 from pipeline.tolerance import Tolerance
+from pipeline.witness_loss import Rounding, rounding
 from pipeline.witness_parts import (
     RefusedError,
     Tensors,
@@ -64,13 +64,14 @@ def batch_at_once(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
         Gradients of all variables (nothing at cuts), or the refusal.
     """
     try:
+        measured = rounding(hosted, batch)
         with undisturbed(hosted):
-            return _gradients(hosted, batch)
+            return _gradients(hosted, batch, measured)
     except RefusedError as error:
         return Gradients(refusal=str(error))
 
 
-def _gradients(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
+def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) -> Gradients:
     if batch.truncate is not None and batch.truncate < batch.grid.windows:
         raise RefusedError(
             f"gradients are truncated after {batch.truncate} of {batch.grid.windows} windows, so they are not those of "
@@ -79,22 +80,19 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
     heads = [heads_of(stage) for stage in hosted]
     variables = [[v.value for v in stage.stage.trainable_variables] for stage in hosted]
     own: list[list[Any]] = [[] for _ in hosted]
-    longest = 1
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([variable for some in variables for variable in some])
 
         def call(i: int, taken: list[Any]) -> Sequence[Any]:
-            nonlocal longest
             with named(hosted[i], "its forward pass on the whole batch"), _nothing_changes(hosted[i]):
                 outputs = call_model(hosted[i].stage.model, taken)
                 own[i] = own_losses(hosted[i].stage.model, 0, "float32")
-            longest = max([longest, *(math.prod(t.shape[:-1]) for t in [*taken, *outputs])])
             return outputs
 
         tensors = run_flow(hosted, call, {**inputs_of(hosted, batch, None), **_all_states(hosted, batch)})
         loss = objective(hosted, heads, batch, tensors, "float32")
         loss += sum(term for terms in own for term in terms)
-    size = size_of(hosted, longest)
+    size = size_of(hosted, batch)
     _check_independence(hosted, batch, tensors, own, size)
     flat = tape.gradient(
         loss, [v for some in variables for v in some], output_gradients=tf.cast(batch.loss_scale, loss.dtype)
@@ -102,7 +100,7 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
     found = iter(None if g is None else dense(g) for g in flat)
     sums = shared_sums(hosted, [[next(found) for _ in some] for some in variables], batch.loss_scale)
     note = f"one tape over {batch.grid.samples} samples"
-    return Gradients(sums, {}, size, float(loss), note=note)
+    return Gradients(sums, {}, size, *measured, float(loss), note=note)
 
 
 def _all_states(hosted: Sequence[HostedStage], batch: Whole) -> Tensors:

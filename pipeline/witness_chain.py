@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from pipeline.reference_batch import Weights, Whole, state_names, weight_part
 from pipeline.single_tape import SingleTape
+from pipeline.witness_loss import Rounding, rounding
 from pipeline.witness_parts import (
     RefusedError,
     call_model,
@@ -98,8 +99,9 @@ def chain(hosted: Sequence[HostedStage], batch: Whole, memory_limit: int | None 
         Gradients of all variables and at all cuts, or the refusal.
     """
     try:
+        measured = rounding(hosted, batch)
         with undisturbed(hosted):
-            return _Chain(hosted, batch, memory_limit).run()
+            return _Chain(hosted, batch, memory_limit).run(measured)
     except (RefusedError, MemoryLimitExceeded) as error:
         return Gradients(refusal=str(error))
 
@@ -116,7 +118,7 @@ class _Chain:
         weights = SingleTape(hosted).weights(batch)
         self.weights: Weights = weights
 
-    def run(self) -> Gradients:
+    def run(self, measured: Rounding) -> Gradients:
         """All microbatches: each forward, its loss, backward; or all at once where a loss couples samples."""
         microbatches = range(len(self.batch.grid.sizes))
         couples = any(heads.couples_samples for heads in self.heads)
@@ -134,7 +136,8 @@ class _Chain:
         return Gradients(
             shared_sums(self.hosted, self.totals, self.batch.loss_scale),
             self.boundary,
-            size_of(self.hosted, sum(self.rows) + len(microbatches) * self.batch.grid.windows),
+            size_of(self.hosted, self.batch, sum(self.rows)),
+            *measured,
             self.loss,
             note=f"{sum(self.rows)} rows of Jacobians a unit, {self.blocks} blocks, memory limit {limit}",
         )

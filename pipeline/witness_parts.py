@@ -240,16 +240,25 @@ def sum_lengths(model: Any) -> int:
     return 1 + sum(int(math.prod(tuple(v.shape)[:-1])) for v in model.trainable_weights if len(v.shape) > 1)
 
 
-def size_of(hosted: Sequence[HostedStage], rows: int) -> Size:
+def size_of(hosted: Sequence[HostedStage], batch: Whole, rows: int = 0) -> Size:
     """How long the sums on the way from the inputs to the loss and back are.
 
     Args:
         hosted: The stages.
-        rows: Numbers that the witness's own sums have, over rows of Jacobians or samples.
+        batch: Sums over its samples and places (pixels, time steps) make the gradients of variables.
+        rows: Numbers that the witness's own sums have besides.
     """
     models = [stage.stage.model for stage in hosted]
+    rows += batch.grid.samples * max(_places(model, batch) for model in models)
     lowest = min((dtype_of(model) for model in models), key=lambda name: _DIGITS.get(name, 0))
     return Size(rows + sum(sum_lengths(model) for model in models), lowest)
+
+
+def _places(model: Any, batch: Whole) -> int:
+    """Pixels or time steps of one sample, at most: of what a model's layers give, all axes but the last."""
+    steps = max([1, *(np.shape(a)[1] for a in batch.inputs.values() if np.ndim(a) > 1)])
+    shapes = [tensor.shape for op in getattr(model, "operations", []) for tensor in flatten(op.output)]
+    return max((int(math.prod(steps if n is None else n for n in s[1:-1])) for s in shapes), default=int(steps))
 
 
 _DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}

@@ -61,6 +61,9 @@ class Gradients:
         boundary: {cut: dL/dtensor as this consumer should send it, or None}, with the loss scale in it, as what crosses
             a cut has; empty where the witness has no cuts.
         size: How long its sums are.
+        rounding: How far the model's own gradients are from those of its float64 twin, as a part of the largest
+            |dL/dvariable|: what even one tape is wrong by. 0 where there is no twin.
+        rounding_at_cuts: The same of dL/dtensor at cuts.
         loss: The loss of the batch, own losses included; NaN without one.
         refusal: Why the witness cannot be made for this model and batch, naming stage and layer; "" if it was made.
         note: What it cost, in words.
@@ -69,6 +72,8 @@ class Gradients:
     gradients: dict[int, list[Array | None]] = field(default_factory=dict)
     boundary: dict[Cut, Array | None] = field(default_factory=dict)
     size: Size = ONE
+    rounding: float = 0.0
+    rounding_at_cuts: float = 0.0
     loss: float = float("nan")
     refusal: str = ""
     note: str = ""
@@ -80,6 +85,7 @@ class Gradients:
             "gradients": [[stage, [arrays.put(g) for g in each]] for stage, each in self.gradients.items()],
             "boundary": [[list(cut), arrays.put(g)] for cut, g in self.boundary.items()],
             "size": list(self.size),
+            "rounding": [self.rounding, self.rounding_at_cuts],
             "loss": repr(self.loss),
             "refusal": self.refusal,
             "note": self.note,
@@ -97,9 +103,11 @@ class Gradients:
             {stage: [array(number) for number in each] for stage, each in description["gradients"]},
             {Cut(*cut): array(number) for cut, number in description["boundary"]},
             Size(*description["size"]),
-            float(description["loss"]),
-            description["refusal"],
-            description["note"],
+            rounding=description["rounding"][0],
+            rounding_at_cuts=description["rounding"][1],
+            loss=float(description["loss"]),
+            refusal=description["refusal"],
+            note=description["note"],
         )
 
 
@@ -133,6 +141,7 @@ class Differences:
         seed: Of the directions.
         largest: Largest |dL/dvariable| of the float64 model.
         size: How long its sums are.
+        rounding: As in `Gradients`.
         loss: The loss of the batch in float64, own losses included.
         refusal: Why they cannot be made, naming stage and layer; "" if they were.
         note: What it cost, in words.
@@ -142,6 +151,7 @@ class Differences:
     seed: int = 0
     largest: float = 0.0
     size: Size = ONE
+    rounding: float = 0.0
     loss: float = float("nan")
     refusal: str = ""
     note: str = ""
@@ -154,6 +164,7 @@ class Differences:
             "seed": self.seed,
             "largest": repr(self.largest),
             "size": list(self.size),
+            "rounding": self.rounding,
             "loss": repr(self.loss),
             "refusal": self.refusal,
             "note": self.note,
@@ -169,6 +180,7 @@ class Differences:
             description["seed"],
             float(description["largest"]),
             Size(*description["size"]),
+            description["rounding"],
             float(description["loss"]),
             description["refusal"],
             description["note"],

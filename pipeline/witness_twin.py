@@ -155,20 +155,35 @@ def widened(recipe: Any) -> Any:
     return found
 
 
-def check(ours: Sequence[Any], theirs: Sequence[Any], hosted: HostedStage, allowed: float) -> None:
+def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours: Sequence[Any], allowed: float) -> None:
     """Compare what a stage and its twin give for one microbatch.
+
+    Args:
+        hosted: The stage.
+        taken: What the twin took.
+        given: What it gave.
+        ours: What the stage's own model gave.
+        allowed: Largest difference, as a part of the largest |value| that the twin took, gave or holds: what
+            normalisation makes zero is not judged by its own size.
 
     Raises:
         RefusedError: They compute different things.
     """
-    for (name, _), a, b in zip(hosted.spec.outputs, ours, theirs, strict=False):
-        x, y = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
-        apart = float(np.max(np.abs(x - y), initial=0.0))
-        if not apart <= allowed * float(np.max(np.abs(x), initial=0.0)):
+    values = [*taken, *given, *(variable.value for variable in hosted.stage.trainable_variables)]
+    scale = max(
+        (float(np.max(np.abs(np.asarray(v, np.float64)), initial=0.0)) for v in values if _is_float(v)), default=1.0
+    )
+    for (name, _), a, b in zip(hosted.spec.outputs, ours, given, strict=False):
+        apart = float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0.0))
+        if not apart <= allowed * scale:
             raise RefusedError(
                 f"stage {hosted.spec.name!r}: its float64 copy gives another {name!r} (by {apart:.2g}); a layer of it "
                 "draws numbers in a way of its own, or computes in a dtype of its own"
             )
+
+
+def _is_float(tensor: Any) -> bool:
+    return bool(tf.as_dtype(tensor.dtype).is_floating)
 
 
 __all__ = ["Twin", "check", "drawing", "wide_floats", "widened"]

@@ -47,18 +47,20 @@ class Yardstick:
     units: int = 1
     given: float | None = None
 
-    def of(self, size: Size, elements: int, kind: str = "gradient", error: float = 0.0) -> Tolerance:
+    def of(self, size: Size, elements: int, model: float, kind: str = "gradient", error: float = 0.0) -> Tolerance:
         """The tolerance of a comparison.
 
         Args:
             size: How long the witness's sums are.
             elements: In how many places is compared.
+            model: How far the model's own gradients are from those in float64.
             kind: Of `StepResult.roundings`.
             error: What the witness itself may be wrong by.
         """
         if self.given is not None:
             return Tolerance(self.given + error, "as given" + (", and the witness's own error" if error else ""))
-        return Tolerance.beside(size.dtype, size.terms, elements, self.allowed.of(kind, size.dtype), error)
+        compiled = self.allowed.of(kind, size.dtype)
+        return Tolerance.beside(size.dtype, size.terms, elements, compiled, model, error)
 
     def too_coarse(self, tolerance: Tolerance, size: Size) -> str:
         """Why a tolerance cannot tell a right gradient from one that lacks a microbatch; "" if it can."""
@@ -88,14 +90,14 @@ def by_gradients(check: str, ours: Observed, theirs: Gradients, names: Names, ya
         return Outcome(refusal=reason)
     scale, size = largest(expected), theirs.size
     most = max((g.size for g in expected if g is not None), default=1)
-    if reason := yardstick.too_coarse(yardstick.of(size, most), size):
+    if reason := yardstick.too_coarse(yardstick.of(size, most, theirs.rounding), size):
         return Outcome(refusal=reason)
-    judged = [_loss(check, ours, theirs.loss, names, yardstick, size)]
+    judged = [_loss(check, ours, theirs, names, yardstick)]
     judged += _at_cuts(check, ours.seen, theirs, names, yardstick)
     for (i, k), name in names.variables.items():
         mine, other = ours.gradients[i][k], theirs.gradients[i][k]
         part = Part(mine, other, (SUMS, -i, k))
-        tolerance = yardstick.of(size, 1 if other is None else other.size)
+        tolerance = yardstick.of(size, 1 if other is None else other.size, theirs.rounding)
         stage = names.stages[i]
         judged.append(judge(check, "gradient", stage, name, [part], tolerance, scale=scale, zero_is_none=True))
     return Outcome(tuple(judged))
@@ -112,10 +114,11 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
     if reason := _not_finite(theirs.loss, [np.asarray(theirs.largest)]):
         return Outcome(refusal=reason)
     size, scale = theirs.size, theirs.largest or 1.0
-    rounding = yardstick.of(size, max(len(theirs.directions), 1))
+    count = max(len(theirs.directions), 1)
+    rounding = yardstick.of(size, count, theirs.rounding)
     if reason := yardstick.too_coarse(rounding, size):
         return Outcome(refusal=reason)
-    judged = [_loss("differences", ours, theirs.loss, names, yardstick, size)]
+    judged = [_loss("differences", ours, theirs, names, yardstick)]
     checked = 0
     for (i, k), name in names.variables.items():
         mine = [one for one in theirs.directions if (one.stage, one.place) == (i, k)]
@@ -140,7 +143,7 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
             place = f"direction {one.number}"
             parts.append(Part(np.asarray(live), np.asarray(one.derivative), (SUMS, -i, k), place))
         error = max((one.error / scale for one in decided), default=0.0)
-        tolerance = yardstick.of(size, max(len(theirs.directions), 1), error=error)
+        tolerance = yardstick.of(size, count, theirs.rounding, error=error)
         kind = "directional derivative"
         found = judge("differences", kind, names.stages[i], name, parts or [Part(None, None)], tolerance, scale=scale)
         if not decided:
@@ -168,7 +171,7 @@ def _at_cuts(
     for (producer, tensor, consumer), sights in groups.items():
         parts = [Part(seen.get(s), sights[s], order_of(s), where(s)) for s in sorted(sights)]
         elements = sum(part.theirs.size for part in parts if part.theirs is not None)
-        tolerance = yardstick.of(theirs.size, elements, f"{GRADIENT} at a cut")
+        tolerance = yardstick.of(theirs.size, elements, theirs.rounding_at_cuts, f"{GRADIENT} at a cut")
         found.append(
             judge(
                 check,
@@ -185,12 +188,10 @@ def _at_cuts(
     return found
 
 
-def _loss(check: str, ours: Observed, loss: float, names: Names, yardstick: Yardstick, size: Size) -> Judged:
-    mine = ours.result.loss
-    part = Part(
-        None if mine is None else np.asarray(mine, np.float64), np.asarray(loss, np.float64), (LOSS, len(names.stages))
-    )
-    return judge(check, "loss", "", "loss", [part], yardstick.of(size, 1))
+def _loss(check: str, ours: Observed, theirs: Gradients | Differences, names: Names, yardstick: Yardstick) -> Judged:
+    mine, order = ours.result.loss, (LOSS, len(names.stages))
+    part = Part(None if mine is None else np.asarray(mine, np.float64), np.asarray(theirs.loss, np.float64), order)
+    return judge(check, "loss", "", "loss", [part], yardstick.of(theirs.size, 1, 0.0))
 
 
 def _not_finite(loss: float, gradients: Sequence[Any]) -> str:
