@@ -230,6 +230,7 @@ class Report:
             return "NOT equal to one tape" if self.rows else "nothing was compared"
         worst = self.worst
         part = "" if worst is None else f", largest difference {worst.relative:.1e} of the largest |gradient|"
+        part = ", all equal bits" if worst is not None and worst.relative == 0.0 else part
         bits = " (bit for bit)" if self.tolerance.relative == 0.0 else ""
         others = len(self.rows) - len(self.gradients)
         return f"equal to one tape{bits}: {len(self.gradients)} gradients{part}; {others} other comparisons"

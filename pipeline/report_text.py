@@ -116,7 +116,7 @@ def _rows(rows: Sequence[Row]) -> Table:
     before = None
     for row in rows:
         cells = (
-            row.stage if row.stage != before else "",
+            (row.stage or "-") if row.stage != before else "",
             row.kind,
             (row.name.removeprefix(f"{row.stage}/") if row.ok else row.name) + (f" ({row.peer})" if row.peer else ""),
             "x".join(map(str, row.shape)) or "scalar",

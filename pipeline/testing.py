@@ -1,0 +1,85 @@
+"""For test suites: one line that fails, with the whole report, unless a pipeline hands over what one tape computes.
+
+    from pipeline.testing import assert_matches_single_tape
+
+    def test_my_pipeline():
+        with Pipeline.split(model(), stages=3) as pipe:
+            pipe.compile("adam", "mse", run_eagerly=True)
+            assert_matches_single_tape(pipe, x, y)
+
+With pytest the fixture ``assert_single_tape`` of `pipeline.pytest_plugin` does the same and closes the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import VerificationError
+
+if TYPE_CHECKING:
+    from pipeline.inspecting import Inspecting
+    from pipeline.report import Report
+
+__all__ = ["SingleTapeError", "assert_matches_single_tape"]
+
+
+class SingleTapeError(VerificationError):
+    """A pipeline does not match one tape, or a check that was asked for by name could not be made.
+
+    An AssertionError, so that test runners count a failure, not an error.
+
+    Attributes:
+        report: What the verification found.
+    """
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[SingleTapeError], tuple[str, Report]]:
+        return type(self), (str(self), self.report)
+
+
+def assert_matches_single_tape(
+    pipe: Inspecting,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    checks: str | Sequence[str] = ("tape",),
+    steps: int = 1,
+    tolerance: float | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Verify a compiled pipeline on one batch; its weights, optimizer, statistics and seeds stay as they are.
+
+    A check that was asked for by its name and could not be made fails as well: a test that checks nothing must not
+    pass. ``"all"`` asks for whatever can be made.
+
+    Args:
+        pipe: The pipeline, compiled; it stays open.
+        x: As in `Pipeline.train_on_batch`, like `y` and `sample_weight`.
+        checks: As in `Pipeline.verify`, like `steps`, `tolerance` and `seed`.
+        memory_limit: Bytes that a Jacobian may take; None: the default of `Pipeline.verify`.
+
+    Returns:
+        The report.
+
+    Raises:
+        SingleTapeError: Something differs by more than its tolerance, or a named check was not made.
+        VerificationError: An unknown check.
+    """
+    __tracebackhide__ = True
+    limit = {} if memory_limit is None else {"memory_limit": memory_limit}
+    report = pipe.verify(x, y, sample_weight, checks=checks, steps=steps, tolerance=tolerance, seed=seed, **limit)
+    if not report.ok:
+        raise SingleTapeError(f"the hand-off is not right: {report.summary()}\n\n{report}", report)
+    named = () if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)
+    made = {check.name: check for check in report.checks}
+    missed = [name for name in named if name not in made or not made[name].ran]
+    if missed:
+        told = "; ".join(f"{name!r}: {made[name].reason if name in made else 'no reason given'}" for name in missed)
+        raise SingleTapeError(f"asked for by name, but not checked: {told}\n\n{report}", report)
+    return report
