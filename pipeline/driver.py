@@ -31,6 +31,7 @@ from stages.hosted import StageSpec
 from stages.observing import Sight
 from transport.message import DRIVER, Key, Message
 
+Array = np.ndarray[Any, Any]
 _WITH_LOSS = ("train", "gradients", "test")
 
 
@@ -92,7 +93,7 @@ class Driver:
         self._replies(connected)
         self._crew.all_connected()
         for worker in range(len(self.placement)):
-            described = self._long_reply(self._number, self._crew.place(worker))
+            described, _ = self._long_reply(self._number, self._crew.place(worker))
             self.descriptions |= {int(index): found for index, found in described.items()}
         stages = self.descriptions.values()
         if any(d["masks"] for d in stages):
@@ -232,19 +233,19 @@ class Driver:
         with self._crew.ending_on_failure():
             self._tell_all("discard")
 
-    def get(self, what: str) -> dict[int, list[np.ndarray[Any, Any] | None]]:
+    def get(self, what: str) -> dict[int, list[Array | None]]:
         """Read variables or gradients of every stage; see `HostedStage.variables` for the names."""
         with self._crew.ending_on_failure(), deferred_interrupts():
             self._tell_all("get", lambda _: {"what": what})
             number = self._number
-            found: dict[int, list[np.ndarray[Any, Any] | None]] = {}
+            found: dict[int, list[Array | None]] = {}
             for answer in self._replies(number):
                 for index, count in answer["counts"].items():
                     keys = [Key("variable", number, DRIVER, int(index), microbatch=i) for i in range(count)]
                     found[int(index)] = [self._crew.wait(key).array for key in keys]
             return dict(sorted(found.items()))
 
-    def set(self, what: str, values: Mapping[int, Sequence[np.ndarray[Any, Any] | None]]) -> None:
+    def set(self, what: str, values: Mapping[int, Sequence[Array | None]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
         with self._crew.ending_on_failure(), deferred_interrupts():
             number = self._number + 1
@@ -275,20 +276,16 @@ class Driver:
         """
         return {int(i): paths for answer in self._answers("put_back") for i, paths in answer["changed"].items()}
 
-    def seen(self) -> dict[Sight, np.ndarray[Any, Any] | None]:
+    def seen(self) -> dict[Sight, Array | None]:
         """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all("seen")
-            number, found = self._number, {}
-            for worker in range(len(self.placement)):
-                place = self._crew.place(worker)
-                sights = self._long_reply(number, place)
-                for i, sight in enumerate(sights):
-                    found[Sight(*sight)] = self._crew.wait(Key("variable", number, DRIVER, place, microbatch=i)).array
-            return found
+        return {
+            Sight(*sight): array
+            for sights, arrays in self.ask("seen")
+            for sight, array in zip(sights, arrays, strict=True)
+        }
 
-    def ask(self, do: str, value: Any = None) -> list[Any]:
-        """A question to every worker, as `stages.worker` (or the reference) knows it; the long answers.
+    def ask(self, do: str, value: Any = None) -> list[tuple[Any, list[Array | None]]]:
+        """A question to every worker, as `stages.worker` (or the reference) knows it: long answers, and arrays.
 
         Args:
             do: The command.
@@ -304,11 +301,13 @@ class Driver:
             self._tell_all(do)
             return self._replies(self._number)
 
-    def _long_reply(self, number: int, place: int) -> Any:
-        """An answer of any length: JSON in an array."""
-        text = self._crew.wait(Key("reply", number, DRIVER, place)).array
-        assert text is not None
-        return json.loads(text.tobytes())
+    def _long_reply(self, number: int, place: int) -> tuple[Any, list[Array | None]]:
+        """An answer of any length, JSON in an array, and the arrays that came before it."""
+        message = self._crew.wait(Key("reply", number, DRIVER, place))
+        value: Any = message.value
+        assert message.array is not None
+        keys = [Key("variable", number, DRIVER, place, microbatch=i) for i in range(value["arrays"])]
+        return json.loads(message.array.tobytes()), [self._crew.wait(key).array for key in keys]
 
     def call(self, name: str) -> None:
         """A small service in every stage: ``reset_metrics``, ``reset_state`` or ``finalize``."""
@@ -350,10 +349,10 @@ class Driver:
                     if label in batch.sample_weights:
                         self._send_data(worker, spec.index, "sample_weight", label, batch.sample_weights[label])
 
-    def _send_data(self, worker: int, stage: int, kind: str, name: str, array: np.ndarray[Any, Any]) -> None:
+    def _send_data(self, worker: int, stage: int, kind: str, name: str, array: Array) -> None:
         self._crew.send(worker, Message(kind, self.incarnation, self._step, stage, DRIVER, name, array=array))
 
-    def _outputs(self, batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
+    def _outputs(self, batch: Batch) -> dict[str, Array]:
         found = {}
         for spec in self.specs.values():
             for name in dict.fromkeys(spec.finals):

@@ -7,7 +7,7 @@ several segments have is read through a chain of identities. These change no val
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class JoinedModel:
     def __init__(self, hosted: Sequence[HostedStage]) -> None:
         self.hosted = hosted
         self.counting = False
+        self._watch: Callable[[Any], None] | None = None
         self._dead: frozenset[tuple[str, int]] | None = None
         """(tensor, window) between segments or windows that no gradient comes back to; None: not known yet."""
 
@@ -192,6 +193,8 @@ class JoinedModel:
         given = [tensors[name] for name in names]
         taken = [with_mask(tensor, mask_of(tensor)) for tensor in given]
         for name, tensor in zip(names, taken, strict=True):
+            if self._watch is not None and is_differentiable(tensor.dtype):
+                self._watch(tensor)  # behind frozen segments nothing else would put it on the tape
             run.taken[name, i] = tensor
             if mask_of(tensor) is not None:
                 run.masks[name, i] = mask_of(tensor)

@@ -6,7 +6,7 @@ per process. It is set to the pipeline's values before each question, and may be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,10 @@ import tensorflow as tf
 from pipeline.reference_batch import Whole
 from pipeline.reference_optimizer import ReferenceOptimizer, reference_optimizers, share_values
 from pipeline.single_tape import SingleTape
+from pipeline.witness_batch import batch_at_once
+from pipeline.witness_chain import chain
+from pipeline.witness_differences import differences
+from pipeline.witness_results import Differences, Gradients
 from stages.accumulate import dense
 from stages.grid import Grid
 from stages.keeping import Kept
@@ -39,7 +43,7 @@ class ReferenceWorker(Worker):
         self._found: dict[int, list[Any]] = {}
         self._tape: SingleTape | None = None
         self._batch: Whole | None = None
-        self._commands |= {"optimizers": self._do_optimizers}
+        self._commands |= {"optimizers": self._do_optimizers, "witness": self._do_witness}
 
     @property
     def tape(self) -> SingleTape:
@@ -52,6 +56,17 @@ class ReferenceWorker(Worker):
         """Make the optimizers; answers with what their variables belong to."""
         self._optimizers = reference_optimizers(self._recipes, self.tape.hosted, self._undecayed)
         self._tell_long(number, {str(i): optimizer.described() for i, optimizer in self._optimizers.items()})
+
+    def _do_witness(self, number: int, order: Mapping[str, Any]) -> None:
+        """Let a witness say what the gradients of the last batch should be; see `pipeline.witnesses`."""
+        hosted, batch = self.tape.hosted, self._batch
+        assert batch is not None
+        witnesses: dict[str, Callable[[], Gradients | Differences]] = {
+            "chain": lambda: chain(hosted, batch, order["memory_limit"]),
+            "differences": lambda: differences(hosted, batch, order["seed"]),
+            "batch": lambda: batch_at_once(hosted, batch),
+        }
+        self._tell_long(number, *witnesses[order["check"]]().to_wire())
 
     def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         batch = self._batch = self._receive(order)

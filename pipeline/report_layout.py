@@ -236,12 +236,13 @@ def _skip(
         x, y, _ = places[stage]
         mates = sorted((one for one in skips if one[side] == stage), key=lambda one: -lanes[one])
         inner, outer = mates.index(link), len(mates) - 1 - mates.index(link)
+        apart = min(_APART, (BOX / 2 - _EAVES - _PAIR) / len(mates))
         wall = x + BOX if side == 0 else x
-        door = wall - out * (_EAVES + _APART * (outer + 1))
+        door = wall - out * (_EAVES + apart * (outer + 1))
         if all(places[other][1] >= y for other in columns if columns[other] == columns[stage]):
             return ((door, y), (door, lane))
-        level = y - 0.6 * _APART - _APART * outer
-        gutter = wall + out * 0.8 * _APART * (inner + 1)
+        level = y - 0.6 * apart - apart * outer
+        gutter = wall + out * 0.8 * apart * (inner + 1)
         return ((door, y), (door, level), (gutter, level), (gutter, lane))
 
     return (*end(0), *reversed(end(1)))

@@ -157,7 +157,9 @@ class SingleTape(JoinedModel):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             for variable in self.variables:
                 tape.watch(variable.value)
+            self._watch = None if self.observer is None else tape.watch
             yield tape
+        self._watch = None
 
     def _windows(self, part: Whole, weights: Weights, share: Any, states: Mapping[str, Any]) -> list[Pass]:
         """All windows of a microbatch, one after the other, under whatever tape is open."""
@@ -303,6 +305,7 @@ class SingleTape(JoinedModel):
         before = [state.read() for state in states]
         self._dead = frozenset((name, w) for name in between for w in range(batch.grid.windows))  # no joints
         counting, self.counting = self.counting, False
+        observer, self.observer = self.observer, None
         with self._tape() as tape:
             mine = by_head(of_microbatch(weights, 0))
             runs = self._windows(batch.microbatch(0), mine, 1.0, self._initial(batch, 0))
@@ -316,7 +319,7 @@ class SingleTape(JoinedModel):
         found = tape.gradient(targets, list(watched.values()), output_gradients=seeds) if targets else []
         for state, values in zip(states, before, strict=True):
             state.write(values)
-        self.counting = counting
+        self.counting, self.observer = counting, observer
         return frozenset(place for place, gradient in zip(watched, found, strict=False) if gradient is None)
 
     def _coupled(self, batch: Whole, weights: Weights) -> tuple[list[Any | None], dict[int, list[Any]]]:

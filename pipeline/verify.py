@@ -23,6 +23,8 @@ from pipeline.timeline import measured_timeline
 from pipeline.tolerance import Tolerance
 from pipeline.verify_steps import Steps
 from pipeline.verify_tape import LOSS, UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
+from pipeline.witness_results import Differences, Gradients
+from pipeline.witnesses import Yardstick, by_differences, by_gradients
 from stages.observing import ACTIVATION
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = 2 << 30
 """Bytes that a Jacobian may take in the check "chain" unless told otherwise."""
+
+
+WITNESSES = ("chain", "differences", "batch")
+"""The checks whose expectation is not one tape's."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Verification:
         ours = self._observed(session.driver(), trace=True)
         self._timed("hand-off", lambda: hand_off(ours.seen, names))
         theirs, allowed = ours, Allowance(self._eager, {}, self.question.tolerance)
-        if set(asked) & {"tape", "chain", "differences", "batch"}:
+        if set(asked) & {"tape", *WITNESSES}:
             begin = time.monotonic()
             theirs = self._observed(session.reference())
             allowed = Allowance(self._eager, theirs.result.roundings, self.question.tolerance)
@@ -121,6 +127,9 @@ class Verification:
             self._judged += losses(ours.result, theirs.result, names, allowed.of("gradient"))
             self._judged += gradients(ours, theirs, names, allowed)
             self._checks.append(Check("tape", True, seconds=time.monotonic() - begin))
+        for check in WITNESSES:
+            if check in asked:
+                self._witnessed(check, ours, names, allowed)
         if "steps" in asked:
             steps = Steps(session, self.batch, self.question, names)
             if reason := steps.refused:
@@ -138,6 +147,22 @@ class Verification:
             flow=self._flow(ours),
         )
 
+    def _witnessed(self, check: str, ours: Observed, names: Names, allowed: Allowance) -> None:
+        """Let one of the independent witnesses judge the step, or note why it cannot."""
+        begin = time.monotonic()
+        asked = {"check": check, "memory_limit": self.question.memory_limit, "seed": self.question.seed}
+        ((described, arrays),) = self.session.reference().ask("witness", lambda _: asked)
+        there = [array for array in arrays if array is not None]
+        units = len(self.batch.sizes) * max(1, len(self.batch.lengths))
+        yardstick = Yardstick(allowed, units, self.question.tolerance)
+        if check == "differences":
+            outcome = by_differences(ours, Differences.from_wire(described, there), names, yardstick)
+        else:
+            outcome = by_gradients(check, ours, Gradients.from_wire(described, there), names, yardstick)
+        self._judged += outcome.judged
+        seconds = time.monotonic() - begin
+        self._checks.append(Check(check, not outcome.refusal, outcome.refusal, seconds))
+
     @property
     def _eager(self) -> bool:
         return self.session.needs_compile("verify").run_eagerly
@@ -149,8 +174,10 @@ class Verification:
     def _names(self) -> Names:
         session = self.session
         variables = {place: name for place, (name, _) in session.variable_names().items()}
+        specs = session.driver().specs
+        tied = {(i, tie["place"]): tie["stages"][0] == i for i, spec in specs.items() for tie in spec.ties}
         judges = {label: stage for label, (_, stage) in _outputs(session).items()}
-        return Names(session.wires.names, variables, judges)
+        return Names(session.wires.names, variables, tied, judges)
 
     def _timed(self, check: str, make: Callable[[], list[Judged]]) -> None:
         """Add what a check finds, and what it takes."""

@@ -59,7 +59,7 @@ class Steps:
         driver, eager, compiled = self.session.driver(), self._eager, self.session.needs_compile("verify")
         reference = self.session.reference()
         plan = self.session.plan(self.batch, training=True)
-        described = {int(i): slots for answer in reference.ask("optimizers") for i, slots in answer.items()}
+        described = {int(i): slots for answer, _ in reference.ask("optimizers") for i, slots in answer.items()}
         driver.call("reset_metrics")
         reference.call("reset_metrics")
         for step in range(1, self.question.steps + 1):

@@ -6,6 +6,7 @@ Where in the flow something is decides what is called the first deviation:
     (1, stage)                          losses
     (2, microbatch, -window, -stage)    backward: what comes back to a stage, then what it gives
     (3, -stage, variable)               sums over microbatches
+    (3, 1, phase, stage)                those of tied variables: to the owner, its sum, to the copies, theirs
     (4, step, ...)                      updates
 """
 
@@ -49,11 +50,13 @@ class Names:
     Attributes:
         stages: By number.
         variables: {(stage, index among its trainable variables): "<stage>/<path>"}.
+        tied: Of these, those that other stages have too, and whether the stage is their owner.
         judges: {output label: the stage that has its loss}.
     """
 
     stages: Sequence[str]
     variables: Mapping[tuple[int, int], str]
+    tied: Mapping[tuple[int, int], bool]
     judges: Mapping[str, int]
 
 
@@ -87,11 +90,18 @@ def order_of(sight: Sight) -> Order:
     """Where in the flow it was seen."""
     forward = sight.what in (ACTIVATION, MASK)
     at = sight.producer if forward == sight.sent else sight.consumer
-    if sight.what == SHARED:
-        return (SUMS, -at, -1, 0, int(sight.sent))
+    if sight.what == SHARED:  # the owner is the first stage that has the variable
+        to_owner = sight.consumer < sight.producer
+        return (SUMS, 1, 0 if to_owner else 2, sight.consumer)
     if forward:
         return (FORWARD, sight.microbatch, sight.window, at, int(sight.sent))
     return (BACKWARD, sight.microbatch, -sight.window, -at, int(sight.sent))
+
+
+def order_of_sum(names: Names, stage: int, place: int) -> Order:
+    """Where in the flow a variable's gradient is complete; that of a tied one with its owner first, then in copies."""
+    owns = names.tied.get((stage, place))
+    return (SUMS, -stage, place) if owns is None else (SUMS, 1, 1 if owns else 3, stage, place)
 
 
 def where(sight: Sight) -> str:
@@ -180,7 +190,7 @@ def gradients(ours: Observed, theirs: Observed, names: Names, allowed: Allowance
     scale = largest(g for part in theirs.gradients.values() for g in part)
     judged = []
     for (i, k), name in names.variables.items():
-        parts = [Part(ours.gradients[i][k], theirs.gradients[i][k], (SUMS, -i, k))]
+        parts = [Part(ours.gradients[i][k], theirs.gradients[i][k], order_of_sum(names, i, k))]
         tolerance = allowed.to("gradient", parts)
         judged.append(judge("tape", "gradient", names.stages[i], name, parts, tolerance, scale=scale))
     return judged

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.compare import Judged, Part, judge, largest
 from pipeline.tolerance import Tolerance
-from pipeline.verify_tape import LOSS, SUMS, Allowance, Names, Observed, order_of, where
+from pipeline.verify_tape import LOSS, Allowance, Names, Observed, order_of, order_of_sum, where
 from pipeline.witness_results import Array, Differences, Gradients, Size, direction
 from stages.observing import GRADIENT, Sight
 
@@ -96,7 +96,7 @@ def by_gradients(check: str, ours: Observed, theirs: Gradients, names: Names, ya
     judged += _at_cuts(check, ours.seen, theirs, names, yardstick)
     for (i, k), name in names.variables.items():
         mine, other = ours.gradients[i][k], theirs.gradients[i][k]
-        part = Part(mine, other, (SUMS, -i, k))
+        part = Part(mine, other, order_of_sum(names, i, k))
         tolerance = yardstick.of(size, 1 if other is None else other.size, theirs.rounding)
         stage = names.stages[i]
         judged.append(judge(check, "gradient", stage, name, [part], tolerance, scale=scale, zero_is_none=True))
@@ -141,7 +141,7 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
                 along = direction(theirs.seed, i, k, one.number, gradient.shape)
                 live = float(np.sum(gradient.astype(np.float64) * along))
             place = f"direction {one.number}"
-            parts.append(Part(np.asarray(live), np.asarray(one.derivative), (SUMS, -i, k), place))
+            parts.append(Part(np.asarray(live), np.asarray(one.derivative), order_of_sum(names, i, k), place))
         error = max((one.error / scale for one in decided), default=0.0)
         tolerance = yardstick.of(size, count, theirs.rounding, error=error)
         kind = "directional derivative"

@@ -86,7 +86,7 @@ def explain(
         model(inputs)
     stage = what.name if isinstance(what, Stage) else ""
     run = _model_run(model, inputs, y, loss, training) if model is not None else _function_run(what, inputs)
-    chosen = _named(variables) if variables is not None else None if model is None else _weights(model)
+    chosen = _named(variables) if variables is not None else None if model is None else trained_weights(model)
     return run_and_explain(
         run,
         chosen,
@@ -241,7 +241,7 @@ def _model_run(model: Any, inputs: Any, y: Any, loss: Any, training: bool) -> Ca
 
 def _used(recorder: Recorder, tape: Any) -> dict[str, Any]:
     """The weights of all models and layers that were called, and what else was read of variables."""
-    found = [item for layer in recorder.layers for item in _weights(layer).items()]
+    found = [item for layer in recorder.layers for item in trained_weights(layer).items()]
     known = {id(handle_of(variable)) for _, variable in found}
     found += [(str(v.name).removesuffix(":0"), v) for v in tape.watched_variables() if id(v.handle) not in known]
     return dict(zip(unique([name for name, _ in found]), [one for _, one in found], strict=True))
@@ -254,7 +254,7 @@ def _named(variables: Variables) -> dict[str, Any]:
     return dict(zip(names_of(given, "source"), given, strict=True))
 
 
-def _weights(model: Any) -> dict[str, Any]:
+def trained_weights(model: Any) -> dict[str, Any]:
     """A model's weights that are, or could be, trained; by path."""
     layers = model._flatten_layers()
     found = {id(v): v for layer in layers for v in layer._trainable_variables}
@@ -276,4 +276,4 @@ def _headline(what: Any) -> str:
     return "explained" if name == "<lambda>" else f"explained {name}"
 
 
-__all__ = ["explain", "explaining", "run_and_explain"]
+__all__ = ["explain", "explaining", "run_and_explain", "trained_weights"]

@@ -238,14 +238,14 @@ class Worker:
         """Send what was seen at the cuts in the last step, and forget it."""
         seen = self._seen.seen if isinstance(self._seen, Values) else {}
         self._seen = None
-        for i, array in enumerate(seen.values()):
+        self._tell_long(number, [list(sight) for sight in seen], list(seen.values()))
+
+    def _tell_long(self, number: int, value: Any, arrays: Sequence[np.ndarray[Any, Any] | None] = ()) -> None:
+        """Answer with plain data of any length, as JSON in an array: messages' own values are small; and arrays."""
+        for i, array in enumerate(arrays):
             message = Message("variable", self.incarnation, number, DRIVER, self._place(), microbatch=i, array=array)
             self.driver.send(message, CONNECT_SECONDS)
-        self._tell_long(number, [list(sight) for sight in seen])
-
-    def _tell_long(self, number: int, value: Any) -> None:
-        """Answer with plain data of any length, as JSON in an array: messages' own values are small."""
-        self._tell("reply", number, {}, np.frombuffer(json.dumps(value).encode(), np.uint8))
+        self._tell("reply", number, {"arrays": len(arrays)}, np.frombuffer(json.dumps(value).encode(), np.uint8))
 
     def _metrics(self) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -1,0 +1,223 @@
+"""Why a gradient of a pipeline is None, zero or not finite, over all stages: a blockage in stage 2 explains stage 0.
+
+    driver                                        reference process
+    batch ──────────────────────────────────────► all stages joined, recorded under one tape (`stages.gradient_flow`)
+    gradients of the pipeline itself  ◄──compare──  rows: variable, status, reason, operation, layer, stage
+
+The joined model says why; that what the pipeline itself computed is the same is looked at, and said if it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+from stages.explain_rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker, Explanation, Row
+
+if TYPE_CHECKING:
+    from pipeline.reference_batch import Whole
+    from pipeline.session import Session
+    from stages.hosted import HostedStage
+
+LOSS = "loss"
+_HAND_OFF = ("argmax", "cast", "comparison", "integer result")
+"""Reasons with which a tensor that has no gradient may cross a cut."""
+
+
+def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str) -> Explanation:
+    """Explain the gradients of a running pipeline; see `Pipeline.explain`."""
+    compiled = session.needs_compile("explain")
+    batch = session.batch(x, y, sample_weight, compiled.judged)
+    check_target(session, target)
+    _, gradients = session.gradients(batch)
+    expected = {name: status_of_array(gradient) for name, gradient in gradients.items()} if target == LOSS else {}
+    reference = session.reference()
+    session.differentiate(batch, reference)  # gives it the batch
+    (plain,) = reference.ask("explain", lambda _: {"target": target, "statuses": expected})
+    found = Explanation.from_plain(plain)
+    return beside(found, gradients) if target == LOSS else found
+
+
+def check_target(session: Session, target: str) -> None:
+    """Refuse a target that the pipeline does not have.
+
+    Raises:
+        DataError: With the names that there are.
+    """
+    known = [LOSS, *(name for gives in session.wires.gives for name, _ in gives)]
+    for name, segment in zip(session.wires.names, session.segments, strict=True):
+        known += [f"{name}/{state}" for state in segment.states]
+    if target not in known:
+        raise DataError(f"explain: expected a target among {', '.join(known)}, received {target!r}")
+
+
+def beside(found: Explanation, gradients: Mapping[str, Any]) -> Explanation:
+    """An explanation with the norms of the pipeline's own gradients, and notes where these say something else."""
+    rows, notes = [], list(found.notes)
+    for row in found.rows:
+        if row.name not in gradients:
+            rows.append(row)
+            continue
+        gradient = gradients[row.name]
+        status = status_of_array(gradient)
+        norm = None if gradient is None else float(np.linalg.norm(gradient.astype(np.float64)))
+        if status != row.status and not {status, row.status} <= {ZERO, NOT_CONNECTED}:
+            notes.append(
+                f"{row.name}: the pipeline's gradient is {status}, under one tape it is {row.status}; ask pipe.verify"
+            )
+        rows.append(replace(row, norm=norm))
+    return Explanation(found.headline, tuple(rows), tuple(notes))
+
+
+def status_of_array(gradient: Any) -> str:
+    """The status of a gradient as the driver has it."""
+    if gradient is None:
+        return NOT_CONNECTED
+    values = np.asarray(gradient).astype(np.float64)
+    if not np.isfinite(values).all():
+        return NOT_FINITE
+    return CONNECTED if values.any() else ZERO
+
+
+def explain_joined(
+    hosted: Sequence[HostedStage], batch: Whole, target: str = LOSS, statuses: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Explain all variables of all stages; what runs in the reference process.
+
+    Args:
+        hosted: The built stages, in the order of the data flow, with the live values.
+        batch: The batch. The first microbatch is explained; later ones only for variables whose gradient is zero in all
+            before them, or not finite in a later one.
+        target: ``loss``, a tensor that some stage gives, or ``<stage>/<state>`` for a state behind the last window.
+        statuses: Of the pipeline's own gradients, by name.
+
+    Returns:
+        `Explanation.plain`. All variables, statistics and random states are as they were.
+    """
+    from pipeline.single_tape import SingleTape
+    from stages.explain_function import run_and_explain
+
+    tape = SingleTape(hosted)
+    with _undisturbed(hosted):
+        weights = tape.weights(batch)
+    names = {id(stage.stage.model): stage.spec.name for stage in hosted}
+    variables = _variables(hosted)
+    rows: dict[str, Row] = {}
+    notes: dict[str, None] = {}
+    for k in range(len(batch.grid.sizes)):
+        run = _Run(tape, batch, weights, k, target)
+        found = run_and_explain(run, variables, stages=names)
+        notes |= dict.fromkeys(found.notes)
+        for row in found.rows:
+            rows[row.name] = _worse(rows.get(row.name), row)
+        if not any(_undecided(row, (statuses or {}).get(row.name)) for row in rows.values()):
+            break
+    several = len(batch.grid.sizes) > 1
+    crossing = run.crossing()
+    done = [replace(_in_pipeline(row, crossing, batch), norm=None if several else row.norm) for row in rows.values()]
+    notes |= dict.fromkeys(f"{c}: no gradient comes back through it" for c in crossing.values())
+    return Explanation(f"explained {len(hosted)} stages", tuple(done), tuple(notes)).plain()
+
+
+class _Run:
+    """One microbatch through all stages, under whatever tape is open; gives the target."""
+
+    def __init__(self, tape: Any, batch: Whole, weights: Any, k: int, target: str) -> None:
+        self.tape, self.batch, self.weights, self.k, self.target = tape, batch, weights, k, target
+        self._last: Any = None
+
+    def __call__(self) -> dict[str, Any]:
+        import tensorflow as tf
+
+        from pipeline.reference_batch import by_head, of_microbatch, state_names
+
+        tape, batch, k = self.tape, self.batch, self.k
+        outputs = [name for stage in tape.hosted for name, _ in stage.spec.outputs]
+        states = [name for stage in tape.hosted for name in state_names(stage)]
+        # Joints make zeros of "no gradient", so there are none here.
+        tape._dead = frozenset((name, w) for name in (*outputs, *states) for w in range(batch.grid.windows))
+        mine = by_head(of_microbatch(self.weights, k))
+        share = batch.grid.sizes[k] / batch.grid.samples
+        runs = tape._windows(batch.microbatch(k), mine, share, tape._initial(batch, k))
+        self._last = runs[-1]
+        if self.target == LOSS:
+            terms = [term * seed for run in runs for term, seed in zip(run.targets, run.seeds, strict=True)]
+            return {LOSS: tf.add_n([tf.cast(term, tf.float32) for term in terms])}
+        if self.target in self._last.tensors and self.target in outputs:
+            return {self.target: self._last.tensors[self.target]}
+        for stage in tape.hosted:
+            for name, state in zip(stage.spec.states, state_names(stage), strict=True):
+                if self.target == f"{stage.spec.name}/{name}":
+                    return {self.target: self._last.states[state]}
+        raise DataError(f"explain: there is no target {self.target!r}")
+
+    def crossing(self) -> dict[tuple[str, str], str]:
+        """{(producing stage, tensor): words} of all that crosses a cut and cannot have a gradient."""
+        from stages.tensors import is_differentiable
+
+        stage = {one.spec.index: one.spec.name for one in self.tape.hosted}
+        return {
+            (one.spec.name, name): f"{name!r} crosses the cut from stage {one.spec.name} to stage "
+            f"{', '.join(stage[i] for i in consumers)} as {self._last.tensors[name].dtype.name}"
+            for one in self.tape.hosted
+            for name, consumers in one.spec.outputs
+            if consumers and not is_differentiable(self._last.tensors[name].dtype)
+        }
+
+
+def _variables(hosted: Sequence[HostedStage]) -> dict[str, Any]:
+    """All variables that are, or could be, trained, as `Pipeline.gradients` names them; shared ones once."""
+    from pipeline.reference_batch import owned
+    from stages import snapshot
+    from stages.explain_function import trained_weights
+
+    found: dict[str, Any] = {}
+    for stage in hosted:
+        model = stage.stage.model
+        trainable = {id(v) for v in stage.stage.trainable_variables}
+        mine = {id(v) for v in owned(stage)}
+        could = {id(v) for v in trained_weights(model).values()} - trainable
+        named = zip(snapshot.unique_names(model.variables), model.variables, strict=True)
+        found |= {f"{stage.spec.name}/{name}": v for name, v in named if id(v) in mine | could}
+    return found
+
+
+def _undisturbed(hosted: Sequence[HostedStage]) -> Any:
+    from pipeline.witness_parts import undisturbed
+
+    return undisturbed(hosted)
+
+
+_RANK = {NOT_CONNECTED: 0, ZERO: 1, CONNECTED: 2, NOT_FINITE: 3}
+
+
+def _worse(before: Row | None, now: Row) -> Row:
+    """What two microbatches say together: one that is not finite counts, then one that has a gradient."""
+    return now if before is None or _RANK[now.status] > _RANK[before.status] else before
+
+
+def _undecided(row: Row, status: str | None) -> bool:
+    """Whether a later microbatch may say more."""
+    return row.status == ZERO or (status == NOT_FINITE and row.status != NOT_FINITE)
+
+
+def _in_pipeline(row: Row, crossing: Mapping[tuple[str, str], str], batch: Whole) -> Row:
+    """What only a pipeline does to a gradient: integers that cross a cut, states whose gradient is cut off."""
+    from stages.explain_reasons import ADVICE
+
+    if row.status != NOT_CONNECTED or not row.blockers:
+        return row
+    first = row.blockers[0]
+    if batch.truncate is not None and first.operation == "StopGradient" and not first.layer and not first.line:
+        why = f"it reaches the target only through a state, whose gradient is cut off every {batch.truncate} window(s)"
+        places = tuple(Blocker("StopGradient", "", b.stage, "", "between windows") for b in row.blockers[:1])
+        return replace(row, reason="truncation", why=why, advice=ADVICE["truncation"], blockers=places)
+    words = [text for (stage, _), text in crossing.items() if stage == first.stage and row.reason in _HAND_OFF]
+    return replace(row, why=f"{row.why}; {words[0]}") if words else row
+
+
+__all__ = ["LOSS", "check_target", "explain_joined", "explained"]
