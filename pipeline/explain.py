@@ -9,6 +9,7 @@ The joined model says why; that what the pipeline itself computed is the same is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str)
     expected = {name: status_of_array(gradient) for name, gradient in gradients.items()} if target == LOSS else {}
     reference = session.reference()
     session.differentiate(batch, reference)  # gives it the batch
-    (plain,) = reference.ask("explain", lambda _: {"target": target, "statuses": expected})
+    ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
     found = Explanation.from_plain(plain)
     return beside(found, gradients) if target == LOSS else found
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.explain import LOSS, explained
 from pipeline.report import Report
 from pipeline.session import Session
 from pipeline.timeline import Timeline
 from pipeline.verify import MEMORY_LIMIT, Question, verified
+from stages.explain_rows import Explanation
 
 
 class Inspecting:
@@ -66,6 +68,25 @@ class Inspecting:
         """
         question = Question.of(checks, steps=steps, tolerance=tolerance, memory_limit=memory_limit, seed=seed)
         return verified(self._session, x, y, sample_weight, question)
+
+    def explain(self, x: Any, y: Any = None, sample_weight: Any = None, *, target: str = LOSS) -> Explanation:
+        """Why every variable's gradient of one batch is what it is: connected, zero, not finite, or not connected.
+
+        Of those that are not connected it is said which operation, in which layer of which stage, is in the way. The
+        joined model is recorded in a process of its own, so a blockage in one stage explains another. Nothing is
+        applied, and no state is changed.
+
+        Args:
+            x: As in `train_on_batch`, like `y` and `sample_weight`.
+            target: ``"loss"``, the name of a tensor that a stage gives, or ``"<stage>/<state>"`` for a final state.
+
+        Returns:
+            The explanation: ``print(...)`` shows a table, ``.of(name)`` one variable, ``.ok`` whether all is connected.
+
+        Raises:
+            DataError: There is no such target.
+        """
+        return explained(self._session, x, y, sample_weight, target)
 
     def timeline(self, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
         """When each worker did what in a step without its update, in seconds; the median of several steps.

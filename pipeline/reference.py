@@ -6,6 +6,7 @@ per process. It is set to the pipeline's values before each question, and may be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from pipeline.explain import explain_joined
 from pipeline.reference_batch import Whole
 from pipeline.reference_optimizer import ReferenceOptimizer, reference_optimizers, share_values
 from pipeline.single_tape import SingleTape
@@ -43,7 +45,7 @@ class ReferenceWorker(Worker):
         self._found: dict[int, list[Any]] = {}
         self._tape: SingleTape | None = None
         self._batch: Whole | None = None
-        self._commands |= {"optimizers": self._do_optimizers, "witness": self._do_witness}
+        self._commands |= {"optimizers": self._do_optimizers, "witness": self._do_witness, "explain": self._do_explain}
 
     @property
     def tape(self) -> SingleTape:
@@ -67,6 +69,13 @@ class ReferenceWorker(Worker):
             "batch": lambda: batch_at_once(hosted, batch),
         }
         self._tell_long(number, *witnesses[order["check"]]().to_wire())
+
+    def _do_explain(self, number: int, order: Mapping[str, Any]) -> None:
+        """Say why the gradients of the last batch are what they are; see `pipeline.explain`."""
+        assert self._batch is not None
+        self._tell_long(
+            number, explain_joined(self.tape.hosted, self._batch, order["target"], json.loads(order["statuses"]))
+        )
 
     def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         batch = self._batch = self._receive(order)
