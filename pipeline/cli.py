@@ -1,4 +1,4 @@
-"""The command line: `tapeline demo`, `verify`, `plan`, `bench`.
+"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `plan` never load TensorFlow.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import verify_command
+from pipeline import explain_command, verify_command
 
 _ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
 
@@ -64,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         "tapeline verify my_model:make --checks all --html report.html    # make() returns (pipeline, x, y)",
     )  # fmt: skip
     verify_command.arguments(verify)
+    explain = _command(
+        commands, "explain", explain_command.run, "say why gradients are None, zero or not finite (status 0: none is)",
+        "tapeline explain my_model:make    # make() returns (pipeline, x, y), (model, x, y), or a loss",
+    )  # fmt: skip
+    explain_command.arguments(explain)
     plan = _command(
         commands, "plan", _plan, "draw the plan of a schedule", "tapeline plan --stages 4 --microbatches 8"
     )  # fmt: skip

@@ -239,7 +239,7 @@ class Recorder:
 @contextmanager
 def random_states() -> Iterator[None]:
     """Python's, NumPy's and TensorFlow's own random states are as before; Keras's are variables."""
-    tensorflow = context.context()._rng
+    tensorflow = getattr(context.context(), "_rng", None)
     before = (random.getstate(), np.random.get_state(), None if tensorflow is None else tensorflow.getstate())
     try:
         yield
