@@ -62,11 +62,11 @@ def assert_single_tape() -> Iterator[Check]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach the verification's report, with every row, to a test that failed for it; write its page if asked to."""
+    """Attach the verification's report to a test that failed for it; write its page if asked to."""
     found = yield
     verified = None if call.excinfo is None else _report_of(call.excinfo.value)
     if found.failed and verified is not None:
-        text = verified.text(every=True)
+        text = verified.text()
         folder = item.config.getoption("--tapeline-report")
         if folder is not None:
             text += f"\n\n{_written(verified, item.config.invocation_params.dir / folder, item.nodeid, call.when)}"

@@ -1,4 +1,4 @@
-"""For test suites: one line that fails, with the whole report, unless a pipeline hands over what one tape computes.
+"""For test suites: one line that fails, with the report, unless a pipeline hands over what one tape computes.
 
     from pipeline.testing import assert_matches_single_tape
 
@@ -75,11 +75,11 @@ def assert_matches_single_tape(
     limit = {} if memory_limit is None else {"memory_limit": memory_limit}
     report = pipe.verify(x, y, sample_weight, checks=checks, steps=steps, tolerance=tolerance, seed=seed, **limit)
     if not report.ok:
-        raise SingleTapeError(f"the hand-off is not right: {report.summary()}\n\n{report}", report)
+        raise SingleTapeError(f"the hand-off is not right: {report.summary()}\n\n{report.text(every=False)}", report)
     named = () if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)
     made = {check.name: check for check in report.checks}
     missed = [name for name in named if name not in made or not made[name].ran]
     if missed:
         told = "; ".join(f"{name!r}: {made[name].reason if name in made else 'no reason given'}" for name in missed)
-        raise SingleTapeError(f"asked for by name, but not checked: {told}\n\n{report}", report)
+        raise SingleTapeError(f"asked for by name, but not checked: {told}\n\n{report.text(every=False)}", report)
     return report
