@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stages.explain_rows import Explanation
 
 FLOWS, BLOCKED, FAILED = 0, 1, 2
-"""Exit statuses: every variable has a gradient that is finite and not zero; some has not; nothing could be explained."""
+"""Exit statuses: every variable has a finite gradient that is not zero; some has not; nothing could be explained."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

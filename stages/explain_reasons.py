@@ -98,26 +98,34 @@ class Finding:
         return ADVICE[self.reason]
 
 
-def reason(graph: Graph, asked: Asked, source: Source, targets: Sequence[int]) -> Finding:
-    """Why a tape gave None.
+class Way:
+    """What leads to the targets of a call of `tape.gradient`.
 
     Args:
         graph: What happened.
-        asked: The call of `tape.gradient`.
-        source: Which of its sources.
+        asked: The call.
         targets: Numbers of its targets.
     """
+
+    def __init__(self, graph: Graph, asked: Asked, targets: Sequence[int]) -> None:
+        self.graph, self.asked, self.targets = graph, asked, targets
+        self.ancestors, self.nodes = graph.ancestors(targets)
+        self.edges = Edges(graph, asked.tape)
+
+
+def reason(way: Way, source: Source) -> Finding:
+    """Why a tape gave None for one of its sources."""
+    graph, asked = way.graph, way.asked
     dtype = _dtype(source)
     if not backprop_util.IsTrainable(dtype):
         why = f"it is of dtype {dtype.name}, and only floating and complex tensors have gradients"
         return Finding("integer source", why, _made(graph, source))
-    ancestors, nodes = graph.ancestors(targets)
-    if source.value not in ancestors:
-        return _independent(graph, source, ancestors)
+    if source.value not in way.ancestors:
+        return _independent(graph, source, way.ancestors)
     followed = _followed(graph, asked, source)
     if followed is not None:
         return followed
-    return _blocked(graph, asked, source, targets, nodes)
+    return _blocked(way, source)
 
 
 def place(node: Node, what: str = "") -> Blocker:
@@ -185,15 +193,15 @@ def _followed(graph: Graph, asked: Asked, source: Source) -> Finding | None:
     return Finding("tensor not watched", why, (made,))
 
 
-def _blocked(graph: Graph, asked: Asked, source: Source, targets: Sequence[int], nodes: set[Node]) -> Finding:
+def _blocked(way: Way, source: Source) -> Finding:
     """The flow ends on the way: at the border of what the source's gradient can reach."""
-    edges = Edges(graph, asked.tape)
-    if not edges.reached({source.value}, nodes).isdisjoint(targets):
-        candidates = [(n, why) for n, why in edges.border({source.value}, nodes)]
+    graph = way.graph
+    reached = way.edges.reached({source.value}, way.nodes)
+    border = way.edges.border(reached, way.targets)
+    if not reached.isdisjoint(way.targets):
         why = "the tape gives None, though every operation on some way to the target passes a gradient"
-        return Finding("unknown", why, tuple(place(n, why) for n, why in candidates), certain=False)
-    border = edges.border({source.value}, nodes)
-    named = [(_reason_of(node, why), _behind_a_read(graph, node, why, nodes)) for node, why in border]
+        return Finding("unknown", why, tuple(place(node, why) for node, why in border), certain=False)
+    named = [(_reason_of(node, why), _behind_a_read(graph, node, why, way.nodes)) for node, why in border]
     named.sort(key=lambda item: (item[0] in _CAUTIOUS, item[1].index))
     if not named:
         return Finding("unknown", "the way to the target could not be followed", certain=False)
@@ -272,4 +280,4 @@ def _dtype(source: Source) -> tf.DType:
     return tf.as_dtype(source.given.dtype)
 
 
-__all__ = ["ADVICE", "Finding", "place", "reason"]
+__all__ = ["ADVICE", "Finding", "Way", "place", "reason"]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import backprop, record
 
-from stages.explain_reasons import ADVICE, Finding, reason
+from stages.explain_reasons import ADVICE, Finding, Way, reason
 from stages.explain_rows import CONNECTED, NOT_CONNECTED, ZERO, Row
 from stages.explain_values import Gradients, status_of, where_not_finite, where_zero
 from stages.gradient_flow import Graph
@@ -61,20 +61,19 @@ def rows_of(graph: Graph, asked: Asked, tape: Any) -> list[Row]:
         with _forgiving():
             return list(tape.gradient(flat, tensors))
 
+    way = Way(graph, asked, targets)
     line = "" if asked.line is None else str(asked.line)
     return [
-        replace(_row(graph, asked, source, gradient, targets, name, ask), asked=line)
+        replace(_row(way, source, gradient, name, ask), asked=line)
         for source, gradient in zip(asked.sources, asked.found, strict=True)
     ]
 
 
-def _row(
-    graph: Graph, asked: Asked, source: Source, gradient: Any, targets: list[int], target: str, ask: Gradients
-) -> Row:
+def _row(way: Way, source: Source, gradient: Any, target: str, ask: Gradients) -> Row:
     status, norm = status_of(gradient)
     frozen = source.variable and not source.trainable
     if status == NOT_CONNECTED:
-        found = reason(graph, asked, source, targets)
+        found = reason(way, source)
         return _none_row(source, target, found, frozen)
     if frozen:
         why = "the variable has trainable=False: it is not trained, though a gradient reaches it when a tape is asked"
@@ -83,7 +82,7 @@ def _row(
     if status == CONNECTED:
         return Row(source.name, target, status, norm=norm)
     where = where_zero if status == ZERO else where_not_finite
-    name, why, advice, blockers = where(graph, source.value, targets, ask)
+    name, why, advice, blockers = where(way.graph, source.value, way.targets, ask)
     return Row(source.name, target, status, name, why, advice, tuple(blockers), norm)
 
 

@@ -16,7 +16,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,14 +148,14 @@ class Graph:
         back = Node(len(self.nodes), "reentry", "constant", node.outputs, (value,), layer=node.layer, line=node.line)
         self.add(back)
 
-    def ancestors(self, values: Iterable[int]) -> tuple[set[int], set[Node]]:
-        """All values that these depend on, themselves included, and the nodes between."""
+    def ancestors(self, values: Iterable[int], end: Set[int] = frozenset()) -> tuple[set[int], set[Node]]:
+        """All values that these depend on, themselves included, and the nodes between; not beyond those of `end`."""
         found, nodes, stack = set(values), set(), list(values)
         while stack:
             for node in self.makers.get(stack.pop(), ()):
                 nodes.add(node)
                 for value in node.inputs if node.operation not in SHAPE_ONLY else ():
-                    if value not in found:
+                    if value not in found and value not in end:
                         found.add(value)
                         stack.append(value)
         return found, nodes

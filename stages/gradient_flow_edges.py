@@ -7,6 +7,7 @@ ones, for those operations only that stand between a source and a target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -80,13 +81,20 @@ class Edges:
                     stack += new
         return found
 
-    def border(self, values: set[int], within: set[Node]) -> list[tuple[Node, str]]:
-        """Where the flow out of these values ends: nodes that depend on it and send no gradient back, and why."""
-        reached = self.reached(values, within)
+    def border(self, reached: set[int], targets: Sequence[int]) -> list[tuple[Node, str]]:
+        """Where the flow ends: the last operations on the ways to the targets that depend on it, and what they do.
+
+        What leaves the flow and comes into it again (the mean in a normalisation, say) blocks nothing.
+
+        Args:
+            reached: What `reached` gives.
+            targets: Values that are not among these.
+        """
+        _, behind = self.graph.ancestors(targets, reached)
         found: dict[Node, str] = {}
-        for value in reached:
-            for node, position in self.graph.users.get(value, ()):
-                if node in within and (why := self.obstacle(node, position)) not in (PASSES, "overtaken"):
+        for node in behind:
+            for position, value in enumerate(node.inputs):
+                if value in reached and (why := self.obstacle(node, position)) not in (PASSES, "overtaken"):
                     found.setdefault(node, why)
         return sorted(found.items(), key=lambda item: item[0].index)
 
