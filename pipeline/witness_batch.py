@@ -114,10 +114,10 @@ def _nothing_changes(stage: HostedStage) -> Iterator[None]:
     """Refuse a forward pass that changes variables: it draws numbers, or keeps statistics of its batch."""
     model = stage.stage.model
     variables = changed_by_calls(model)
-    before = [np.array(variable.value) for variable in variables]
+    before = [np.array(variable.value.read_value()) for variable in variables]
     yield
     for variable, value in zip(variables, before, strict=True):
-        if np.array(variable.value).tobytes() != value.tobytes():
+        if np.asarray(variable.value.read_value()).tobytes() != value.tobytes():
             kind = "draws numbers" if "seed" in variable.path.rsplit("/", 1)[-1] else "keeps statistics of its batch"
             raise RefusedError(
                 f"stage {stage.spec.name!r}, layer {_layer_of(model, variable)!r} {kind} in training (its call changes "

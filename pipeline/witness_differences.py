@@ -77,7 +77,7 @@ def _differences(hosted: Sequence[HostedStage], batch: Whole, seed: int, directi
     traced = function.traced()
     found = []
     for (stage, place), copies in function.variables.items():
-        gradient, value = expected.variables[stage, place], np.array(copies[0].value)
+        gradient, value = expected.variables[stage, place], np.array(copies[0].value.read_value())
         for number in range(directions):
             d = direction(seed, stage, place, number, value.shape)
             along = _along(function, traced, copies, value, d)

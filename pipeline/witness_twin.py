@@ -169,7 +169,7 @@ def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours:
     Raises:
         RefusedError: They compute different things.
     """
-    values = [*taken, *given, *(variable.value for variable in hosted.stage.trainable_variables)]
+    values = [*taken, *given, *(variable.value.read_value() for variable in hosted.stage.trainable_variables)]
     scale = max(
         (float(np.max(np.abs(np.asarray(v, np.float64)), initial=0.0)) for v in values if _is_float(v)), default=1.0
     )

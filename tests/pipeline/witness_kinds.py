@@ -39,7 +39,7 @@ def convolution() -> tuple[Pipeline, Any, Any, Any]:
     """Convolution and BatchNormalization in training mode."""
     x = keras.Input((5, 5, 2))
     h = layers.Conv2D(2, 3, use_bias=False)(x)
-    h = layers.ReLU(name="act")(layers.BatchNormalization()(h))
+    h = layers.ReLU(name="act")(layers.BatchNormalization(name="normal")(h))
     model = keras.Model(x, layers.Dense(3)(layers.GlobalAveragePooling2D()(h)))
     rng = np.random.default_rng(1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -98,13 +98,59 @@ def tied() -> tuple[Pipeline, Any, Any, Any]:
 def dropout() -> tuple[Pipeline, Any, Any, Any]:
     """Random layers in both stages."""
     x = keras.Input((4,))
-    h = layers.Dropout(0.4, seed=3)(layers.Dense(6, "tanh")(x))
+    h = layers.Dropout(0.4, seed=3, name="drop")(layers.Dense(6, "tanh")(x))
     h = layers.GaussianNoise(0.2, seed=4)(layers.Dense(6, "tanh", name="middle")(h))
     return _split(keras.Model(x, layers.Dense(2)(h)), ["middle"], "mse"), *_batch(None), None
 
 
+def windows(truncate: int | None = None) -> tuple[Pipeline, Any, Any, Any]:
+    """Passes through time: states cross windows, in both stages."""
+    model = keras.Sequential(
+        [
+            keras.Input((5, 2), name="x"),
+            layers.LSTM(3, return_sequences=True, kernel_regularizer="l2", name="low"),
+            layers.Dense(2, activation="tanh", name="between"),
+            layers.GRU(2, return_sequences=True, name="high"),
+            layers.Dense(1, name="out"),
+        ]
+    )
+    pipe = Pipeline.split(model, at=["between"], microbatches=2, windows=2, truncate=truncate, transport="inproc")
+    pipe.compile("sgd", "mse", run_eagerly=True)
+    rng = np.random.default_rng(1)
+    return pipe, rng.normal(size=(3, 5, 2)).astype("float32"), rng.normal(size=(3, 5, 1)).astype("float32"), None
+
+
+def truncated() -> tuple[Pipeline, Any, Any, Any]:
+    """The same, where a state's gradient stays in its window."""
+    return windows(truncate=1)
+
+
+def coupled() -> tuple[Pipeline, Any, Any, Any]:
+    """A loss that needs the whole batch at once."""
+    x = keras.Input((4,))
+    h = layers.Dense(4, "tanh", name="middle")(x)
+    model = keras.Model(x, layers.Dense(2, "sigmoid")(h))
+    pipe = Pipeline.split(model, at=["middle"], microbatches=2, schedule="gpipe", transport="inproc")
+    pipe.compile("sgd", keras.losses.Dice(), run_eagerly=True)
+    x_, y = _batch(None)
+    return pipe, x_, (y > 0).astype("float32"), None
+
+
 KINDS: dict[str, Callable[[], tuple[Pipeline, Any, Any, Any]]] = {
-    kind.__name__: kind for kind in (dense, convolution, masked, skips, outputs, variational, tied, dropout)
+    kind.__name__: kind
+    for kind in (
+        dense,
+        convolution,
+        masked,
+        skips,
+        outputs,
+        variational,
+        tied,
+        dropout,
+        windows,
+        truncated,
+        coupled,
+    )
 }
 """Each gives a pipeline in threads, x, y and sample weights."""
 

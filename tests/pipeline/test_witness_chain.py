@@ -1,0 +1,117 @@
+"""The chain rule over a pipeline's stages is one tape: gradients, what crosses cuts, loss; and finds what is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from pipeline.compare import largest
+from pipeline.verify_tape import Observed
+from pipeline.witness_chain import chain
+from pipeline.witness_results import Gradients
+from pipeline.witnesses import by_gradients
+from tests.pipeline.witness_kinds import KINDS
+from tests.pipeline.witnessing import bits, case
+
+
+@cache
+def found(kind: str) -> Gradients:
+    return chain(case(kind).stages, case(kind).batch)
+
+
+def outcome(kind: str, step: Observed):
+    one = case(kind)
+    return by_gradients("chain", step, found(kind), one.names, one.yardstick)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chain_rule_is_one_tape_and_leaves_no_trace(kind: str) -> None:
+    one = case(kind)
+    before = bits(one.stages)
+    result = found(kind)
+    assert bits(one.stages) == before
+    said = outcome(kind, one.step)
+    assert said.refusal == ""
+    assert [judged.row for judged in said.judged if not judged.row.ok] == []
+    kinds = [judged.row.kind for judged in said.judged]
+    assert kinds.count("gradient") == len(one.names.variables)
+    assert kinds.count("output gradient") == len({(c.producer, c.tensor, c.consumer) for c in result.boundary}) > 0
+    assert kinds[0] == "loss"
+
+
+def test_every_gradient_that_crosses_a_cut_is_there_by_microbatch_and_window() -> None:
+    cuts = found("windows").boundary
+    assert {(cut.microbatch, cut.window) for cut in cuts} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    skips = {(cut.producer, cut.consumer) for cut in found("skips").boundary}
+    assert skips == {(0, 1), (0, 2), (1, 2)}
+
+
+def test_a_truncated_state_brings_no_gradient_back() -> None:
+    whole, cut = (found(kind).gradients[0][0] for kind in ("windows", "truncated"))
+    assert np.abs(whole - cut).max() > 1e-3 * np.abs(whole).max()
+
+
+FAULTS = {
+    "scaled by 1/M": lambda g: g / 2,
+    "scaled by M": lambda g: g * 2,
+    "of one sample less": lambda g: g * 0.8,
+    "lost": lambda g: None,
+    "transposed": lambda g: np.ascontiguousarray(g[::-1]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_wrong_gradient_is_found_and_named(fault: str, stage: int) -> None:
+    one = case("dense")
+    wrong = [FAULTS[fault](one.step.gradients[stage][0]), *one.step.gradients[stage][1:]]
+    said = outcome("dense", one.faulty({stage: wrong}))
+    assert [j.row.name for j in said.judged if not j.row.ok] == [one.names.variables[stage, 0]]
+
+
+@pytest.mark.parametrize("fault", ["half", "lost", "swapped"])
+def test_a_wrong_gradient_at_a_cut_is_found_with_its_microbatch(fault: str) -> None:
+    one = case("skips")
+    sights = sorted(s for s in one.step.seen if (s.what, s.producer, s.consumer, s.sent) == ("gradient", 0, 2, True))
+    first, second = (one.step.seen[s] for s in sights)
+    wrong = {"half": first / 2, "lost": None, "swapped": np.concatenate([second, second])[: len(first)]}[fault]
+    said = outcome("skips", one.faulty(seen={sights[0]: wrong}))
+    (row,) = [j.row for j in said.judged if not j.row.ok]
+    assert (row.kind, row.stage, row.peer) == ("output gradient", "stage2", "stage0")
+    assert row.where == "microbatch 0"
+
+
+def test_a_wrong_loss_is_found() -> None:
+    one = case("dense")
+    said = outcome("dense", one.faulty(loss=one.step.result.loss * 1.01))
+    assert [j.row.kind for j in said.judged if not j.row.ok] == ["loss"]
+
+
+def test_a_small_memory_limit_makes_more_blocks_and_the_same_gradients() -> None:
+    one = case("dense")
+    small = chain(one.stages, one.batch, memory_limit=9_000)
+    assert small.refusal == ""
+    blocks = [int(result.note.split(", ")[1].split()[0]) for result in (small, found("dense"))]
+    assert blocks[0] > blocks[1]
+    pairs = [
+        (a, b) for i in small.gradients for a, b in zip(small.gradients[i], found("dense").gradients[i], strict=True)
+    ]
+    assert max(np.abs(a - b).max() for a, b in pairs) <= 1e-6 * largest(b for _, b in pairs)
+
+
+def test_a_limit_below_one_row_is_refused_with_the_stage() -> None:
+    one = case("dense")
+    refused = chain(one.stages, one.batch, memory_limit=100)
+    assert "stage1" in refused.refusal and "memory_limit" in refused.refusal
+    assert by_gradients("chain", one.step, refused, one.names, one.yardstick).refusal == refused.refusal
+
+
+def test_the_loss_scale_is_at_the_cuts_and_not_in_the_gradients() -> None:
+    one = case("dense")
+    scaled = chain(one.stages, replace(one.batch, loss_scale=64.0))
+    cut = next(iter(scaled.boundary))
+    np.testing.assert_allclose(scaled.boundary[cut], 64 * found("dense").boundary[cut], rtol=1e-5)
+    np.testing.assert_allclose(scaled.gradients[0][0], found("dense").gradients[0][0], rtol=1e-4, atol=1e-7)
