@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import Pipeline, VerificationError
+from pipeline import Pipeline, VerificationError, verify
 from pipeline.compare import Part, judge, largest, ulp_distance
 from pipeline.tolerance import Tolerance
-from stages import program
+from stages import keeping, program
 from stages.grid import Grid
 
 layers = keras.layers
@@ -175,3 +175,132 @@ def test_a_wrong_hand_off_is_found(sabotage, eager, monkeypatch):
         report = pipe.verify(*batch())
         assert not report.ok
         assert "NOT equal to one tape" in report.summary()
+
+
+def everything(pipe):
+    """All that a pipeline holds, in its workers and in the user's process."""
+    driver = pipe._session.driver()
+    found = {what: driver.get(what) for what in ("model", "optimizer", "metrics")}
+    arrays = [array for stages in found.values() for part in stages.values() for array in part]
+    return [array.tobytes() for array in arrays] + [int(pipe.optimizer.iterations)]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_all_checks_leave_every_bit(eager):
+    with running(eager) as pipe:
+        pipe.fit(*batch(), batch_size=5, verbose=0)
+        before = everything(pipe)
+        report = pipe.verify(*batch(), checks="all", steps=2)
+        report.raise_if_failed()
+        assert everything(pipe) == before
+        assert all(row.verdict == "equal bits" for row in report.of("left as it was"))
+        assert [check.name for check in report.checks if not check.ran] == ["batch"], "batch statistics, dropout"
+
+
+def test_a_verification_that_leaves_something_changed_says_so(monkeypatch):
+    right = keeping.Kept.put_back
+
+    def forgetful(self):
+        right(self)
+        if self._hosted.spec.index == 1 and "model" in self._values:
+            variable = self._hosted.variables("model")[0]
+            variable.assign(variable + 1)
+
+    monkeypatch.setattr(keeping.Kept, "put_back", forgetful)
+    with running(True) as pipe:
+        pipe.train_on_batch(*batch())
+        report = pipe.verify(*batch())
+        assert not report.ok
+        assert (report.first.stage, report.first.row.kind) == ("stage1", "left as it was")
+        assert "kernel" in report.first.sentence
+
+
+def test_values_are_put_back_when_a_check_breaks_off(monkeypatch):
+    monkeypatch.setattr(verify, "gradients", lambda *_: 1 / 0)
+    with running(True) as pipe:
+        pipe.train_on_batch(*batch())
+        before = everything(pipe)
+        with pytest.raises(ZeroDivisionError):
+            pipe.verify(*batch(), checks=("tape", "steps"))
+        assert everything(pipe) == before
+
+
+@pytest.mark.parametrize("checks", ["tapes", ("tape", "all"), ()])
+def test_unknown_checks_are_refused(checks):
+    with running(True) as pipe, pytest.raises(VerificationError, match="'all' or some of 'tape', 'chain'"):
+        pipe.verify(*batch(), checks=checks)
+
+
+def three_stages():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5,))
+    low = layers.Dense(4, name="low")(inputs)
+    middle = layers.Dense(4, activation="tanh", name="middle")(low)
+    built = keras.Model(inputs, layers.Dense(2, name="top")(layers.Add(name="add")([middle, low])))
+    pipe = Pipeline.split(built, at=["low", "middle"], microbatches=3, transport="inproc")
+    pipe.compile("sgd", "mse", run_eagerly=True)
+    return pipe
+
+
+def sent(monkeypatch, kind, stage, source, change):
+    """Let what a stage sends be changed, before it is seen or after."""
+    right = program.Program._post
+
+    def post(self, which, to, by, tensor, number, value, mark=None):
+        if (which, to, by) == (kind, stage, source) and number[0] == 1:
+            value = change(value)
+        right(self, which, to, by, tensor, number, value, mark)
+
+    monkeypatch.setattr(program.Program, "_post", post)
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "by", "stage", "peer"),
+    [
+        ("activation", 1, 0, "stage0", "stage1"),
+        ("activation", 2, 0, "stage0", "stage2"),
+        ("gradient", 0, 2, "stage2", "stage0"),
+        ("gradient", 0, 1, "stage1", "stage0"),
+    ],
+)
+def test_the_first_deviation_names_stage_cut_and_microbatch(kind, to, by, stage, peer, monkeypatch):
+    sent(monkeypatch, kind, to, by, lambda value: value * 1.5)
+    with three_stages() as pipe:
+        report = pipe.verify(batch()[0], np.zeros((11, 2)))
+        assert (report.first.stage, report.first.row.peer) == (stage, peer)
+        assert report.first.row.where == "microbatch 1"
+        assert report.first.row.kind == ("activation" if kind == "activation" else "output gradient")
+
+
+def test_what_changes_on_the_way_is_found_by_its_two_ends_alone(monkeypatch):
+    right = program.Program._message
+
+    def flipped(self, kind, stage, source, tensor="", microbatch=0, window=0):
+        message = right(self, kind, stage, source, tensor, microbatch, window)
+        if self.observer is not None and (kind, stage, microbatch) == ("activation", 1, 2):
+            array = self.observer.seen[max(self.observer.seen, key=lambda s: (s.consumer == 1, not s.sent))]
+            array.view(np.uint32).flat[0] ^= 1
+        return message
+
+    monkeypatch.setattr(program.Program, "_message", flipped)
+    with three_stages() as pipe:
+        report = pipe.verify(batch()[0], np.zeros((11, 2)), checks="steps")
+        assert {row.check for row in report.failed} == {"hand-off"}
+        assert (report.first.stage, report.first.row.peer) == ("stage1", "stage0")
+        assert report.first.row.ulps == 1
+
+
+def test_the_reference_stays_for_the_next_question_and_ends_with_the_pipeline():
+    with three_stages() as pipe:
+        x, y = batch()[0], np.zeros((11, 2))
+        pipe.verify(x, y).raise_if_failed()
+        first = pipe._session._reference
+        pipe.train_on_batch(x, y)
+        pipe.verify(x, y).raise_if_failed()
+        assert pipe._session._reference is first
+        first.close()
+        pipe.verify(x, y).raise_if_failed()
+        second = pipe._session._reference
+        assert second is not first
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        assert second.closed
