@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report import Row
+from pipeline.report import ALWAYS, Row
 from pipeline.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
@@ -48,11 +48,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class _Apart:
-    """How far two arrays are apart: largest difference, in units in the last place, and words where that has none."""
+    """How far two arrays are apart; in words where that says more. Equal numbers may have other bits: -0.0 and 0.0."""
 
     difference: float = 0.0
     ulps: int = 0
     verdict: str = ""
+    same_bits: bool = False
 
 
 def largest(arrays: Iterable[Array | None]) -> float:
@@ -88,16 +89,15 @@ def judge(
     """
     scale = largest(part.theirs for part in parts) if scale is None else scale
     scale = scale or largest(part.ours for part in parts)
-    worst, where, first, failed = _Apart(), "", None, False
+    found = []
     for part in parts:
         apart = _apart(part.ours, part.theirs, zero_is_none)
         ok = _relative(apart.difference, scale) <= tolerance.relative
-        if not ok and (first is None or part.order < first):
-            first = part.order
-        if (not ok, apart.difference, apart.ulps) > (failed, worst.difference, worst.ulps) or not worst.verdict:
-            worst, where, failed = apart, part.where, failed or not ok
-    if failed:
-        where = next(part.where for part in parts if part.order == first)
+        ok &= apart.same_bits or check not in ALWAYS
+        found.append((not ok, apart, part))
+    failed, worst, at = max(found, key=lambda one: (one[0], one[1].difference, one[1].ulps))
+    first = min((part.order for wrong, _, part in found if wrong), default=None)
+    where = next(part.where for part in parts if part.order == first) if failed else at.where
     some = [part.ours if part.ours is not None else part.theirs for part in parts]
     arrays = [array for array in some if array is not None]
     row = Row(
@@ -114,11 +114,17 @@ def judge(
         tolerance=tolerance.relative,
         why=tolerance.why,
         ok=not failed,
-        verdict=worst.verdict or ("DIFFERS" if failed else "within tolerance"),
+        verdict=_verdict(worst, failed),
         where=where if failed or worst.difference else "",
         peer=peer,
     )
     return Judged(row, first)
+
+
+def _verdict(worst: _Apart, failed: bool) -> str:
+    if not failed:
+        return worst.verdict or "within tolerance"
+    return "DIFFERS in sign of zero or kind of NaN" if worst.verdict == "equal" else worst.verdict or "DIFFERS"
 
 
 def _relative(difference: float, scale: float) -> float:
@@ -129,14 +135,14 @@ def _apart(ours: Array | None, theirs: Array | None, zero_is_none: bool) -> _Apa
     if ours is None or theirs is None:
         there = ours if ours is not None else theirs
         if there is None:
-            return _Apart(verdict="none, as one tape")
+            return _Apart(verdict="none, as one tape", same_bits=True)
         if zero_is_none and not np.any(there):
             return _Apart(verdict="none, and zeros")
         return _Apart(math.inf, verdict=f"only in {'the reference' if ours is None else 'the pipeline'}")
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return _Apart(math.inf, verdict=f"expected {theirs.dtype.name} {theirs.shape}")
     if ours.tobytes() == theirs.tobytes():
-        return _Apart(verdict="equal bits")
+        return _Apart(verdict="equal bits", same_bits=True)
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     if not np.array_equal(np.isfinite(a), np.isfinite(b)):
         return _Apart(math.inf, verdict="not finite on one side only")

@@ -188,7 +188,7 @@ class Verification:
     def _undisturbed(self, stage: int, changed: Sequence[str]) -> Judged:
         """All bits of a stage are as before, or which are not."""
         count = np.asarray(len(changed), np.int64)
-        part = Part(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), f"changed: {', '.join(changed)}")
+        part = Part(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), ", ".join(changed))
         name = self.session.wires.names[stage]
         return judge("undisturbed", "left as it was", name, name, [part], Tolerance.bits())
 
@@ -239,8 +239,10 @@ def deviation(row: Row, loss: bool = False) -> Deviation:
         "activation": f"stage {row.stage!r} gives another {row.name!r}{at}",
         "output gradient": f"stage {row.stage!r} sends another dL/d{row.name} to {row.peer!r}{at}",
         "gradient": f"stage {row.stage!r} sums another dL/d{row.name}{at}",
-        "left as it was": f"the verification left stage {row.stage!r} changed ({row.where})",
+        "left as it was": f"the verification did not put everything back in stage {row.stage!r}: {row.where}",
     }
+    if row.kind == "left as it was":
+        return Deviation(row, row.stage, sentences[row.kind])
     owner = f"stage {row.stage!r}: " if row.stage else ""
     sentence = sentences.get(row.kind, f"{owner}{row.kind} {row.name!r} differs{at}")
     return Deviation(row, row.stage, f"{sentence} ({row.check}: {size})")

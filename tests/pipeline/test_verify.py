@@ -67,6 +67,32 @@ def test_no_gradient_on_both_sides_is_equal():
     assert one_row(None, None, EXACT).ok
 
 
+def test_the_worst_of_several_parts_is_told_and_the_first_that_fails_is_named():
+    same, off, far = gradient(1, 1), gradient(1, 1.5), gradient(1, 3)
+    parts = [
+        Part(same, same, (0,), "a"),
+        Part(off, same, (1,), "b"),
+        Part(far, same, (2,), "c"),
+        Part(same, same, (3,)),
+    ]
+    found = judge("tape", "gradient", "s", "s/v", parts, EXACT)
+    assert (found.order, found.row.where, found.row.difference, found.row.verdict) == ((1,), "b", 2.0, "DIFFERS")
+    assert found.row.shape == (8,) and found.row.norm == pytest.approx(np.linalg.norm([1, 1, 1, 1.5, 1, 3, 1, 1]))
+
+
+def test_a_hand_off_is_judged_by_bits_even_where_numbers_are_equal():
+    parts = [Part(gradient(-0.0), gradient(0.0), (0,))]
+    assert judge("tape", "gradient", "s", "s/v", parts, EXACT).row.verdict == "equal"
+    row = judge("hand-off", "received activation", "s", "v", parts, EXACT).row
+    assert not row.ok and "sign of zero" in row.verdict
+
+
+def test_zeros_are_judged_by_the_size_of_the_others():
+    assert one_row(gradient(0), gradient(0), EXACT).relative == 0.0
+    assert one_row(gradient(1e-9), gradient(0), LOOSE, gradient(1.0)).relative == pytest.approx(1e-9)
+    assert one_row(gradient(1e-9), gradient(0), LOOSE).relative == 1.0
+
+
 def test_ulp_distance_counts_representable_numbers():
     one = np.float32(1)
     assert ulp_distance(np.array([one]), np.array([np.nextafter(one, np.float32(2))])) == 1
@@ -203,7 +229,7 @@ def test_a_verification_that_leaves_something_changed_says_so(monkeypatch):
     def forgetful(self):
         right(self)
         if self._hosted.spec.index == 1 and "model" in self._values:
-            variable = self._hosted.variables("model")[0]
+            variable = next(v for v in self._hosted.variables("model") if "kernel" in v.path)
             variable.assign(variable + 1)
 
     monkeypatch.setattr(keeping.Kept, "put_back", forgetful)
