@@ -129,7 +129,10 @@ def explaining() -> Iterator[Explanation]:
                     for asked in log.asked:
                         _link(recorder.graph, asked)
                     rows = [row for asked in log.asked for row in rows_of(recorder.graph, asked, shadow)]
-                explanation.rows = tuple({_same_row(row): row for row in reversed(rows)}.values())[::-1]
+                first: dict[Any, Row] = {}
+                for row in rows:
+                    first.setdefault(_same_row(row), row)
+                explanation.rows = tuple(first.values())
                 explanation.notes = tuple(dict.fromkeys(log.notes))
 
 

@@ -199,9 +199,13 @@ def _blocked(way: Way, source: Source) -> Finding:
     reached = way.edges.reached({source.value}, way.nodes)
     border = way.edges.border(reached, way.targets)
     if not reached.isdisjoint(way.targets):
+        python = [node for node in graph.nodes if node in way.nodes and node.operation == "EagerPyFunc"]
+        if python:
+            return Finding("py_function", _WORDS["py_function"], tuple(place(node) for node in python))
         why = "the tape gives None, though every operation on some way to the target passes a gradient"
         return Finding("unknown", why, tuple(place(node, why) for node, why in border), certain=False)
-    named = [(_reason_of(node, why), _behind_a_read(graph, node, why, way.nodes)) for node, why in border]
+    behind = [(_behind_a_read(graph, node, why, way.nodes), why) for node, why in border]
+    named = [(_reason_of(node, why), node) for node, why in behind]
     named.sort(key=lambda item: (item[0] in _CAUTIOUS, item[1].index))
     if not named:
         return Finding("unknown", "the way to the target could not be followed", certain=False)
@@ -229,7 +233,7 @@ def _reason_of(node: Node, obstacle: str) -> str:
         return "Python" if node.operation in PYTHON else "NumPy"
     if node.kind == "custom":
         return "custom gradient"
-    if obstacle in ("outside", "stopped", "numpy_function"):
+    if obstacle in ("outside", "stopped", "numpy_function") and node.operation != "StopGradient":
         return _BY_OBSTACLE[obstacle]
     return _BY_OPERATION.get(node.operation, _BY_OBSTACLE.get(obstacle, "unknown"))
 

@@ -38,10 +38,17 @@ def _forgiving() -> Iterator[set[str]]:
 
     def gradient(name: str, attributes: Any, count: int, *rest: Any) -> Any:
         try:
-            return backprop._gradient_function(name, attributes, count, *rest)
+            found = backprop._gradient_function(name, attributes, count, *rest)
         except LookupError:
             missing.add(name)
             return [None] * count
+        # For "no gradient" a tf.py_function gives the number 0, and what takes that for a tensor may fail.
+        return fitting(found, rest[0]) if name == "EagerPyFunc" else found
+
+    def fitting(found: Any, inputs: Any) -> list[Any]:
+        gradients = list(found) if isinstance(found, list | tuple) else [found]
+        pairs = zip(gradients, inputs, strict=True)
+        return [g if g is None or g.shape == given.shape else tf.zeros_like(given) for g, given in pairs]
 
     pywrap_tfe.TFE_Py_RegisterGradientFunction(gradient)
     try:

@@ -48,6 +48,7 @@ _LIBRARIES = (
 )
 _SITE = ("site-packages", "dist-packages")
 _PLUMBING = ("optree", "wrapt", "tree", "absl")
+_GENERATED = "__autograph_generated_file"
 _WRITES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter", "ResourceStridedSliceAssign", "Rng")
 _busy = threading.Lock()
 
@@ -258,8 +259,13 @@ def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, t
             may not is met first, there is no line.
     """
     frame: Any = sys._getframe(1)
+    generated: tuple[str, int] | None = None
     while frame is not None:
         code = frame.f_code
+        if generated is not None and (line := _before_autograph(frame, *generated)) is not None:
+            return line, ()
+        if generated is None and code.co_filename.rpartition("/")[2].startswith(_GENERATED):
+            generated = (code.co_filename, frame.f_lineno)
         if code.co_name == BOUNDARY and _is_ours(code.co_filename):
             return None, ()  # what is outside asked for the explanation and is not explained
         if is_users(code.co_filename):
@@ -269,6 +275,16 @@ def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, t
             return None, ()
         frame = frame.f_back
     return None, ()
+
+
+def _before_autograph(frame: Any, file: str, number: int) -> Line | None:
+    """The user's own line for one that AutoGraph generated, from the frame of the call that converted the function."""
+    converted = frame.f_locals.get("converted_f") if frame.f_code.co_name == "converted_call" else None
+    for place, origin in getattr(converted, "ag_source_map", {}).items():
+        if (place.filename, place.lineno) == (file, number):
+            code = origin.source_code_line.strip()
+            return Line(origin.loc.filename, origin.loc.lineno, origin.function_name, code)
+    return None
 
 
 def user_frame() -> Any:
@@ -289,6 +305,7 @@ def is_users(file: str) -> bool:
         in_site = any(f"/{site}/" in file for site in _SITE)
         found = _known[file] = not (
             file.startswith("<")
+            or file.rpartition("/")[2].startswith(_GENERATED)
             or file.startswith(_LIBRARIES)
             or (file.startswith(_STDLIB) and not in_site)
             or (in_site and any(f"/{name}/" in file for name in _PLUMBING))

@@ -135,8 +135,9 @@ class TapeLog:
             except AttributeError as error:
                 self._note_foreign(target, sources, line)
                 raise error
-            except LookupError as error:
-                self.notes.append(f"tape.gradient at {line} raised LookupError: {error}")
+            except (LookupError, tf.errors.OpError) as error:
+                first = str(error).strip().splitlines()[0]
+                self.notes.append(f"tape.gradient at {line} raised {type(error).__name__}: {first[:200]}")
                 self._asked(tape, target, sources, None, line, when)
                 raise error
             self._used[id(tape)] = str(line)

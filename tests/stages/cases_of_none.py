@@ -235,7 +235,7 @@ def a_numpy_function():
     """tf.numpy_function makes a TensorFlow operation of it."""
     w = tf.Variable([1.0, 2.0], name="w")
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(tf.numpy_function(np.sin, [w], tf.float32))
+        loss = tf.reduce_sum(tf.numpy_function(np.sin, [w * 2.0], tf.float32))
     return tape.gradient(loss, w)
 
 
@@ -290,6 +290,16 @@ def an_operation_that_has_no_gradient():
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(tf.image.adjust_hue(images, 0.1))
     return tape.gradient(loss, images)
+
+
+@case("w", "py_function", "EagerPyFunc", code="tf.py_function(", raises=tf.errors.InvalidArgumentError)
+def numpy_inside_a_py_function():
+    """tf.py_function has a gradient, other than tf.numpy_function."""
+    w = tf.Variable([[1.0, 2.0]], name="w")
+    with tf.GradientTape() as tape:
+        biased = tf.nn.bias_add(tf.nn.relu(w * 2.0), [0.5, 0.5])
+        loss = tf.py_function(lambda t: np.sum(t.numpy()), [biased], tf.float32)
+    return tape.gradient(loss, w)
 
 
 @case("w", "stop_gradient", "StopGradient", code="tf.stop_gradient")

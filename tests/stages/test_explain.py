@@ -1,0 +1,500 @@
+"""`explain` names the operation, the layer and the stage for each fault, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import backprop, context, record
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import script_ops
+
+from stages import Explanation, HandoffError, Stage, explain, explaining
+from stages.explain_rows import Blocker, Row
+from tests.pipeline import blocking_layers as blocking
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+Y = np.ones((4, 2), "float32")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    keras.utils.set_random_seed(5)
+
+
+def around(layer: Any, *, shape: tuple[int, ...] = (3,), wide: int = 4) -> Any:
+    """A model with a layer in the middle: what is before it should learn from what is behind it."""
+    return keras.Sequential(
+        [keras.Input(shape), layers.Dense(wide, name="before"), layer, layers.Dense(2, name="behind")], name="net"
+    )
+
+
+class PyFunction(layers.Layer):
+    def call(self, x: Any) -> Any:
+        out = tf.py_function(lambda t: np.tanh(t.numpy()), [x], tf.float32)
+        out.set_shape(x.shape)
+        return out
+
+
+class Hue(layers.Layer):
+    """An operation for which TensorFlow has no gradient."""
+
+    def call(self, x: Any) -> Any:
+        return tf.reshape(tf.raw_ops.AdjustHue(images=tf.reshape(x, (-1, 1, 1, 3)), delta=0.1), tf.shape(x))
+
+
+class OneInput(layers.Layer):
+    """A custom gradient that forgot what comes in."""
+
+    def call(self, x: Any) -> Any:
+        return tf.custom_gradient(lambda t: (t * 2.0, lambda upstream: None))(x)
+
+
+class Compiled(layers.Layer):
+    """The fault is inside of a compiled function, in a branch, in a loop."""
+
+    @tf.function
+    def call(self, x: Any) -> Any:
+        def step(i: Any, t: Any) -> tuple[Any, Any]:
+            return i + 1, tf.cond(i > 0, lambda: tf.floor(t), lambda: t * 2.0)
+
+        return tf.while_loop(lambda i, t: i < 2, step, [0, x])[1]
+
+
+FAULTS = {
+    "stop_gradient": (blocking.Stop, "StopGradient"),
+    "rounding": (blocking.Grades, "Round"),
+    "comparison": (blocking.Hard, "Greater"),
+    "NumPy": (blocking.ByNumPy, ".numpy()"),
+    "numpy_function": (blocking.ByNumPyFunction, "numpy_function"),
+    "assignment": (blocking.Memory, "AssignVariableOp"),
+    "no registered gradient": (Hue, "AdjustHue"),
+    "custom gradient": (OneInput, None),
+}
+every_fault = pytest.mark.parametrize("reason", FAULTS)
+
+
+def faulty(reason: str) -> Any:
+    return around(FAULTS[reason][0](name="fault"), wide=3)
+
+
+# -- the reasons, in models --------------------------------------------------------------------------------------
+
+
+@every_fault
+def test_a_fault_is_named_with_operation_layer_and_stage(reason: str) -> None:
+    operation = FAULTS[reason][1]
+    found = explain(Stage(faulty(reason), name="bottom"), X, Y, loss="mean_squared_error")
+    for name in ("before/kernel", "before/bias"):
+        row = found.of(name)
+        assert row.name == f"bottom/net/{name}"
+        assert (row.status, row.reason) == ("not connected", reason)
+        assert operation in (None, row.blocker.operation)
+        assert (row.blocker.layer, row.blocker.stage) == ("fault", "bottom")
+        assert ("blocking_layers.py" if operation not in (None, "AdjustHue") else "test_explain.py") in row.blocker.line
+    assert found.of("behind/kernel").status == "connected"
+    assert not found.ok
+
+
+@every_fault
+def test_the_verdict_is_that_of_a_plain_tape(reason: str) -> None:
+    model = faulty(reason)
+    found = explain(model, X)
+    with tf.GradientTape() as tape:
+        y = model(X, training=True)
+    if reason == "no registered gradient":
+        with pytest.raises(LookupError):
+            tape.gradient(y, model.trainable_variables)
+        assert "LookupError" in found.notes[0]
+        return
+    gradients = tape.gradient(y, model.trainable_variables)
+    assert [row.status for row in found.rows] == ["not connected" if g is None else "connected" for g in gradients]
+
+
+def test_a_fault_inside_a_compiled_function_is_found() -> None:
+    row = explain(around(Compiled(name="fault")), X).of("before/kernel")
+    assert (row.reason, row.blocker.operation, row.blocker.layer) == ("rounding", "Floor", "net/fault")
+    assert "tf.floor(t)" in row.blocker.line
+
+
+def test_an_argmax_and_what_indexes_with_it() -> None:
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(4, name="scores"),
+            blocking.Classes(name="classes"),
+            layers.Embedding(4, 2, name="words"),
+        ]
+    )
+    found = explain(model, X)
+    row = found.of("scores/kernel")
+    assert (row.reason, row.blocker.operation, row.blocker.layer.split("/")[-1]) == ("argmax", "ArgMax", "classes")
+    assert found.of("words/embeddings").ok
+
+
+def test_a_cast_in_a_function_of_ones_own() -> None:
+    w = tf.Variable([1.5, 2.5], name="w")
+    row = explain(lambda: tf.reduce_sum(tf.cast(tf.cast(w, tf.int32), tf.float32))).of("w")
+    assert (row.reason, row.blocker.operation, row.blocker.what) == ("cast", "Cast", "gives int32")
+
+
+def test_a_weight_that_is_not_used() -> None:
+    found = explain(around(blocking.Greedy(name="greedy")), X)
+    assert found.of("greedy/used").ok
+    row = found.of("greedy/spare")
+    assert (row.reason, row.blockers) == ("no dependence", ())
+    assert "nothing was computed from it" in row.why
+
+
+def test_a_frozen_layer_is_no_fault() -> None:
+    model = around(layers.BatchNormalization(name="norm"))
+    model.layers[0].trainable = False
+    found = explain(model, X)
+    assert found.ok
+    row = found.of("before/kernel")
+    assert (row.status, row.reason, row.frozen) == ("connected", "trainable=False", True)
+    assert not any("moving" in row.name for row in found.rows)
+    assert "2 frozen" in found.summary()
+
+
+def test_a_variable_that_no_tape_watches() -> None:
+    step = tf.Variable(2.0, trainable=False, name="step")
+    row = explain(lambda: step * step, variables=[step]).of("step")
+    assert (row.status, row.reason, row.frozen) == ("not connected", "trainable=False", True)
+
+
+def test_a_stateful_layer() -> None:
+    rnn = layers.GRU(2, stateful=True, name="gru")
+    first, second = tf.ones((1, 2, 3)), tf.ones((1, 2, 3)) * 0.5
+
+    def second_window() -> Any:
+        rnn(first)
+        return tf.reduce_sum(rnn(second))
+
+    found = explain(second_window, variables={"first": first, "second": second})
+    row = found.of("first")
+    assert (row.reason, row.blocker.layer) == ("stateful layer", "gru")
+    assert found.of("second").ok
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_several_targets(named: bool) -> None:
+    w = tf.Variable([1.0, 2.0], name="w")
+
+    def both() -> Any:
+        smooth, hard = tf.reduce_sum(w * w), tf.reduce_sum(tf.sign(w) + tf.round(w))
+        return {"smooth": smooth, "hard": hard} if named else (smooth, hard)
+
+    found = explain(both)
+    assert len(found.rows) == 2
+    assert found.of("w", target="smooth" if named else "target 0 of 2").ok
+    hard = found.of("w", target="hard" if named else "target 1 of 2")
+    assert (hard.status, hard.reason) == ("zero", "rounding")
+
+
+# -- what leaves TensorFlow --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda t: np.sqrt(t),  # a ufunc takes the memory of the tensor: nothing can see that
+        lambda t: np.array(t) + 1.0,
+        lambda t: np.stack([t, t])[0],
+        lambda t: np.asarray([float(one) for one in t], "float32"),
+        lambda t: keras.ops.convert_to_numpy(t) * 3.0,
+        lambda t: t.numpy().copy(),
+    ],
+    ids=["ufunc", "array", "function", "floats", "convert_to_numpy", "numpy"],
+)
+def test_a_way_through_numpy_is_found_by_changing_the_variable(leave: Callable[[Any], Any]) -> None:
+    w, v = tf.Variable([1.0, 2.0], name="w"), tf.Variable([3.0, 4.0], name="v")
+    found = explain(lambda: tf.reduce_sum(tf.constant(leave(w * 2.0), tf.float32) * v))
+    row = found.of("w")
+    assert row.reason in ("NumPy", "Python") and row.certain
+    assert "test_explain.py" in row.blocker.line
+    assert found.of("v").ok
+    np.testing.assert_array_equal(w.numpy(), [1.0, 2.0])
+
+
+def test_what_is_only_logged_is_not_to_blame() -> None:
+    w, v = tf.Variable([1.0, 2.0], name="w"), tf.Variable(3.0, name="v")
+    data = np.array([7.0, 9.0], "float32")
+
+    def loss() -> Any:
+        assert np.mean(w * 2.0) == 3.0 or True
+        return tf.reduce_sum(tf.constant(data) * v)
+
+    assert explain(loss).of("w").reason == "no dependence"
+
+
+# -- zero and not finite -----------------------------------------------------------------------------------------
+
+
+def test_a_dead_relu() -> None:
+    dead = layers.Dense(4, activation="relu", bias_initializer=keras.initializers.Constant(-50.0), name="dead")
+    found = explain(around(dead), X, Y, loss="mean_squared_error")
+    row = found.of("before/kernel")
+    assert (row.status, row.reason, row.blocker.operation) == ("zero", "dead unit", "Relu")
+    assert row.blocker.layer == "net/dead" and "none of the 16 inputs is above 0" in row.why
+    assert found.of("behind/kernel").reason == "multiplied by zero"
+    assert found.of("behind/bias").ok
+
+
+def test_a_saturated_sigmoid() -> None:
+    steep = layers.Dense(4, activation="sigmoid", bias_initializer=keras.initializers.Constant(200.0), name="steep")
+    row = explain(around(steep), X).of("before/kernel")
+    assert (row.status, row.reason, row.blocker.operation) == ("zero", "saturated", "Sigmoid")
+
+
+def test_a_gate_that_is_shut() -> None:
+    gate = tf.Variable(0.0, name="gate")
+    w = tf.Variable([1.0, 2.0], name="w")
+    found = explain(lambda: tf.reduce_sum(gate * tf.tanh(w)))
+    assert (found.of("w").reason, found.of("w").blocker.operation) == ("multiplied by zero", "Mul")
+    assert found.of("gate").ok
+
+
+def test_numpy_inside_py_function_gives_zeros_and_not_none() -> None:
+    row = explain(around(PyFunction(name="fault"), wide=3), X).of("before/bias")
+    assert (row.status, row.reason) == ("zero", "py_function")
+    assert (row.blocker.operation, row.blocker.layer) == ("EagerPyFunc", "net/fault")
+
+
+def test_the_first_value_that_is_not_finite() -> None:
+    """Zeros are divided by their length: NaN in the forward pass."""
+    found = explain(around(blocking.Unfinished(name="unit")), np.zeros((2, 3), "float32"), np.ones((2, 2)), loss="mse")
+    for name in ("before/kernel", "behind/kernel"):
+        row = found.of(name)
+        assert (row.status, row.reason, row.blocker.operation) == ("not finite", "not finite value", "RealDiv")
+        assert row.blocker.layer == "net/unit" and "x / tf.sqrt" in row.blocker.line
+
+
+def test_a_derivative_that_is_not_finite() -> None:
+    """The root of 0 is 0, its derivative is not."""
+    w = tf.Variable([0.0, 1.0], name="w")
+    row = explain(lambda: tf.reduce_sum(tf.sqrt(w * 2.0))).of("w")
+    assert (row.status, row.reason, row.blocker.operation) == ("not finite", "not finite gradient", "Sqrt")
+    assert "0 to 2" in row.blocker.what
+
+
+def test_data_and_variables_that_are_not_finite() -> None:
+    model = around(layers.Dense(3, name="middle"))
+    bad = X.copy()
+    bad[1, 1] = np.nan
+    row = explain(model, bad).of("before/kernel")
+    assert row.reason == "not finite value" and "takes a value that is not finite" in row.blocker.what
+    model.layers[1].kernel.assign(np.full((4, 3), np.inf))
+    row = explain(model, X).of("before/kernel")
+    assert "reads a variable that is not finite" in row.blocker.what and row.blocker.layer == "net/middle"
+
+
+# -- any model ---------------------------------------------------------------------------------------------------
+
+BLOCKS: dict[str, Callable[[], Any]] = {
+    "dense": lambda: layers.Dense(3, activation="tanh"),
+    "dropout": lambda: layers.Dropout(0.5),
+    "norm": lambda: layers.BatchNormalization(),
+    "layer norm": lambda: layers.LayerNormalization(),
+    "silu": lambda: layers.Activation("silu"),
+    "stop": blocking.Stop,
+    "grades": blocking.Grades,
+    "hard": blocking.Hard,
+    "memory": blocking.Memory,
+    "numpy function": blocking.ByNumPyFunction,
+    "lambda": lambda: layers.Lambda(lambda t: t[:, ::-1] * 2.0),
+}
+
+
+@settings(max_examples=10)
+@given(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5), st.booleans())
+def test_random_models_have_a_tapes_verdict_and_a_known_reason(kinds: list[str], skip: bool) -> None:
+    inputs = keras.Input((3,))
+    tensor = layers.Dense(3)(inputs)
+    for kind in kinds:
+        out = BLOCKS[kind]()(tensor)
+        tensor = layers.Add()([out, tensor]) if skip and kind in ("grades", "norm", "stop") else out
+    model = keras.Model(inputs, tensor)
+    before = [v.numpy() for v in model.variables]
+    found = explain(model, X)
+    for ours, now in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(ours, now.numpy())
+    with tf.GradientTape() as tape:
+        y = model(X, training=True)
+    for row, gradient in zip(found.rows, tape.gradient(y, model.trainable_variables), strict=True):
+        assert (row.status == "not connected") == (gradient is None), row
+        assert row.reason != "unknown" and row.certain
+        if row.status == "not connected":
+            assert row.blocker is not None and row.blocker.operation in {
+                *("StopGradient", "Round", "Greater", "AssignVariableOp", "numpy_function")
+            }
+
+
+# -- nothing is disturbed ----------------------------------------------------------------------------------------
+
+
+def patched() -> list[Any]:
+    """All that a recording replaces, and switches on."""
+    tape = backprop.GradientTape
+    return [
+        pywrap_tfe.TFE_Py_FastPathExecute,
+        record.record_operation,
+        keras.Layer.__call__,
+        keras.Model.predict,
+        keras.Model.predict_on_batch,
+        script_ops.py_func_common,
+        *(getattr(np, name) for name in ("array", "asarray", "asanyarray", "ascontiguousarray")),
+        *(vars(tape)[name] for name in ("_push_tape", "_pop_tape", "watch", "gradient", "stop_recording")),
+        dict(vars(ops._EagerTensorBase)),
+        list(context.context().op_callbacks),
+        tf.config.functions_run_eagerly(),
+    ]
+
+
+def test_variables_seeds_and_random_numbers_are_as_before() -> None:
+    model = around(layers.Dropout(0.5))
+    model.add(layers.BatchNormalization())
+    model.add(blocking.Memory())
+    random.seed(1)
+    np.random.seed(1)
+    tf.random.set_seed(1)
+
+    def state() -> list[bytes]:
+        numbers = [np.float64(random.random()), np.random.random(3), tf.random.normal((2,)).numpy()]
+        return [np.asarray(v).tobytes() for v in (*model.variables, *numbers)]
+
+    start = (random.getstate(), np.random.get_state())
+
+    def expect() -> list[bytes]:
+        random.setstate(start[0])
+        np.random.set_state(start[1])
+        tf.random.set_seed(1)
+        return state()
+
+    before = expect()
+    random.setstate(start[0])
+    np.random.set_state(start[1])
+    tf.random.set_seed(1)
+    assert not explain(model, X, Y, loss="mse").ok
+    assert state() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["explain", "explaining"])
+def test_everything_replaced_is_put_back(how: str, fails: bool) -> None:
+    before = patched()
+    w = tf.Variable(1.0)
+    kept = tf.Variable(5.0)
+
+    def loss() -> Any:
+        kept.assign(7.0)
+        if fails:
+            raise KeyError("the user's own")
+        return w * kept
+
+    def run() -> None:
+        if how == "explain":
+            explain(loss)
+        else:
+            with explaining(), tf.GradientTape() as tape:
+                tape.gradient(loss(), w)
+
+    if fails:
+        with pytest.raises(KeyError, match="the user's own"):
+            run()
+    else:
+        run()
+    assert patched() == before
+    assert float(kept) == (5.0 if how == "explain" else 7.0)
+
+
+def test_a_step_after_an_explanation_is_the_step_without_one() -> None:
+    def trained(look: bool) -> list[Any]:
+        keras.utils.set_random_seed(9)
+        model = around(layers.Dropout(0.5))
+        model.compile("adam", "mean_squared_error", run_eagerly=True)
+        for _ in range(2):
+            if look:
+                explain(model, X, Y)
+            model.train_on_batch(X, Y)
+        return list(model.get_weights())
+
+    for a, b in zip(trained(False), trained(True), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_explanation_at_a_time() -> None:
+    w = tf.Variable(1.0, name="w")
+    with explaining(), pytest.raises(HandoffError, match="another explanation"):
+        explain(lambda: w * 1.0)
+    assert explain(lambda: w * 1.0).ok
+
+
+# -- asking and showing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: explain(3), "received int"),
+        (lambda: explain(around(layers.Dense(1))), "needs inputs"),
+        (lambda: explain(around(layers.Dense(2)), X, Y), "no loss"),
+        (lambda: explain(around(layers.Dense(2)), X, loss="mse"), "no y"),
+        (lambda: explain(lambda: None), "returned None"),
+        (lambda: explain(lambda: 2.0), "returned a float, not a tensor"),
+        (lambda: explain(lambda: np.ones(2)), "returned a ndarray, not a tensor"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(ask: Callable[[], Any], message: str) -> None:
+    before = patched()
+    with pytest.raises(HandoffError, match=message):
+        ask()
+    assert patched() == before
+
+
+def test_a_compiled_models_own_loss_counts_with_its_regularisers() -> None:
+    model = around(layers.Dense(3, kernel_regularizer="l2", name="middle"))
+    model.layers[-1].activation = tf.stop_gradient
+    model.compile("sgd", "mean_squared_error")
+    found = explain(model, X, Y)
+    assert {row.target for row in found.rows} == {"loss"}
+    assert found.of("middle/kernel").ok  # through its regulariser
+    assert found.of("before/kernel").reason == "stop_gradient"
+
+
+def test_rows_can_be_found_written_and_read_again() -> None:
+    found = explain(faulty("rounding"), X, Y, loss="mse")
+    assert Explanation.from_plain(json.loads(found.to_json())) == found
+    assert json.loads(found.to_json())["rows"][0]["blockers"][0]["operation"] == "Round"
+    with pytest.raises(KeyError, match="no row is called 'nothing'"):
+        found.of("nothing")
+    with pytest.raises(KeyError, match="several rows are"):
+        found.of("kernel")
+
+
+def test_the_table_says_it_once_for_all_that_it_is_true_of() -> None:
+    text = str(explain(faulty("rounding"), X, Y, loss="mse"))
+    assert text.count("- Round in layer net/fault") == 1
+    assert "2 connected, 2 not connected" in text.splitlines()[0]
+    assert "before/kernel" in text and "before/bias" in text and "norm " in text
+
+
+def test_names_of_others_have_no_power_over_the_terminal() -> None:
+    row = Row("a\x1b[31m", "loss", "not connected", "rounding", blockers=(Blocker("Round", layer="[red]x[/]"),))
+    text = str(Explanation("x", (row,)))
+    assert "\x1b" not in text and "[red]x[/]" in text
+
+
+def test_an_explanation_of_nothing_is_not_ok() -> None:
+    assert not Explanation().ok
+    assert "no gradient was asked for" in str(Explanation("explained"))
