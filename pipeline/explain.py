@@ -36,9 +36,10 @@ def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str)
     check_target(session, target)
     _, gradients = session.gradients(batch)
     expected = {name: status_of_array(gradient) for name, gradient in gradients.items()} if target == LOSS else {}
-    reference = session.reference()
-    session.differentiate(batch, reference)  # gives it the batch
-    ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
+    with session.telling_of_the_reference():
+        reference = session.reference()
+        session.differentiate(batch, reference)  # gives it the batch
+        ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
     found = Explanation.from_plain(plain)
     return beside(found, gradients) if target == LOSS else found
 

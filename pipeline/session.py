@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.errors import CompileError, DataError, PipelineClosedError, Wiring
 from pipeline.interrupts import deferred_interrupts
 from pipeline.plan import Plan
 from pipeline.recurrent import warn_of_stateful_layers
+from pipeline.reference_process import ReferenceProcess
 from pipeline.schedules import build_plan, forward_only
 from pipeline.sharing import state_in_two_stages, ties
 from pipeline.state import Slots, State, described_slots
@@ -73,7 +75,7 @@ class Session:
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         self._start: State | None = None
         self._driver: Driver | None = None
-        self._reference: Driver | None = None
+        self._reference = ReferenceProcess()
         self._closed = False
         # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
         built_here = all(segment.model is not None for segment in self.segments)
@@ -156,22 +158,22 @@ class Session:
 
     def stop(self, why: str) -> None:
         """End the workers; they start again when needed."""
-        running, self._driver, self._reference = (self._driver, self._reference), None, None
-        for driver in running:
-            if driver is not None:
-                driver.close(why)
+        driver, self._driver = self._driver, None
+        self._reference.close(why)
+        if driver is not None:
+            driver.close(why)
 
     def close(self) -> None:
         """End the workers for good. Idempotent."""
         self._closed = True
         self.stop("close() was called")
 
-    def train(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
-        """Forward, backward and update of one batch; the result and the number of samples."""
+    def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
+        """Forward, backward and update of one batch, `observe` as for `step`; the result and the number of samples."""
         compiled = self.needs_compile("training")
         compiled.needs_optimizer()
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
-        return self.step(batch), sum(batch.sizes)
+        return self.step(batch, observe=observe), sum(batch.sizes)
 
     def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
         """Forward, backward and update.
@@ -269,14 +271,16 @@ class Session:
     def reference(self) -> Driver:
         """One process with all stages joined, set to the pipeline's present values; it stays for the next question."""
         self.needs_the_trainable_set("verify")
-        if self._reference is None or self._reference.closed:
-            scheme = self.transport.partition("://")[0]
-            specs = [self._specs(reference=True)]
-            self._reference = Driver(specs, threads=self.threads, transport=scheme, entry="pipeline.reference:main")
-        self._reference.set("model", self.values("model"))
+        scheme = self.transport.partition("://")[0]
+        driver = self._reference.running(lambda: [self._specs(reference=True)], self.threads, scheme)
+        driver.set("model", self.values("model"))
         if self.keep_state:
-            self._reference.set("kept states", self.values("kept states"))
-        return self._reference
+            driver.set("kept states", self.values("kept states"))
+        return driver
+
+    def telling_of_the_reference(self) -> AbstractContextManager[None]:
+        """Say so when it was the reference that failed, and not the pipeline, which goes on."""
+        return self._reference.telling(lambda: self._driver is not None and not self._driver.closed)
 
     def values(self, what: str) -> dict[int, list[Array]]:
         """Every stage's ``model``, ``weights`` or ``optimizer`` variables, in order."""

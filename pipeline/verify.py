@@ -76,7 +76,8 @@ def verified(session: Session, x: Any, y: Any, sample_weight: Any, question: Que
     """Verify one batch; see `Pipeline.verify`."""
     compiled = session.needs_compile("verify")
     batch = session.batch(x, y, sample_weight, compiled.judged)
-    return Verification(session, batch, question).run()
+    with session.telling_of_the_reference():
+        return Verification(session, batch, question).run()
 
 
 @dataclass

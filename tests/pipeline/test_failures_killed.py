@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, checkpoint
-from pipeline.errors import CheckpointError, PipelineClosedError, WorkerDiedError
+from pipeline.errors import CheckpointError, PipelineClosedError, VerificationError, WorkerDiedError
 from pipeline.launch.shared import shared_server
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
 from tests.pipeline.launch.processes import DEADLINE, children
@@ -89,6 +89,30 @@ def test_worker_killed_while_it_waits_for_one_that_is_busy_for_ever(line, gate):
     assert (error.stage, error.step) == ("top", 2)
     assert "stage 'middle1' runs step 2, forward of microbatch 1" in str(error)
     assert seconds < NOTICED_SECONDS
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_reference_killed_while_it_verifies(line, gate):
+    """The pipeline is as it was, and the next question starts another reference."""
+    with tripping({}, {"do": "say", "call_number": 3, "line": line.path}) as pipe:
+        pipe.train_on_batch(X, Y)
+        before = pipe.get_weights()
+        workers = set(children(shared_server().pid))
+
+        def kill():
+            voices = {line.hear()["pid"] for _ in range(2)}  # of the worker, and of the same layer in the reference
+            (reference,) = voices - workers
+            os.kill(reference, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        with pytest.raises(VerificationError, match=r"the reference process.*killed by SIGKILL(.|\n)*goes on"):
+            for _ in range(100):
+                pipe.verify(X, Y)
+        thread.join(DEADLINE)
+        for value, other in zip(pipe.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(value, other)
+        pipe.verify(X, Y).raise_if_failed()
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -320,13 +320,13 @@ def test_the_reference_stays_for_the_next_question_and_ends_with_the_pipeline():
     with three_stages() as pipe:
         x, y = batch()[0], np.zeros((11, 2))
         pipe.verify(x, y).raise_if_failed()
-        first = pipe._session._reference
+        first = pipe._session._reference.driver
         pipe.train_on_batch(x, y)
         pipe.verify(x, y).raise_if_failed()
-        assert pipe._session._reference is first
+        assert pipe._session._reference.driver is first
         first.close()
         pipe.verify(x, y).raise_if_failed()
-        second = pipe._session._reference
+        second = pipe._session._reference.driver
         assert second is not first
         pipe.compile("sgd", "mse", run_eagerly=True)
         assert second.closed
