@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
 
@@ -95,6 +95,22 @@ def test_no_two_arrows_lie_on_each_other(make):
                 assert apart, (one, other)
 
 
+def test_arrows_that_share_an_end_do_not_cross():
+    drawn = picture(ladder())
+    names = {arrow.part.key: arrow.part.label.partition(":")[0].split()[1:] for arrow in drawn.arrows}
+    for one, other in combinations(drawn.arrows, 2):
+        if set(names[one.part.key][::2]) & set(names[other.part.key][::2]):
+            for first, second in product(pairwise(one.points), pairwise(other.points)):
+                assert not cross(first, second) and not cross(second, first), (one.part.label, other.part.label)
+
+
+def cross(level, upright):
+    """Whether a level part goes through an upright one."""
+    (a, y), (b, v) = level
+    (x, c), (u, d) = upright
+    return y == v and x == u and min(a, b) < x < max(a, b) and min(c, d) < y < max(c, d)
+
+
 def test_stages_stand_in_the_column_of_their_longest_way():
     places = {box.stage: box for box in picture(reports.towers()).boxes}
     columns = sorted({box.x for box in places.values()})
@@ -122,6 +138,15 @@ def test_a_part_holds_its_own_rows_only():
     }
     middle = [report.rows[index] for index in parts["stage-1-forward"].rows]
     assert [(one.kind, one.name) for one in middle] == [("activation", "pool2")]
+
+
+def test_of_one_tensor_for_two_stages_only_the_hand_off_that_deviates_is_failed():
+    edges = (Edge("a", "b", "x", 1), Edge("a", "c", "x", 1))
+    found = [row("received activation", edge.consumer, "x", check="hand-off", peer="a") for edge in edges]
+    found[1] = row("received activation", "c", "x", check="hand-off", peer="a", relative=1.0)
+    drawn = picture(reports.healthy(rows=tuple(found), flow=Flow(("a", "b", "c"), edges, None)))
+    states = {arrow.part.label: arrow.part.state for arrow in drawn.arrows if arrow.phase == "forward"}
+    assert states == {"activation a to b: x (1 B)": "equal", "activation a to c: x (1 B)": "failed"}
 
 
 def test_only_what_deviates_is_failed():
