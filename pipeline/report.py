@@ -317,6 +317,18 @@ class Report:
         return self.text()
 
 
+def allowances(rows: Iterable[Row]) -> list[str]:
+    """The tolerances that applied to some rows, each with its reason, a line each; of many the largest stands for all."""
+    reasons = dict.fromkeys((row.tolerance, row.why) for row in rows)
+    if len(reasons) > _MANY:
+        most, why = max(reasons)
+        return [f"up to {most:.1e}: {why} ({len(reasons)} tolerances, each with its row)"]
+    return [f"{allowed:.1e}: {why}" if allowed else f"0: {why}" for allowed, why in reasons]
+
+
+_MANY = 3
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, and floats that JSON has not as strings."""
     if isinstance(value, dict):

@@ -12,12 +12,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
+from pipeline.report import allowances
 from pipeline.report_layout import STATES, Picture, nice_bytes, phase_of, picture
 from pipeline.report_svg import legend, pipeline_svg
 from pipeline.report_timeline import timeline_svg
@@ -118,21 +118,12 @@ def _check(report: Report, check: Check) -> str:
     else:
         bits = all(row.difference == 0.0 for row in rows)
         state, result = "equal" if bits else "within", f"{len(rows)} compared, all {'equal bits' if bits else 'agree'}"
-    allowed = "<br>".join(escape(line) for line in _allowed(rows)) or "-"
+    allowed = "<br>".join(map(escape, allowances(rows))) or "-"
     seconds = f"{check.seconds:.2f} s" if check.ran else "-"
     return (
         f'<tr><th scope="row">{escape(check.name)}</th><td>{escape(check.about)}</td>'
         f'<td class="result {state}">{escape(result)}</td><td>{allowed}</td><td class="number">{seconds}</td></tr>'
     )
-
-
-def _allowed(rows: Sequence[Row]) -> Iterator[str]:
-    """The tolerances that applied, with their reasons: of many, the first and how many more."""
-    reasons = list(dict.fromkeys((row.tolerance, row.why) for row in rows))
-    for tolerance, why in reasons[:3]:
-        yield f"{tolerance:.2g}: {why}" if tolerance else f"0: {why}"
-    if len(reasons) > 3:
-        yield f"and {len(reasons) - 3} more, each with its row"
 
 
 def _timeline(report: Report) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report import ALWAYS, CHECKS
+from pipeline.report import ALWAYS, CHECKS, allowances
 
 if TYPE_CHECKING:
     from pipeline.report import Report, Row
@@ -63,8 +63,8 @@ def table(report: Report, every: bool | None = None) -> Table:
                 found.add_row(_rows(shown))
             for line in _left_out(rows, shown):
                 found.add_row(line)
-            for line in _allowed(rows):
-                found.add_row(line)
+            for allowed in allowances(rows):
+                found.add_row(_plain(f"  allowed {allowed}", style="dim"))
     idle = [check for check in report.checks if not check.ran]
     if idle:
         found.add_row("")
@@ -149,16 +149,3 @@ def _largest(rows: Sequence[Row]) -> str:
     if not worst.relative:
         return "all equal bits"
     return f"largest difference {worst.relative:.1e} of {worst.tolerance:.1e} allowed ({worst.name})"
-
-
-def _allowed(rows: Sequence[Row]) -> Iterable[Text]:
-    """Each tolerance that applied, with its reason; no more lines than reasons of different kinds."""
-    reasons: dict[str, float] = {}
-    for row in rows:
-        if row.why:
-            reasons[row.why] = max(reasons.get(row.why, 0.0), row.tolerance)
-    for number, (why, tolerance) in enumerate(reasons.items()):
-        if number == 4:
-            yield Text(f"  and {len(reasons) - 4} more tolerances, each with its row", style="dim")
-            return
-        yield _plain(f"  allowed {tolerance:.1e}: {why}" if tolerance else f"  allowed 0: {why}", style="dim")

@@ -142,8 +142,8 @@ def test_a_part_holds_its_own_rows_only():
 
 def test_of_one_tensor_for_two_stages_only_the_hand_off_that_deviates_is_failed():
     edges = (Edge("a", "b", "x", 1), Edge("a", "c", "x", 1))
-    found = [row("received activation", edge.consumer, "x", check="hand-off", peer="a") for edge in edges]
-    found[1] = row("received activation", "c", "x", check="hand-off", peer="a", relative=1.0)
+    found = [row("activation", "a", "x", peer=edge.consumer) for edge in edges]
+    found[1] = row("activation", "a", "x", peer="c", relative=1.0)
     drawn = picture(reports.healthy(rows=tuple(found), flow=Flow(("a", "b", "c"), edges, None)))
     states = {arrow.part.label: arrow.part.state for arrow in drawn.arrows if arrow.phase == "forward"}
     assert states == {"activation a to b: x (1 B)": "equal", "activation a to c: x (1 B)": "failed"}

@@ -49,6 +49,19 @@ def test_every_tolerance_is_given_with_its_reason():
     assert "allowed 0: the same operations in the same order, bit for bit" in shown
 
 
+def test_of_many_tolerances_the_largest_stands_for_all():
+    report = reports.healthy()
+    own = [replace(row, tolerance=1e-6 * k, why=f"reason {k}") for k, row in enumerate(report.rows, 1)]
+    told = [line for line in str(replace(report, rows=tuple(own))).splitlines() if line.startswith("  allowed")]
+    assert told == [
+        "  allowed up to 1.3e-05: reason 13 (13 tolerances, each with its row)",
+        "  allowed up to 1.9e-05: reason 19 (6 tolerances, each with its row)",
+        "  allowed 2.0e-05: reason 20",
+        "  allowed 2.1e-05: reason 21",
+        "  allowed 2.2e-05: reason 22",
+    ]
+
+
 def test_a_long_report_lists_what_deviates_and_counts_the_rest():
     report = reports.long(deviating=3)
     assert len(report.rows) > LONG
