@@ -118,9 +118,13 @@ def explain_joined(
             rows[row.name] = _worse(rows.get(row.name), row)
         if not any(_undecided(row, (statuses or {}).get(row.name)) for row in rows.values()):
             break
+    if batch.truncate is not None and not all(row.status == CONNECTED for row in rows.values()):
+        whole = _Run(tape, replace(batch, truncate=None), weights, 0, target)
+        for free in run_and_explain(whole, variables, stages=names).rows:
+            rows[free.name] = _truncated(rows[free.name], free, batch.truncate)
     several = len(batch.grid.sizes) > 1
     crossing = run.crossing()
-    done = [replace(_in_pipeline(row, crossing, batch), norm=None if several else row.norm) for row in rows.values()]
+    done = [replace(_handed_off(row, crossing), norm=None if several else row.norm) for row in rows.values()]
     notes |= dict.fromkeys(f"{c}: no gradient comes back through it" for c in crossing.values())
     return Explanation(f"explained {len(hosted)} stages", tuple(done), tuple(notes)).plain()
 
@@ -207,17 +211,23 @@ def _undecided(row: Row, status: str | None) -> bool:
     return row.status == ZERO or (status == NOT_FINITE and row.status != NOT_FINITE)
 
 
-def _in_pipeline(row: Row, crossing: Mapping[tuple[str, str], str], batch: Whole) -> Row:
-    """What only a pipeline does to a gradient: integers that cross a cut, states whose gradient is cut off."""
+def _truncated(row: Row, free: Row, truncate: int) -> Row:
+    """A row, if truncation is why there is no gradient: without it there is one."""
     from stages.explain_reasons import ADVICE
 
+    if row.status not in (NOT_CONNECTED, ZERO) or free.status != CONNECTED:
+        return row
+    why = f"it reaches the target only through states, and their gradient is cut off every {truncate} window(s)"
+    stage = row.name.partition("/")[0]
+    places = (Blocker("StopGradient", stage=stage, what="on the states between windows"),)
+    return replace(row, reason="truncation", why=why, advice=ADVICE["truncation"], blockers=places)
+
+
+def _handed_off(row: Row, crossing: Mapping[tuple[str, str], str]) -> Row:
+    """A row, with the integers that cross a cut where that is how the gradient ends."""
     if row.status != NOT_CONNECTED or not row.blockers:
         return row
     first = row.blockers[0]
-    if batch.truncate is not None and first.operation == "StopGradient" and not first.layer and not first.line:
-        why = f"it reaches the target only through a state, whose gradient is cut off every {batch.truncate} window(s)"
-        places = tuple(Blocker("StopGradient", "", b.stage, "", "between windows") for b in row.blockers[:1])
-        return replace(row, reason="truncation", why=why, advice=ADVICE["truncation"], blockers=places)
     words = [text for (stage, _), text in crossing.items() if stage == first.stage and row.reason in _HAND_OFF]
     return replace(row, why=f"{row.why}; {words[0]}") if words else row
 
