@@ -318,7 +318,7 @@ class Report:
 
 
 def allowances(rows: Iterable[Row]) -> list[str]:
-    """The tolerances that applied to some rows, each with its reason, a line each; of many the largest stands for all."""
+    """The tolerances that applied to some rows, with their reasons, a line each; of many the largest stands for all."""
     reasons = dict.fromkeys((row.tolerance, row.why) for row in rows)
     if len(reasons) > _MANY:
         most, why = max(reasons)
