@@ -127,8 +127,8 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
         decided, reason = [], ""
         for one in mine:
             error = one.error / scale
-            if not error + rounding.relative < 1 / yardstick.units:
-                reason = f"a kink: its derivative is known to {error:.1g} of the largest |gradient| only"
+            if not error <= rounding.relative:
+                reason = f"a kink, or too flat: its derivative is known to {error:.1g} of the largest |gradient| only"
             elif abs(one.own - one.derivative) / scale > rounding.relative + error:
                 reason = "the model's own gradient is not its derivative (stop_gradient, a custom gradient, rounding)"
             else:
