@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.simulator import simulate as simulate
     from pipeline.timeline import Span as Span
     from pipeline.timeline import Timeline as Timeline
+    from pipeline.verify_every import VerifyEvery as VerifyEvery
     from stages.segment import Segment as Segment
 
 _HOME = {
@@ -66,6 +67,8 @@ _HOME = {
     "Timeline": "pipeline.timeline",
     "save_timeline": "pipeline.plots",
     "microbatch_sizes": "pipeline.microbatch",
+    # watching training
+    "VerifyEvery": "pipeline.verify_every",
     # cuts
     "Comparison": "pipeline.prediction",
     "CutTable": "pipeline.cuts",

@@ -2,11 +2,12 @@
 
 A callback sees the pipeline as a Keras model without layers: weights, saving, metrics, learning rate and
 `stop_training` work. What reaches into layers or into the optimizer's own variables would see nothing, silently.
+Callbacks of this project may be `StepWatcher`s, which see more than Keras shows: the batch, before its step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +15,7 @@ import keras
 
 from pipeline.errors import CompileError
 from pipeline.session import Session
+from pipeline.step import StepResult
 
 
 class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
@@ -35,6 +37,51 @@ class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
         self.filepath = str(filepath)
 
 
+class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
+    """A callback that is shown every batch of `fit` before it is trained on, and what its step gave.
+
+    Keras tells callbacks a batch's number and its logs; the batch itself only `Trainer.train_step` has.
+
+    Attributes:
+        step: Training steps begun so far, over all `fit`s of this callback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self._epoch = self._batch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Note where in training this is."""
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Note where in training this is."""
+        self._batch = batch
+
+    @property
+    def place(self) -> str:
+        """Where in training this is, in words; epochs as Keras's progress bar counts them."""
+        return f"step {self.step} (epoch {self._epoch + 1}, batch {self._batch + 1})"
+
+    def before_step(self, session: Session, data: tuple[Any, Any, Any]) -> str:
+        """Look at the running pipeline and at (x, y, sample_weight), which it is about to be trained on.
+
+        Returns:
+            What the step should note of tensors at the cuts, as `Session.train` takes it; "": nothing.
+        """
+        self.step += 1
+        return ""
+
+    def after_step(self, session: Session, result: StepResult) -> None:
+        """Look at what the step gave."""
+
+
+def watchers_among(callbacks: Any) -> tuple[StepWatcher, ...]:
+    """The step watchers among what Keras takes as callbacks, in order."""
+    return tuple(callback for callback in _flat(callbacks) if isinstance(callback, StepWatcher))
+
+
 class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
     """Weights become their moving averages where Keras does it: after the last epoch, before other callbacks end."""
 
@@ -47,29 +94,36 @@ class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
         self._session.driver().call("finalize")
 
 
-def prepared(callbacks: Any, session: Session, finalize: bool) -> Any:
+def prepared(callbacks: Any, session: Session, finalize: bool, more: Sequence[StepWatcher] = ()) -> Any:
     """The callbacks to give to Keras.
 
     Args:
         callbacks: What the user gave: None, one, a list, or a CallbackList.
         session: The pipeline's.
         finalize: Whether the optimizer keeps moving averages that replace the weights at the end.
+        more: Watchers that go first.
 
     Raises:
         CompileError: One of them cannot work on a pipeline.
     """
-    given = getattr(callbacks, "callbacks", callbacks)
-    flat = keras.tree.flatten(given) if given is not None else []
+    flat = _flat(callbacks)
     for callback in flat:
         for kind, cannot in _CANNOT.items():
             if isinstance(callback, kind) and (why := cannot(callback)):
                 raise CompileError(f"the callback {type(callback).__name__} cannot work on a pipeline: {why}")
-    if not finalize:
+    first = [*([Finalize(session)] if finalize else []), *more]
+    if not first:
         return callbacks
     if hasattr(callbacks, "callbacks"):
-        callbacks.callbacks.insert(0, Finalize(session))
+        callbacks.callbacks[:0] = first
         return callbacks
-    return [Finalize(session), *flat]
+    return [*first, *flat]
+
+
+def _flat(callbacks: Any) -> list[Any]:
+    """One, some in lists of lists, or a CallbackList, as a list."""
+    given = getattr(callbacks, "callbacks", callbacks)
+    return [] if given is None else list(keras.tree.flatten(given))
 
 
 def _tensorboard(callback: Any) -> str:

@@ -32,6 +32,7 @@ from pipeline.schedules import schedule_named
 from pipeline.session import Session
 from pipeline.splitter import Cut, Split, can_cut, split_model
 from pipeline.training import Trainer
+from pipeline.verify_every import VerifyEvery
 from pipeline.wiring import wire
 from stages.segment import Segment
 
@@ -236,8 +237,17 @@ class Pipeline(Inspecting):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int = 1,
+        *,
+        verify_every: int | VerifyEvery | None = None,
     ) -> Any:
-        """Train, as `keras.Model.fit`; returns Keras's History."""
+        """Train, as `keras.Model.fit`; returns Keras's History.
+
+        With `verify_every` the hand-off is verified on the first batch and on every so many-th after it, before it is
+        trained on; training is bit for bit the same. See `pipeline.VerifyEvery`, which may be given too, for its cost.
+
+        Raises:
+            VerificationError: Something differs by more than its tolerance; no value is that of the step it names.
+        """
         return self._ready("fit").fit(
             x=x,
             y=y,
@@ -255,6 +265,7 @@ class Pipeline(Inspecting):
             validation_steps=validation_steps,
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
+            verify_every=verify_every,
         )
 
     def evaluate(

@@ -16,10 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import keras_files
-from pipeline.callbacks import prepared
+from pipeline.callbacks import StepWatcher, prepared, watchers_among
 from pipeline.objective import by_label
 from pipeline.session import Session
 from pipeline.step import StepResult
+from pipeline.verify_every import VerifyEvery
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
@@ -40,6 +41,7 @@ class Trainer(keras.Model):  # type: ignore[misc]
         self._totals: dict[str, np.float32] = {}
         self._samples = np.float32(0.0)
         self._order: list[str] = []
+        self._watchers: tuple[StepWatcher, ...] = ()
         if session.compiled is not None:
             session.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
@@ -48,10 +50,18 @@ class Trainer(keras.Model):  # type: ignore[misc]
         """One forward pass through the workers, in inference mode."""
         return self.pipe.predict_on_batch(x)
 
-    def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
-        """Keras's `fit`, with callbacks that were looked through first."""
+    def fit(
+        self, *args: Any, callbacks: Any = None, verify_every: int | VerifyEvery | None = None, **kwargs: Any
+    ) -> Any:
+        """Keras's `fit`, with callbacks that were looked through first; step watchers see every batch."""
         finalize = self.session.needs_compile("fit").averages
-        return super().fit(*args, callbacks=prepared(callbacks, self.session, finalize), **kwargs)
+        verifying = () if verify_every is None else (VerifyEvery.of(verify_every),)
+        callbacks = prepared(callbacks, self.session, finalize, verifying)
+        self._watchers = watchers_among(callbacks)
+        try:
+            return super().fit(*args, callbacks=callbacks, **kwargs)
+        finally:
+            self._watchers = ()
 
     def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
         """Keras's `evaluate`, its list in Keras's order."""
@@ -67,7 +77,11 @@ class Trainer(keras.Model):  # type: ignore[misc]
         """One batch: forward, backward, update."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
-        return self._count(*self.session.train(x, y, sample_weight))
+        asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
+        result, size = self.session.train(x, y, sample_weight, observe=next(filter(None, asked), ""))
+        for watcher in self._watchers:
+            watcher.after_step(self.session, result)
+        return self._count(result, size)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One batch: loss and metrics."""
