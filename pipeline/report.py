@@ -217,10 +217,10 @@ class Report:
         """Raise the report as an error unless it is ok.
 
         Raises:
-            VerificationError: Something differs by more than its tolerance.
+            SingleTapeError: Something differs by more than its tolerance.
         """
         if not self.ok:
-            raise VerificationError(f"the hand-off is not right: {self.summary()}\n{self}")
+            raise SingleTapeError(f"the hand-off is not right: {self.summary()}\n{self}", self)
 
     def summary(self) -> str:
         """One line."""
@@ -315,6 +315,23 @@ class Report:
 
     def __str__(self) -> str:
         return self.text()
+
+
+class SingleTapeError(VerificationError):
+    """A pipeline does not match one tape, or a check that was asked for by name could not be made.
+
+    An AssertionError, so that test runners count a failure, not an error.
+
+    Attributes:
+        report: What the verification found.
+    """
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[SingleTapeError], tuple[str, Report]]:
+        return type(self), (str(self), self.report)
 
 
 def allowances(rows: Iterable[Row]) -> list[str]:

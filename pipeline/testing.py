@@ -15,30 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import VerificationError
+from pipeline.report import SingleTapeError
 
 if TYPE_CHECKING:
     from pipeline.inspecting import Inspecting
     from pipeline.report import Report
 
 __all__ = ["SingleTapeError", "assert_matches_single_tape"]
-
-
-class SingleTapeError(VerificationError):
-    """A pipeline does not match one tape, or a check that was asked for by name could not be made.
-
-    An AssertionError, so that test runners count a failure, not an error.
-
-    Attributes:
-        report: What the verification found.
-    """
-
-    def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
-        self.report = report
-
-    def __reduce__(self) -> tuple[type[SingleTapeError], tuple[str, Report]]:
-        return type(self), (str(self), self.report)
 
 
 def assert_matches_single_tape(

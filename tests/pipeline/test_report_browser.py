@@ -23,7 +23,8 @@ def browser(tmp_path_factory):
 def show(browser, tmp_path):
     """A function that opens a report's page; afterwards the page must not have complained of anything."""
 
-    def opened(report):
+    def opened(report, scheme="light"):
+        browser.prefer(scheme)
         browser.open(report.save(tmp_path / "report.html"))
         assert browser.run("return document.documentElement.dataset.ready") == "yes"
         return browser
@@ -240,8 +241,7 @@ def test_the_data_can_be_had_back_from_the_page(show):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_in_dark(show, scheme):
-    browser = show(reports.failing())
-    browser.prefer(scheme)
+    browser = show(reports.failing(), scheme)
     paper = colour(browser, "header", "background-color")
     assert (sum(paper) < 200) == (scheme == "dark")
     pairs = [("h2#h-picture", "color", paper), (".hint", "color", paper), (".checks tbody th[scope]", "color", paper)]

@@ -76,6 +76,14 @@ def test_nothing_compared_is_no_success():
         assert_matches_single_tape(Fake(replace(reports.healthy(), rows=())), "x")
 
 
+def test_a_report_that_is_raised_is_carried_by_its_error():
+    report = reports.failing()
+    with pytest.raises(SingleTapeError, match="pool1") as raised:
+        report.raise_if_failed()
+    assert raised.value.report is report
+    reports.healthy().raise_if_failed()
+
+
 def test_the_error_survives_the_way_between_processes():
     error = SingleTapeError("text", reports.failing())
     copy = pickle.loads(pickle.dumps(error))
