@@ -74,6 +74,7 @@ class Node:
         owner: For a write: who wrote, e.g. "metric mean".
         backward: For a custom gradient: its gradient function.
         literals: Constants that stand in the code of the user's function.
+        result: For a conversion: the array or number that it gave, if it is known.
         guessed: For a conversion: whether it is only a guess where its value came back.
     """
 
@@ -93,6 +94,7 @@ class Node:
     owner: str = ""
     backward: Any = None
     literals: tuple[Any, ...] = ()
+    result: Any = None
     guessed: bool = False
 
 

@@ -10,6 +10,7 @@ calling anything, so they are seen only where their result comes back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,16 +47,21 @@ def _asked_by_user(place: str) -> bool:
     return file.startswith(_NUMPY) or name in _TRANSPARENT
 
 
-def _note(recorder: Recorder, name: str, tensors: list[Any]) -> None:
-    if recorder.here and tensors and user_line(_asked_by_user)[0] is not None:
-        recorder.node("conversion", name, map(recorder.graph.seen, tensors), [recorder.graph.pseudo()])
+def _converted(recorder: Recorder, name: str, tensors: list[Any], convert: Callable[[], Any]) -> Any:
+    """Convert, and record it if it is the user's doing."""
+    noted = recorder.here and tensors and user_line(_asked_by_user)[0] is not None
+    seen = recorder.graph.seen
+    node = recorder.node("conversion", name, map(seen, tensors), [recorder.graph.pseudo()]) if noted else None
+    with recorder.pause():
+        result = convert()
+    if node is not None and isinstance(result, np.ndarray | np.generic | float | int):
+        node.result = result
+    return result
 
 
 def _method(recorder: Recorder, name: str, original: Any) -> Any:
     def convert(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        _note(recorder, _said(name), [tensor])
-        with recorder.pause():
-            return original(tensor, *args, **kwargs)
+        return _converted(recorder, _said(name), [tensor], lambda: original(tensor, *args, **kwargs))
 
     return convert
 
@@ -64,9 +70,8 @@ def _function(recorder: Recorder, name: str, original: Any) -> Any:
     def convert(*args: Any, **kwargs: Any) -> Any:
         if recorder.here and args:
             given = args[0] if isinstance(args[0], list | tuple) else args[:1]
-            _note(recorder, f"np.{name}", [_tensor(one) for one in given if _is_tensor(one)])
-            with recorder.pause():
-                return original(*args, **kwargs)
+            tensors = [_tensor(one) for one in given if _is_tensor(one)]
+            return _converted(recorder, f"np.{name}", tensors, lambda: original(*args, **kwargs))
         return original(*args, **kwargs)
 
     return convert
@@ -77,9 +82,8 @@ def _dispatched(recorder: Recorder) -> Any:
 
     def convert(_: Any, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         given = [one for one in tf.nest.flatten([args, kwargs]) if _is_tensor(one)]
-        _note(recorder, f"np.{function.__name__}", given)
-        with recorder.pause():
-            return function._implementation(*args, **kwargs)
+        name = f"np.{function.__name__}"
+        return _converted(recorder, name, given, lambda: function._implementation(*args, **kwargs))
 
     return convert
 

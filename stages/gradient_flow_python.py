@@ -92,7 +92,7 @@ def link_by_value(graph: Graph, source: int, targets: Sequence[int]) -> None:
     for node in list(graph.conversions(after)):
         for value, taken in candidates.items():
             if taken.index > node.index and value not in graph.makers:
-                if any(_same(graph, value, graph, given) for given in node.inputs):
+                if any(_same(graph, value, graph, given) for given in node.inputs) or _is_result(graph, value, node):
                     graph.link(node, value)
                 elif _may_be(graph.values[value], taken, node):
                     guesses.append((node, value))
@@ -123,6 +123,15 @@ def _same(graph: Graph, a: int, other: Graph, b: int) -> bool:
     if ours is None or theirs is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return ours is theirs
     return bool(np.asarray(ours).tobytes() == np.asarray(theirs).tobytes())
+
+
+def _is_result(graph: Graph, value: int, conversion: Node) -> bool:
+    """Whether a constant is what a conversion gave; numbers that are everywhere prove nothing."""
+    tensor, result = graph.values[value], conversion.result
+    if result is None or tensor is None or tuple(tensor.shape) != np.shape(result):
+        return False
+    ours = np.asarray(tensor)
+    return bool((ours == np.asarray(result).astype(ours.dtype)).all()) and not np.isin(ours, (0.0, 1.0)).all()
 
 
 def _read(source: Source, handle: Any) -> Any:

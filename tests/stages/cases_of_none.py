@@ -57,7 +57,9 @@ def case(source: str, reason: str, operation: str = "", **more: Any) -> Callable
 
 def small_model() -> Any:
     keras.utils.set_random_seed(1)
-    return keras.Sequential([keras.Input((3,)), layers.Dense(4, name="hidden"), layers.Dense(2, name="scores")])
+    return keras.Sequential(
+        [keras.Input((3,)), layers.Dense(4, name="hidden"), layers.Dense(2, name="scores")], name="net"
+    )
 
 
 X = np.linspace(-1, 1, 12).reshape(4, 3).astype("float32")

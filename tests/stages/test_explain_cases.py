@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import keras
@@ -12,12 +13,14 @@ import tensorflow as tf
 
 from stages import Explanation, explaining
 from stages.explain_reasons import ADVICE
+from tests.stages import none_page
 from tests.stages.cases_of_none import CASES, Case
 
 layers = keras.layers
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
+@cache
 def explained(case: Case) -> Explanation:
     with pytest.raises(case.raises) if case.raises else nullcontext(), explaining() as explanation:
         case.run()
@@ -27,6 +30,7 @@ def explained(case: Case) -> Explanation:
 @every_case
 def test_the_reason_the_operation_the_layer_and_the_line_are_right(case: Case) -> None:
     row = explained(case).of(case.source)
+    assert row.certain
     assert (row.status, row.reason) == ("not connected", case.reason)
     assert row.advice == ADVICE[case.reason] and row.why
     if case.operation:
@@ -48,6 +52,10 @@ def test_the_code_gets_what_it_gets_without_us(case: Case) -> None:
     with np.errstate(all="ignore"):
         found = case.run()
     assert None in tf.nest.flatten(found) if isinstance(found, list | tuple | dict) else found is None
+
+
+def test_the_page_in_the_docs_is_what_is_said() -> None:
+    assert none_page.PAGE.read_text(encoding="utf-8") == none_page.page(explained)
 
 
 def test_at_least_the_twelve_most_asked_are_there() -> None:

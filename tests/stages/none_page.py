@@ -1,0 +1,138 @@
+"""Writes docs/why-is-my-gradient-none.md from the cases: python -m tests.stages.none_page."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from stages import Explanation, explain, explaining
+from stages.explain_reasons import ADVICE
+from tests.sources import ROOT
+from tests.stages.cases_of_none import CASES, Case
+
+PAGE = ROOT / "docs" / "why-is-my-gradient-none.md"
+
+INTRO = """\
+# Why is my gradient None?
+
+`tape.gradient` gives `None` where there is no way back from the target to the variable, and does not say why. This
+project does: it records one run of your code, asks a real tape for the verdict, and follows the recorded operations to
+the place where the gradient ends.
+
+```python
+import stages
+
+with stages.explaining() as explanation:        # around your own tape
+    with tf.GradientTape() as tape:
+        loss = loss_fn(y, model(x))
+    gradients = tape.gradient(loss, model.trainable_variables)
+print(explanation)
+
+print(stages.explain(model, x, y, loss="mean_squared_error"))           # a Keras model
+print(stages.explain(lambda: loss_fn(y, model(x))))                     # whatever computes a target
+print(pipe.explain(x, y))                                               # a pipeline: over all stages and processes
+```
+
+`tapeline explain my_model:make` does the same from the command line; `make()` returns `(pipeline, x, y)`,
+`(model, x, y)`, or a loss. `explain` puts back what your code wrote into variables; `explaining` does not, since it is
+your own code that runs. Compiled functions run eagerly while they are looked at. A step of `model.fit` can be in
+`explaining` too.
+
+Four answers are possible: *connected*, *zero* (there is a gradient, and all of it is 0), *not finite*, and *not
+connected*, which is TensorFlow's `None`. Below are the forms in which the question comes up most often, each as people
+write it and with what is printed.
+
+This page is written by `python -m tests.stages.none_page`, and a test sees that it is what the code prints.
+"""
+
+VALUES = """\
+## When there is a gradient, and it is useless
+
+A gradient of zeros, or one with a NaN, is followed to where it becomes so.
+"""
+
+
+def explained(case: Case) -> Explanation:
+    """What is said of a case."""
+    with suppress(*([case.raises] if case.raises else [])), explaining() as explanation:
+        case.run()
+    return explanation
+
+
+def page(explained: Callable[[Case], Explanation] = explained) -> str:
+    """The whole page.
+
+    Args:
+        explained: Gives the explanation of a case.
+    """
+    parts = [INTRO, _contents()]
+    parts += [_section(case, explained(case)) for case in CASES]
+    parts += [VALUES, *map(_value_section, (_dead, _root))]
+    parts += ["## All reasons\n", _reasons()]
+    return "\n".join(parts)
+
+
+def _contents() -> str:
+    lines = ["| what people write | the reason |", "|---|---|"]
+    lines += [f"| [{_title(case.name)}](#{_title(case.name).replace(' ', '-')}) | {case.reason} |" for case in CASES]
+    return "\n".join(lines) + "\n"
+
+
+def _section(case: Case, found: Explanation) -> str:
+    doc = inspect.getdoc(case.run) or ""
+    only = Explanation(found.headline, tuple(row for row in found.rows if not row.ok), found.notes)
+    return f"## {_title(case.name)}\n\n*{doc}*\n\n{_code(case.run)}\n{_output(only)}"
+
+
+def _value_section(function: Callable[[], Explanation]) -> str:
+    found = function()
+    only = replace(found, rows=tuple(row for row in found.rows if not row.ok))
+    return f"*{inspect.getdoc(function)}*\n\n{_code(function)}\n{_output(only)}"
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _code(function: Callable[..., object]) -> str:
+    """The body of a function, without what stands in front of it."""
+    source = textwrap.dedent(inspect.getsource(function))
+    body = re.split(r'^    """.*?"""\n', source, maxsplit=1, flags=re.MULTILINE | re.DOTALL)[1]
+    return f"```python\n{textwrap.dedent(body).strip()}\n```\n"
+
+
+def _output(found: Explanation) -> str:
+    lines = str(found).splitlines()[1:]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def _reasons() -> str:
+    lines = ["| reason | what to do |", "|---|---|"]
+    lines += [f"| {name} | {advice} |" for name, advice in ADVICE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _dead() -> Explanation:
+    """A ReLU whose inputs are all below 0 learns nothing any more, nor does what is before it."""
+    x, y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+    dead = keras.layers.Dense(4, activation="relu", bias_initializer=keras.initializers.Constant(-50.0), name="dead")
+    model = keras.Sequential([keras.Input((3,)), dead, keras.layers.Dense(1, name="scores")], name="net")
+    return explain(model, x, y, loss="mean_squared_error")
+
+
+def _root() -> Explanation:
+    """The root of 0 is 0; its derivative is not finite."""
+    w = tf.Variable([0.0, 1.0], name="w")
+    return explain(lambda: tf.reduce_sum(tf.sqrt(w * 2.0)))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
