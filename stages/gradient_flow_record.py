@@ -33,7 +33,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import context, record
-from tensorflow.python.framework import op_callbacks
+from tensorflow.python.framework import op_callbacks, ops
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
 from stages.errors import HandoffError
@@ -186,11 +186,14 @@ class Recorder:
         self.node("operation", name, [*taken, *content_read], map(seen, outputs), attributes=tuple(attributes or ()))
 
     def _custom(self, original: Any) -> Any:
-        def recorded(name: str, outputs: Any, inputs: Any, backward: Any, forward: Any = None) -> Any:
-            original(name, outputs, inputs, backward, forward)
-            if self.here and all(hasattr(tensor, "_numpy_internal") for tensor in (*outputs, *inputs)):
+        def recorded(
+            op_type: Any, output_tensors: Any, input_tensors: Any, backward_function: Any, forward_function: Any = None
+        ) -> None:
+            original(op_type, output_tensors, input_tensors, backward_function, forward_function)
+            inputs, outputs = list(input_tensors), list(output_tensors)
+            if self.here and all(isinstance(tensor, ops.EagerTensor) for tensor in (*outputs, *inputs)):
                 seen = self.graph.seen
-                self.node("custom", str(name), map(seen, inputs), map(seen, outputs), backward=backward)
+                self.node("custom", str(op_type), map(seen, inputs), map(seen, outputs), backward=backward_function)
 
         return recorded
 

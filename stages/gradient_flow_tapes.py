@@ -16,6 +16,8 @@ from stages.gradient_flow import Graph, Line
 from stages.gradient_flow_edges import Edges
 from stages.gradient_flow_record import Recorder, user_frame, user_line
 
+_NONE = tf.UnconnectedGradients.NONE
+
 
 @dataclass(eq=False)
 class Source:
@@ -118,13 +120,15 @@ class TapeLog:
         return watch
 
     def _gradient(self, original: Any) -> Any:
-        def gradient(tape: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._recorder.here or tape is self._shadow:
-                return original(tape, target, sources, *args, **kwargs)
+        def gradient(
+            tape: Any, target: Any, sources: Any, output_gradients: Any = None, unconnected_gradients: Any = _NONE
+        ) -> Any:
+            if not self._recorder.here or tape is self._shadow or not tf.executing_eagerly():
+                return original(tape, target, sources, output_gradients, unconnected_gradients)
             line, _ = user_line()
             when = len(self._recorder.graph.nodes)
             try:
-                found = original(tape, target, sources, *args, **kwargs)
+                found = original(tape, target, sources, output_gradients, _NONE)
             except RuntimeError as error:
                 if id(tape) in self._used:
                     self.notes.append(
@@ -142,7 +146,8 @@ class TapeLog:
                 raise error
             self._used[id(tape)] = str(line)
             self._asked(tape, target, sources, found, line, when)
-            return found
+            wants_zeros = tf.UnconnectedGradients(unconnected_gradients) == tf.UnconnectedGradients.ZERO
+            return _with_zeros(found, sources) if wants_zeros else found
 
         return gradient
 
@@ -177,6 +182,14 @@ class TapeLog:
                 when,
             )
         )
+
+
+def _with_zeros(found: Any, sources: Any) -> Any:
+    """Gradients with zeros where there are none, as TensorFlow gives them with ``unconnected_gradients="zero"``."""
+    flat = tf.nest.flatten(sources)
+    gradients = _flat_gradients(found, len(flat))
+    filled = [tf.zeros(s.shape, s.dtype) if g is None else g for g, s in zip(gradients, flat, strict=True)]
+    return tf.nest.pack_sequence_as(sources, filled) if tf.nest.is_nested(sources) else filled[0]
 
 
 def is_tracked(graph: Graph, asked: Asked, value: int) -> bool:

@@ -13,8 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline import Pipeline
 from stages import Explanation, explain, explaining
 from stages.explain_reasons import ADVICE
+from tests.pipeline.blocking_layers import Grades
 from tests.sources import ROOT
 from tests.stages.cases_of_none import CASES, Case
 
@@ -53,7 +55,14 @@ write it and with what is printed.
 This page is written by `python -m tests.stages.none_page`, and a test sees that it is what the code prints.
 """
 
-VALUES = """\
+STAGES = """\
+## Over several stages and processes
+
+In a pipeline the model is in several processes, and what is in the way may be in another one than the variable. Stages
+are joined in one process and recorded there; the gradients beside it are those of the pipeline itself.
+"""
+
+USELESS = """\
 ## When there is a gradient, and it is useless
 
 A gradient of zeros, or one with a NaN, is followed to where it becomes so.
@@ -75,7 +84,8 @@ def page(explained: Callable[[Case], Explanation] = explained) -> str:
     """
     parts = [INTRO, _contents()]
     parts += [_section(case, explained(case)) for case in CASES]
-    parts += [VALUES, *map(_value_section, (_dead, _root))]
+    parts += [STAGES, _value_section(_third_stage)]
+    parts += [USELESS, *map(_value_section, (_dead, _root))]
     parts += ["## All reasons\n", _reasons()]
     return "\n".join(parts)
 
@@ -118,6 +128,23 @@ def _reasons() -> str:
     lines = ["| reason | what to do |", "|---|---|"]
     lines += [f"| {name} | {advice} |" for name, advice in ADVICE.items()]
     return "\n".join(lines) + "\n"
+
+
+def _third_stage() -> Explanation:
+    """A straight-through estimate was planned for the third of three stages, and only its first half was written."""
+    x, y = np.ones((4, 3), "float32"), np.ones((4, 1), "float32")
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, name="a"),
+            keras.layers.Dense(4, name="b"),
+            Grades(name="grades"),  # tf.round(x * 3.0)
+            keras.layers.Dense(1, name="c"),
+        ]
+    )
+    with Pipeline.split(model, at=["a", "b"], transport="inproc") as pipe:
+        pipe.compile("sgd", "mean_squared_error")
+        return pipe.explain(x, y)
 
 
 def _dead() -> Explanation:

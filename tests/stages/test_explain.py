@@ -156,6 +156,17 @@ def test_a_weight_that_is_not_used() -> None:
     assert "nothing was computed from it" in row.why
 
 
+def test_a_normalisation_in_front_is_not_to_blame() -> None:
+    """It stops the gradient of its own mean and writes statistics, and the flow goes on past both."""
+    model = around(blocking.Grades(name="fault"))
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(3), layers.BatchNormalization(), layers.Dropout(0.5), model]
+    )
+    for row in explain(model, X).rows[:4]:
+        assert row.reason == "rounding"
+        assert [blocker.operation for blocker in row.blockers] == ["Round"]
+
+
 def test_a_frozen_layer_is_no_fault() -> None:
     model = around(layers.BatchNormalization(name="norm"))
     model.layers[0].trainable = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
+from threading import Thread
 from typing import Any
 
 import keras
@@ -159,6 +160,44 @@ def test_second_derivatives_are_followed_through_the_inner_gradient() -> None:
         hessian = outer.gradient(tf.reduce_sum(tf.round(slope)), x)
     assert hessian is None
     assert [row.reason for row in explanation.rows] == ["", "rounding"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_zeros_that_were_asked_for_in_place_of_none_are_given_and_explained(nested: bool) -> None:
+    w = tf.Variable([1.0, 2.0], name="w")
+    with explaining() as explanation, tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.round(w))
+        found = tape.gradient(loss, {"w": w} if nested else w, unconnected_gradients="zero")
+    found = found["w"] if nested else found
+    np.testing.assert_array_equal(found.numpy(), [0.0, 0.0])
+    assert (explanation.of("w").status, explanation.of("w").reason) == ("not connected", "rounding")
+
+
+def test_a_jacobian_is_what_it_is_without_us() -> None:
+    w = tf.Variable([1.0, 2.0], name="w")
+    with explaining(), tf.GradientTape(persistent=True) as tape:
+        y = w**3
+    with explaining(), tf.GradientTape() as again:
+        z = w**3
+        found = again.jacobian(z, w)
+    np.testing.assert_array_equal(found.numpy(), tape.jacobian(y, w).numpy())
+
+
+def test_other_threads_are_not_looked_at() -> None:
+    w, v = tf.Variable(1.0, name="w"), tf.Variable(2.0, name="v")
+
+    def elsewhere() -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.round(v)
+        tape.gradient(loss, v)
+
+    with explaining() as explanation, tf.GradientTape() as tape:
+        thread = Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        loss = w * 2.0
+        tape.gradient(loss, w)
+    assert [row.name for row in explanation.rows] == ["w"]
 
 
 def test_updates_of_the_block_stay() -> None:
