@@ -5,13 +5,13 @@
     dL/dW(s)     = dL/dOut(s) . dOut(s)/dW(s)         what its optimizer must get
 
 Every segment runs forward once per microbatch and window under a tape of its own, so that random layers draw once and
-statistics move once, as in the pipeline. From the top down each Jacobian is made in blocks of rows (`stages.jacobian_
-rows`) and contracted with dL/dOut. Nothing of the hand-off is used: no output gradient is ever given to a tape except
+statistics move once, as in the pipeline. From the top down each Jacobian is made row by row (`pipeline.witness_rows`)
+and contracted with dL/dOut. Nothing of the hand-off is used: no output gradient is ever given to a tape except
 one-hot rows. What a tensor gets from several consumers is summed, and so are the uses of a shared variable.
 
 Cost: of every microbatch and window of a segment one backward pass for each element of its outputs (samples times
-features), vectorised in blocks, and two to three traces of it. That is 10^2 to 10^5 times a step: for small models.
-Memory: the tapes of a microbatch (of the batch, where a loss couples samples), and `memory_limit` for a block.
+features), in a traced loop. That is 10 to 10^5 times a step: for small models.
+Memory: the tapes of a microbatch (of the batch, where a loss couples samples), and one row, within `memory_limit`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ from pipeline.witness_parts import (
     undisturbed,
 )
 from pipeline.witness_results import Array, Cut, Gradients
+from pipeline.witness_rows import contract_by_rows
 from stages.accumulate import plus
 from stages.heads import Heads, Objective
 from stages.hosted import HostedStage
 from stages.jacobian_memory import MemoryLimitExceeded, readable_bytes
-from stages.jacobian_rows import Contraction, connected, contract_blocked, dense
+from stages.jacobian_rows import Contraction, connected, dense
 from stages.tensors import is_differentiable
 from transport.message import DRIVER
 
 MEMORY_LIMIT = 1 << 28
-"""Bytes that a block of rows may take unless told otherwise: 256 MiB."""
+"""Bytes that a row may take unless told otherwise: 256 MiB."""
 
 Unit = tuple[int, int]
 """(microbatch, window)."""
@@ -93,7 +94,7 @@ def chain(hosted: Sequence[HostedStage], batch: Whole, memory_limit: int | None 
     Args:
         hosted: The stages, in the order of the flow, with the values set; left as they are.
         batch: The batch, with targets.
-        memory_limit: Bytes that a block of rows of a Jacobian may take; None: no limit.
+        memory_limit: Bytes that a row of a Jacobian may take; None: no limit.
 
     Returns:
         Gradients of all variables and at all cuts, or the refusal.
@@ -114,7 +115,7 @@ class _Chain:
         self.arriving: dict[Place, list[Any]] = {}
         self.boundary: dict[Cut, Array | None] = {}
         self.rows = [0] * len(hosted)
-        self.blocks, self.loss = 0, 0.0
+        self.loss = 0.0
         weights = SingleTape(hosted).weights(batch)
         self.weights: Weights = weights
 
@@ -139,7 +140,7 @@ class _Chain:
             size_of(self.hosted, self.batch, sum(self.rows)),
             *measured,
             self.loss,
-            note=f"{sum(self.rows)} rows of Jacobians a unit, {self.blocks} blocks, memory limit {limit}",
+            note=f"{sum(self.rows)} rows of Jacobians for each microbatch and window, memory limit {limit}",
         )
 
     def _forward(self, k: int) -> Iterator[_Record]:
@@ -299,9 +300,7 @@ class _Chain:
         if not any(reached):
             return [None] * len(reached)
         work = replace(work, sources=[source for source, yes in zip(sources, reached, strict=True) if yes])
-        gradients, count = contract_blocked(work, self.limit)
-        self.blocks += count
-        each = iter(gradients)
+        each = iter(contract_by_rows(work, self.limit))
         return [next(each) if yes else None for yes in reached]
 
 

@@ -1,0 +1,58 @@
+"""Contract dL/dOut with a Jacobian one row at a time, in one loop inside a traced function.
+
+    dL/dW = sum over rows r of  dL/dOut[r] * (dOut/dW)[r, :]
+
+`stages.jacobian_rows` vectorises blocks of rows. That is faster, but it runs other operations than the model does, with
+one axis more, and oneDNN's batched matrix product corrupts the heap on some of them (attention with one head on one
+sample: TensorFlow 2.21). A witness must not end the process that it is asked in, so its rows are not vectorised. They
+are summed in float64, and no more than one exists at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from stages.jacobian_rows import Contraction, dense, rows_that_fit
+
+_SUM = tf.float64
+
+
+def contract_by_rows(work: Contraction, limit: int | None) -> list[Any]:
+    """Evaluate and contract a Jacobian.
+
+    Args:
+        work: What to contract; not per sample.
+        limit: Bytes that a row may take, with every tensor that it makes on the way; None for no limit.
+
+    Returns:
+        dL/dSource for every source, in its dtype.
+
+    Raises:
+        MemoryLimitExceeded: A row does not fit; nothing was evaluated.
+    """
+
+    def row(index: Any) -> list[Any]:
+        seed = tf.one_hot(index, work.rows, dtype=work.output.dtype)
+        found = work.tape.gradient(work.output, work.sources, output_gradients=tf.reshape(seed, work.output.shape))
+        return [dense(gradient) for gradient in found]
+
+    if limit is not None and work.rows:
+        rows_that_fit(work, row, limit)
+    gradient = tf.cast(tf.reshape(work.output_gradient, (-1,)), _SUM)
+
+    def total() -> list[Any]:
+        def add(index: Any, sums: list[Any]) -> tuple[Any, list[Any]]:
+            return index + 1, [s + gradient[index] * tf.cast(r, _SUM) for s, r in zip(sums, row(index), strict=True)]
+
+        start = [tf.zeros(source.shape, _SUM) for source in work.sources]
+        shapes = (tf.TensorShape([]), [source.shape for source in work.sources])
+        _, sums = tf.while_loop(lambda index, _: index < work.rows, add, (0, start), shapes, parallel_iterations=1)
+        return [tf.cast(s, source.dtype) for s, source in zip(sums, work.sources, strict=True)]
+
+    found: list[Any] = tf.function(total, autograph=False).get_concrete_function()()
+    return found
+
+
+__all__ = ["contract_by_rows"]
