@@ -1,7 +1,7 @@
 """A pytest plugin: a fixture that verifies and closes pipelines, and reports where a failed test shows them.
 
-pytest loads it in every run wherever the package is installed, so that it imports nothing of the package until a test
-uses it, and does nothing to tests that do not.
+pytest loads it, through `tapeline_pytest`, in every run wherever the package is installed, so that it imports nothing
+of the package until a test uses it, and does nothing to tests that do not.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 
 import keras
@@ -237,8 +238,26 @@ sys.exit(pytest.main(["-p", "no:tapeline", "-p", "pipeline.pytest_plugin", "-p",
     assert "loaded: [] ['pipeline', 'pipeline.origin', 'pipeline.pytest_plugin']" in run.stdout
 
 
-def test_the_plugin_is_announced_to_pytest_under_the_name_that_switches_it_off():
-    import tomllib
+@pytest.mark.parametrize("name", ["pipeline", "stages", "transport"])
+def test_a_project_with_a_folder_of_our_name_can_run_its_tests(pytester, name):
+    pytester.mkpydir(name).joinpath("own.py").write_text("VALUE = 7")
+    pytester.makepyfile(test_own=f"from {name}.own import VALUE\n\ndef test_own(): assert VALUE == 7")
+    environment = {"PYTHONPATH": f".:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""}
+    command = [sys.executable, "-m", "pytest", "-p", "tapeline_pytest", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert run.returncode == 0, run.stdout + run.stderr
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["pytest11"] == {"tapeline": "pipeline.pytest_plugin"}
+
+def test_what_pytest_loads_is_the_whole_plugin():
+    import tapeline_pytest
+    from pipeline import pytest_plugin
+
+    hooks = [name for name in vars(pytest_plugin) if name.startswith("pytest_")]
+    assert sorted(tapeline_pytest.__all__) == sorted([*hooks, "assert_single_tape"])
+    assert all(getattr(tapeline_pytest, name) is getattr(pytest_plugin, name) for name in tapeline_pytest.__all__)
+
+
+def test_the_plugin_is_announced_to_pytest_under_the_name_that_switches_it_off():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert data["project"]["entry-points"]["pytest11"] == {"tapeline": "tapeline_pytest"}
+    assert data["tool"]["setuptools"]["py-modules"] == ["tapeline_pytest"]
