@@ -13,6 +13,7 @@ from pipeline.origin import check_origins
 check_origins()
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
+    from pipeline.boundary_norms import BoundaryNorms as BoundaryNorms
     from pipeline.callbacks import PipelineCheckpoint as PipelineCheckpoint
     from pipeline.cuts import CutTable as CutTable
     from pipeline.errors import CheckpointError as CheckpointError
@@ -68,6 +69,7 @@ _HOME = {
     "save_timeline": "pipeline.plots",
     "microbatch_sizes": "pipeline.microbatch",
     # watching training
+    "BoundaryNorms": "pipeline.boundary_norms",
     "VerifyEvery": "pipeline.verify_every",
     # cuts
     "Comparison": "pipeline.prediction",
