@@ -66,7 +66,8 @@ def explain(
     Raises:
         HandoffError: There is nothing to run or to differentiate.
 
-    What the function writes into variables, and the random states of Python, NumPy and Keras, are put back.
+    What the function writes into variables, and the random states of Python, NumPy, Keras and TensorFlow, are put back
+    (not those of `tf.random` operations that are given a seed of their own).
     If a variable seems not to be used, the function is run again with that variable changed, to see whether its value
     reaches the target outside of TensorFlow. Compiled functions run eagerly. All tensors of the run stay in memory.
 

@@ -41,8 +41,11 @@ def link_by_change(graph: Graph, sources: Sequence[Source], target: int, again: 
     unused = [source for source in sources if source.value not in ancestors]
     if not unused or not _differences(graph, target, unused, again):
         return
+    by_itself = set(_differences(graph, target, [], again))  # time, random numbers
     for source in unused:
         for value in _differences(graph, target, [source], again):
+            if value in by_itself:
+                continue
             after = graph.descendants([source.value])
             out = [node for node in graph.conversions(after) if node.index <= graph.leaves[value].index]
             graph.link(out[-1] if out else _unseen(graph, after), value)

@@ -48,6 +48,7 @@ _LIBRARIES = (
 )
 _SITE = ("site-packages", "dist-packages")
 _PLUMBING = ("optree", "wrapt", "tree", "absl")
+_OTHER_SEEDS = "the seeds of explanations"
 _GENERATED = "__autograph_generated_file"
 _WRITES = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter", "ResourceStridedSliceAssign", "Rng")
 _busy = threading.Lock()
@@ -242,16 +243,24 @@ class Recorder:
 
 @contextmanager
 def random_states() -> Iterator[None]:
-    """Python's, NumPy's and TensorFlow's own random states are as before; Keras's are variables."""
-    tensorflow = getattr(context.context(), "_rng", None)
-    before = (random.getstate(), np.random.get_state(), None if tensorflow is None else tensorflow.getstate())
+    """Python's, NumPy's and TensorFlow's own random states are as before; Keras's are variables.
+
+    TensorFlow draws a seed for every random operation and keeps how far each seed got. So inside, seeds are drawn from
+    another generator: those that the user's code would draw next must not have been used. (Operations with a seed of
+    their own do go on.)
+    """
+    eager = context.context()
+    seeds = getattr(eager, "_rng", None)
+    before = (random.getstate(), np.random.get_state())
+    if seeds is not None:
+        eager._rng = random.Random(_OTHER_SEEDS)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-        if tensorflow is not None:
-            tensorflow.setstate(before[2])
+        if seeds is not None:
+            eager._rng = seeds
 
 
 def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, tuple[Any, ...]]:

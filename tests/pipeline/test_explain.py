@@ -84,6 +84,16 @@ def test_a_blockage_in_stage_2_explains_the_none_in_stage_0(fault: Any, reason: 
     assert not any("moving" in row.name for row in found.rows)
 
 
+def test_a_tensor_beside_one_that_is_stopped_has_a_gradient_of_its_own() -> None:
+    """Two tensors cross together, and nothing comes back to one: that is None, as under one tape, and not zero."""
+    inputs = keras.Input((3,))
+    left, right = layers.Dense(2, name="left")(inputs), layers.Dense(2, name="right")(inputs)
+    model = keras.Model(inputs, layers.Dense(2, name="last")(layers.Add()([left, blocking.Stop()(right)])))
+    found = joined(split(model, [("left", "right")]))
+    assert found.of("left/kernel").ok
+    assert (found.of("right/kernel").status, found.of("right/kernel").reason) == ("not connected", "stop_gradient")
+
+
 def test_an_integer_that_crosses_a_cut_is_named() -> None:
     inputs = keras.Input((3,))
     classes = blocking.Classes(name="classes")(layers.Dense(4, name="scores")(inputs))

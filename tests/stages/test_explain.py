@@ -249,6 +249,18 @@ def test_what_is_only_logged_is_not_to_blame() -> None:
     assert explain(loss).of("w").reason == "no dependence"
 
 
+def test_noise_from_outside_is_not_taken_for_a_variable() -> None:
+    """The constant changes from run to run by itself."""
+    w, v = tf.Variable([1.0, 2.0], name="w"), tf.Variable(3.0, name="v")
+    drawn = iter(range(100))
+
+    def loss() -> Any:
+        assert float(w[0]) > 0.0
+        return v * tf.constant(float(next(drawn)))
+
+    assert explain(loss).of("w").reason == "no dependence"
+
+
 # -- zero and not finite -----------------------------------------------------------------------------------------
 
 
@@ -392,11 +404,15 @@ def test_variables_seeds_and_random_numbers_are_as_before() -> None:
         tf.random.set_seed(1)
         return state()
 
+    def drawn() -> Any:
+        noise = random.random() + np.random.random() + tf.random.normal(())
+        return tf.reduce_sum(model(X, training=True)) * noise
+
     before = expect()
     random.setstate(start[0])
     np.random.set_state(start[1])
     tf.random.set_seed(1)
-    assert not explain(model, X, Y, loss="mse").ok
+    assert not explain(drawn).ok
     assert state() == before
 
 
