@@ -20,12 +20,12 @@ from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import backprop
 
 from stages.errors import HandoffError
 from stages.explain_rows import Explanation, Row
+from stages.explain_runs import run_of
 from stages.explain_verdicts import real_gradients, rows_of
 from stages.gradient_flow import Graph
 from stages.gradient_flow_conversions import watch_conversions
@@ -53,8 +53,8 @@ def explain(
             final state. Or a Keras model or layer, or a `Stage`, which is called with `inputs`.
         inputs: What `what` is called with; None: a function is called without arguments.
         y: With a model: the target of its loss. The target is then the loss with the model's own losses, else every
-            output is one.
-        loss: With `y`: a Keras loss, by name or object; default: what the model was compiled with.
+            output (and every state of a stage) is one.
+        loss: With `y`: a Keras loss, by name or object; default: what the model was compiled with, or the stage has.
         variables: What gradients are asked for: variables or tensors, or a dict of them by name. Default: of a model
             (or the models that a function calls) all weights, not what it keeps for itself, such as moving statistics;
             and every trainable variable that is read.
@@ -86,7 +86,7 @@ def explain(
     if model is not None and not model.built:
         model(inputs)
     stage = what.name if isinstance(what, Stage) else ""
-    run = _model_run(model, inputs, y, loss, training) if model is not None else _function_run(what, inputs)
+    run = run_of(what, inputs, y, loss, training)
     chosen = _named(variables) if variables is not None else None if model is None else trained_weights(model)
     return run_and_explain(
         run,
@@ -209,40 +209,6 @@ def _again(run: Callable[[], Mapping[str, Any]], stages: Mapping[int, str] | Non
     return recorder.graph, recorder.graph.seen(target)
 
 
-def _function_run(function: Callable[..., Any], inputs: Any) -> Callable[[], Mapping[str, Any]]:
-    def run() -> Mapping[str, Any]:
-        returned = function() if inputs is None else function(inputs)
-        if returned is None:
-            raise HandoffError("explain: the function returned None; let it return the target, such as the loss")
-        if isinstance(returned, Mapping):
-            return {str(name): _tensor(value) for name, value in returned.items()}
-        values = returned if isinstance(returned, list | tuple) else [returned]
-        names = names_of(values, "target") if len(values) > 1 else ["target"]
-        return dict(zip(names, map(_tensor, values), strict=True))
-
-    return run
-
-
-def _model_run(model: Any, inputs: Any, y: Any, loss: Any, training: bool) -> Callable[[], Mapping[str, Any]]:
-    if y is not None and loss is None and not getattr(model, "compiled", False):
-        raise HandoffError("explain was given y, but no loss; pass loss=..., or compile the model with one")
-    if y is None and loss is not None:
-        raise HandoffError("explain was given a loss, but no y to compare with")
-
-    def run() -> Mapping[str, Any]:
-        returned = model(inputs, training=training)
-        if y is None:
-            flat = keras.tree.flatten(returned)
-            names = getattr(model, "output_names", None) or [f"output {i}" for i in range(len(flat))]
-            return dict(zip(unique(list(names)[: len(flat)]), flat, strict=True))
-        if loss is None:
-            return {"loss": model.compute_loss(inputs, y, returned, training=training)}
-        total = keras.losses.get(loss)(y, returned)
-        return {"loss": tf.add_n([tf.reduce_mean(total), *(tf.reduce_sum(own) for own in model.losses)])}
-
-    return run
-
-
 def _used(recorder: Recorder, tape: Any) -> dict[str, Any]:
     """The weights of all models and layers that were called, and what else was read of variables."""
     found = [item for layer in recorder.layers for item in trained_weights(layer).items()]
@@ -264,15 +230,6 @@ def trained_weights(model: Any) -> dict[str, Any]:
     found = {id(v): v for layer in layers for v in layer._trainable_variables}
     weights = [v for v in model.weights if id(v) in found or v.trainable]
     return dict(zip(unique([v.path for v in weights]), weights, strict=True))
-
-
-def _tensor(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic | float | int):
-        raise HandoffError(
-            f"explain: the function returned a {type(value).__name__}, not a tensor: what left TensorFlow has no "
-            "gradient; return the tensor from before .numpy(), float() or the NumPy function"
-        )
-    return tf.convert_to_tensor(value)
 
 
 def _headline(what: Any) -> str:

@@ -213,6 +213,20 @@ def test_several_targets(named: bool) -> None:
     assert (hard.status, hard.reason) == ("zero", "rounding")
 
 
+def test_a_stage_with_a_loss_and_states() -> None:
+    x = keras.Input((2, 3))
+    h = keras.Input((2,))
+    out, state = layers.GRU(2, return_sequences=True, return_state=True, name="gru")(x, initial_state=h)
+    stage = Stage(keras.Model([x, h], [layers.Dense(1, name="out")(out), state]), "middle", states=("h",))
+    found = explain(stage, np.ones((4, 2, 3), "float32"))
+    assert [row.target for row in found.rows[:1]] == ["out"] and found.rows[-1].target == "h"
+    assert found.of("gru_cell/kernel", target="h").ok
+    assert found.of("out/kernel", target="h").reason == "no dependence"
+    judged = Stage(faulty("rounding"), "top", loss="mean_squared_error")
+    assert explain(judged, X, Y).of("behind/kernel", target="loss").ok
+    assert explain(judged, X, Y).of("top/net/before/kernel").reason == "rounding"
+
+
 # -- what leaves TensorFlow --------------------------------------------------------------------------------------
 
 
