@@ -137,7 +137,7 @@ class Steps:
         norm = self._norm_tolerance()
         scales: dict[tuple[str, str], float] = {}
         for (kind, _, name), parts in self._parts.items():
-            group = (kind, name.rpartition(": ")[2] if kind == "optimizer" else name)
+            group = _group(kind, name)
             scales[group] = max(scales.get(group, 0.0), largest(part.theirs for part in parts))
         found = []
         for (kind, stage, name), parts in self._parts.items():
@@ -147,9 +147,8 @@ class Steps:
             some = parts[0].theirs
             if some is not None and some.dtype.kind in "biu":
                 tolerance = Tolerance.bits()
-            group = (kind, name.rpartition(": ")[2] if kind == "optimizer" else name)
             title = self.names.stages[stage] if stage >= 0 else ""
-            found.append(judge("steps", kind, title, name, parts, tolerance, scale=scales[group]))
+            found.append(judge("steps", kind, title, name, parts, tolerance, scale=scales[_group(kind, name)]))
         return sorted(found, key=lambda judged: _KINDS.index(judged.row.kind))
 
     def _norm_tolerance(self) -> Tolerance | None:
@@ -161,6 +160,16 @@ class Steps:
         terms = len(sizes) + math.ceil(math.log2(max(sizes, default=1) + 1))
         found = Tolerance.reordered("float32", terms)
         return Tolerance(found.relative, f"the global norm of all gradients: {found.why}")
+
+
+def _group(kind: str, name: str) -> tuple[str, str]:
+    """What is judged by one size: a slot over all variables, a layer's statistics, else a variable by itself.
+
+    (A moving mean may be nothing but rounding; the moving variance beside it says how large the layer's values are.)
+    """
+    if kind == "optimizer":
+        return kind, name.rpartition(": ")[2]
+    return kind, name.rpartition("/")[0] if kind == "statistics" else name
 
 
 def _slots_of(described: Mapping[int, Sequence[Sequence[Any]]], values: Mapping[int, Sequence[Array]]) -> Slots:
