@@ -164,7 +164,7 @@ def _span(values: Any) -> str:
 
 
 def _array(tensor: Any) -> Any:
-    values = np.asarray(dense(tensor))
+    values = np.asarray(dense(tensor).numpy())
     return values if values.dtype.kind == "c" else values.astype(np.float64)
 
 

@@ -67,7 +67,7 @@ def _differences(graph: Graph, target: int, sources: Sequence[Source], again: Ag
     random = np.random.default_rng(0)
     try:
         for handle, value in zip(handles, before, strict=True):
-            noise = random.uniform(0.5, 1.5, value.shape) * (1.0 + np.abs(np.asarray(value, np.float64)))
+            noise = random.uniform(0.5, 1.5, value.shape) * (1.0 + np.abs(np.asarray(value.numpy(), np.float64)))
             _write(handle, tf.cast(value + tf.cast(noise, value.dtype), value.dtype))
         other, _ = again()
     finally:
@@ -125,7 +125,7 @@ def _same(graph: Graph, a: int, other: Graph, b: int) -> bool:
     ours, theirs = graph.values[a], other.values[b]
     if ours is None or theirs is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return ours is theirs
-    return bool(np.asarray(ours).tobytes() == np.asarray(theirs).tobytes())
+    return bool(ours.numpy().tobytes() == theirs.numpy().tobytes())
 
 
 def _is_result(graph: Graph, value: int, conversion: Node) -> bool:
@@ -133,7 +133,7 @@ def _is_result(graph: Graph, value: int, conversion: Node) -> bool:
     tensor, result = graph.values[value], conversion.result
     if result is None or tensor is None or tuple(tensor.shape) != np.shape(result):
         return False
-    ours = np.asarray(tensor)
+    ours = np.asarray(tensor.numpy())
     return bool((ours == np.asarray(result).astype(ours.dtype)).all()) and not np.isin(ours, (0.0, 1.0)).all()
 
 

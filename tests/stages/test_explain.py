@@ -198,6 +198,19 @@ def test_a_stateful_layer() -> None:
     assert found.of("second").ok
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "complex64"])
+def test_every_dtype_that_has_gradients(dtype: str) -> None:
+    w, s = tf.Variable(tf.cast([1.0, 2.0], dtype), name="w"), tf.Variable(tf.cast(0.0, dtype), name="s")
+
+    def loss() -> Any:
+        left = tf.constant((w * 3.0).numpy()[0]) if dtype != "complex64" else tf.stop_gradient(w[0])
+        return tf.math.real(tf.reduce_sum(s * s) + left)
+
+    found = explain(loss)
+    assert found.of("w").reason == ("stop_gradient" if dtype == "complex64" else "NumPy")
+    assert found.of("s").status == "zero"
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_several_targets(named: bool) -> None:
     w = tf.Variable([1.0, 2.0], name="w")
