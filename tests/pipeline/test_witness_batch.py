@@ -16,12 +16,11 @@ from pipeline.witness_batch import batch_at_once
 from pipeline.witness_results import Gradients
 from pipeline.witnesses import by_gradients
 from stages.loss import Head
-from tests.pipeline.witness_kinds import KINDS
-from tests.pipeline.witnessing import Case, bits, by_tape, case, case_of
+from tests.pipeline.witnessing import NEAR, Case, bits, by_tape, case, case_of
 
 layers = keras.layers
 REFUSED = {"convolution": "layer 'normal'", "dropout": "layer 'drop'", "truncated": "truncated"}
-MADE = [kind for kind in KINDS if kind not in REFUSED]
+MADE = [kind for kind in NEAR if kind not in REFUSED]
 
 
 @cache

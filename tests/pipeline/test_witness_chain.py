@@ -14,8 +14,7 @@ from pipeline.verify_tape import Observed
 from pipeline.witness_chain import chain
 from pipeline.witness_results import Gradients
 from pipeline.witnesses import by_gradients
-from tests.pipeline.witness_kinds import KINDS
-from tests.pipeline.witnessing import bits, case, case_of
+from tests.pipeline.witnessing import NEAR, bits, case, case_of
 
 
 @cache
@@ -28,7 +27,7 @@ def outcome(kind: str, step: Observed):
     return by_gradients("chain", step, found(kind), one.names, one.yardstick)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEAR)
 def test_the_chain_rule_is_one_tape_and_leaves_no_trace(kind: str) -> None:
     one = case(kind)
     before = bits(one.stages)

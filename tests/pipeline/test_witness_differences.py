@@ -15,11 +15,9 @@ from pipeline.witness_differences import derivative, differences
 from pipeline.witness_results import Differences, Size
 from pipeline.witness_twin import wide_floats, widened
 from pipeline.witnesses import Yardstick, by_differences
-from tests.pipeline.witness_kinds import KINDS
-from tests.pipeline.witnessing import Case, bits, case, case_of
+from tests.pipeline.witnessing import NEAR, Case, bits, case, case_of
 
 layers = keras.layers
-DECIDED = [kind for kind in KINDS if kind != "truncated"]
 
 
 @cache
@@ -32,7 +30,7 @@ def outcome(kind: str, step: Observed):
     return by_differences(step, found(kind), one.names, one.yardstick)
 
 
-@pytest.mark.parametrize("kind", DECIDED)
+@pytest.mark.parametrize("kind", NEAR)
 def test_finite_differences_are_one_tape_and_leave_no_trace(kind: str) -> None:
     one = case(kind)
     before = bits(one.stages)

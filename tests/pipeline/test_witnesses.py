@@ -96,9 +96,7 @@ def repeated_regulariser(monkeypatch):
     ("fault", "kind"),
     [
         (scaled, "dense"),
-        (scaled, "skips"),
         (dropped, "dense"),
-        (dropped, "masked"),
         (unweighted, "dense"),
         (alike, "dense"),
         (alike, "masked"),

@@ -23,6 +23,9 @@ from stages.hosted import HostedStage
 from stages.observing import Sight, Values
 from tests.pipeline.witness_kinds import made
 
+NEAR = ("dense", "convolution", "dropout", "tied", "windows")
+"""Kinds that each witness is asked about on its own; `test_witnesses` asks all of all, through `Pipeline.verify`."""
+
 
 @dataclass(frozen=True)
 class Case:
