@@ -125,7 +125,6 @@ def explain_joined(
     several = len(batch.grid.sizes) > 1
     crossing = run.crossing()
     done = [replace(_handed_off(row, crossing), norm=None if several else row.norm) for row in rows.values()]
-    notes |= dict.fromkeys(f"{c}: no gradient comes back through it" for c in crossing.values())
     return Explanation(f"explained {len(hosted)} stages", tuple(done), tuple(notes)).plain()
 
 
@@ -229,7 +228,7 @@ def _handed_off(row: Row, crossing: Mapping[tuple[str, str], str]) -> Row:
         return row
     first = row.blockers[0]
     words = [text for (stage, _), text in crossing.items() if stage == first.stage and row.reason in _HAND_OFF]
-    return replace(row, why=f"{row.why}; {words[0]}") if words else row
+    return replace(row, why=f"{row.why}; {words[0]}, and no gradient comes back through that") if words else row
 
 
 __all__ = ["LOSS", "check_target", "explain_joined", "explained"]
