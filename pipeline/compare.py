@@ -77,6 +77,7 @@ def judge(
     scale: float | None = None,
     peer: str = "",
     zero_is_none: bool = False,
+    repeated: bool = False,
 ) -> Judged:
     """Compare all parts of one tensor or variable.
 
@@ -86,6 +87,7 @@ def judge(
         tolerance: What is allowed.
         scale: The largest |value| of the group that differences are relative to; default: of these parts.
         zero_is_none: Whether "no gradient" on one side and zeros on the other are the same.
+        repeated: Whether the parts are the whole thing again and again; else they are slices of it.
     """
     scale = largest(part.theirs for part in parts) if scale is None else scale
     scale = scale or largest(part.ours for part in parts)
@@ -98,7 +100,8 @@ def judge(
     failed, worst, at = max(found, key=lambda one: (one[0], one[1].difference, one[1].ulps))
     first = min((part.order for wrong, _, part in found if wrong), default=None)
     where = next(part.where for part in parts if part.order == first) if failed else at.where
-    some = [part.ours if part.ours is not None else part.theirs for part in parts]
+    shown = parts[-1:] if repeated else parts
+    some = [part.ours if part.ours is not None else part.theirs for part in shown]
     arrays = [array for array in some if array is not None]
     row = Row(
         check=check,
@@ -107,7 +110,7 @@ def judge(
         name=name,
         shape=_whole_shape(arrays),
         dtype=arrays[0].dtype.name if arrays else "",
-        norm=_norm([part.ours for part in parts]),
+        norm=_norm([part.ours for part in shown]),
         difference=worst.difference,
         relative=_relative(worst.difference, scale),
         ulps=worst.ulps,

@@ -148,7 +148,9 @@ class Steps:
             if some is not None and some.dtype.kind in "biu":
                 tolerance = Tolerance.bits()
             title = self.names.stages[stage] if stage >= 0 else ""
-            found.append(judge("steps", kind, title, name, parts, tolerance, scale=scales[_group(kind, name)]))
+            found.append(
+                judge("steps", kind, title, name, parts, tolerance, scale=scales[_group(kind, name)], repeated=True)
+            )
         return sorted(found, key=lambda judged: _KINDS.index(judged.row.kind))
 
     def _norm_tolerance(self) -> Tolerance | None:

@@ -87,6 +87,8 @@ def test_healthy_updates_pass(name, eager):
         report.raise_if_failed()
         kinds = {row.kind for row in report.rows if row.check == "steps"}
         assert {"weight", "optimizer", "statistics", "seed", "metric", "prediction"} <= kinds
+        (kernel,) = [row for row in report.of("weight") if row.name == "stage1/middle/kernel"]
+        assert kernel.shape == (5, 5), "the last step's, not all steps' together"
         clipped = name == "by global norm"
         if eager and not clipped:
             assert {row.difference for row in report.rows} == {0.0}
