@@ -23,10 +23,10 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment test lint browser format demo soak bench peer lock clean distclean moved
+.PHONY: help environment test lint browser format demo soak fault-matrix bench peer lock clean distclean moved
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 environment: $(READY) ## build .venv, with the `tapeline` command
 
@@ -80,6 +80,9 @@ demo: $(READY) ## train the digits over three processes, verify, draw the timeli
 
 soak: $(READY) ## the long property tests as well
 	TAPELINE_NIGHTLY=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --timeout 3600 $(ARGS)
+
+fault-matrix: $(READY) ## put every fault into running pipelines and print docs/fault-matrix.md (half an hour)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(READY) ## the table of benchmarks/README.md; with the peer if `make peer` was said
 	$(BIN)/python benchmarks/run.py $(if $(wildcard $(PEER)/.locked),--python $(PEER)/bin/python) $(ARGS)

@@ -61,11 +61,12 @@ class Live:
         case: What it runs.
         schedule: Its name.
         eager: Eager tapes or compiled functions.
+        quiet: Without statistics and random numbers.
     """
 
-    def __init__(self, case: Case, schedule: str, eager: bool = True) -> None:
+    def __init__(self, case: Case, schedule: str, eager: bool = True, quiet: bool = False) -> None:
         self.case, self.schedule, self.eager = case, schedule, eager
-        self.pipe = case.pipeline(schedule, eager)
+        self.pipe = case.pipeline(schedule, eager, quiet=quiet)
         with _recorded() as self._workers:
             self.train()
         self.pipe.optimizer.learning_rate = RATE

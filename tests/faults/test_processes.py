@@ -1,0 +1,31 @@
+"""Frames damaged between real processes: well-formed, with a right header, and not what was sent."""
+
+from functools import partial
+
+import pytest
+
+import pipeline.session
+from pipeline import VerificationError
+from tests.faults.cases import CASES
+
+
+@pytest.mark.parametrize("entry", ["flipping", "narrowing"])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
+    driver = partial(pipeline.session.Driver, entry=f"tests.faults.workers:{entry}")
+    monkeypatch.setattr(pipeline.session, "Driver", driver)
+    case = CASES["convolutional"]
+    with case.pipeline("1f1b", eager, transport="ipc") as pipe:
+        report = pipe.verify(*case.data(0))
+        row = report.first.row
+        assert (row.check, row.kind, row.name) == ("hand-off", "received output gradient", "low_norm")
+        assert (row.stage, row.peer) == ("stage0", "stage1")
+        assert row.where == ("microbatch 1" if entry == "flipping" else "microbatch 0")
+        with pytest.raises(VerificationError, match="not what 'stage1' sent"):
+            report.raise_if_failed()
+
+
+def test_the_same_pipeline_without_damage_verifies():
+    case = CASES["convolutional"]
+    with case.pipeline("1f1b", transport="ipc") as pipe:
+        pipe.verify(*case.data(0)).raise_if_failed()
