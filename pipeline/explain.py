@@ -32,13 +32,21 @@ _HAND_OFF = ("argmax", "cast", "comparison", "integer result")
 def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str) -> Explanation:
     """Explain the gradients of a running pipeline; see `Pipeline.explain`."""
     compiled = session.needs_compile("explain")
-    batch = session.batch(x, y, sample_weight, compiled.judged)
     check_target(session, target)
-    _, gradients = session.gradients(batch)
-    expected = {name: status_of_array(gradient) for name, gradient in gradients.items()} if target == LOSS else {}
+    expected: dict[str, str] = {}
+    gradients: Mapping[str, Any] = {}
+    if target == LOSS:
+        batch = session.batch(x, y, sample_weight, compiled.judged)
+        _, gradients = session.gradients(batch)
+        expected = {name: status_of_array(gradient) for name, gradient in gradients.items()}
+    else:
+        batch = session.batch(x, None, None, judged=())
     with session.telling_of_the_reference():
         reference = session.reference()
-        session.differentiate(batch, reference)  # gives it the batch
+        if target == LOSS:  # either way the reference has the batch afterwards
+            session.differentiate(batch, reference)
+        else:
+            reference.run(session.plan(batch, training=False), "predict", batch)
         ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
     found = Explanation.from_plain(plain)
     return beside(found, gradients) if target == LOSS else found

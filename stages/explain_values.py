@@ -164,7 +164,7 @@ def _span(values: Any) -> str:
 
 
 def _array(tensor: Any) -> Any:
-    values = np.asarray(dense(tensor).numpy())
+    values = np.asarray(tf.convert_to_tensor(dense(tensor)).numpy())
     return values if values.dtype.kind == "c" else values.astype(np.float64)
 
 

@@ -236,6 +236,15 @@ def test_random_graphs_are_explained_as_their_gradients_are(sketch: Any) -> None
             assert row.reason in ("", "stop_gradient", "no dependence") or row.status == "zero", row
 
 
+@pytest.mark.parametrize("y", [None, np.ones((4, 1), "float32")], ids=["no y", "y"])
+def test_an_output_needs_no_target_to_compare_with(y: Any) -> None:
+    with relu_pipe() as pipe:
+        found = pipe.explain(np.ones((4, 1), "float32"), y, target="first")
+        assert pipe.predict(np.ones((4, 1), "float32")).tolist() == [[1.0]] * 4
+    assert found.of("first/kernel").ok
+    assert found.of("last/kernel").reason == "no dependence"
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
     with relu_pipe() as pipe, pytest.raises(PipelineError, match=r"among loss, first, last, received 'lost'"):
         pipe.explain(np.ones((4, 1), "float32"), np.ones((4, 1), "float32"), target="lost")
