@@ -7,8 +7,9 @@ The batch goes through float64 twins of the segments (`pipeline.witness_twin`) i
 the same random draws, since normalisation and dropout depend on them; the loss is Keras's own of the joined predictions
 of all microbatches, so it knows no weights of microbatches either.
 
-The step is not chosen by hand. From t = 10^-3 |W| down by factors of 4, two neighbouring steps give Richardson's
-extrapolation R = (16 D(t/4) - D(t)) / 15, free of the error in t^2, and three reasons to doubt it (Ridders 1982):
+The step is not chosen by hand. From t = 10^-3 max(|W|, 1) down by factors of 4, two neighbouring steps give
+Richardson's extrapolation R = (16 D(t/4) - D(t)) / 15, free of the error in t^2, and three reasons to doubt it
+(Ridders 1982):
 
     |R - D(t/4)|                         what extrapolation changed: truncation
     |(4 s(t/4) - s(t)) / 3|              s = (f(t) - 2 f(0) + f(-t)) / t is how far the slopes to both sides differ: its
@@ -118,12 +119,12 @@ def derivative(f: Callable[[float], float], at: float, norm: float) -> tuple[flo
     Args:
         f: The function.
         at: f(0).
-        norm: Size of what is stepped from; steps are a part of it, or of 1 where it is 0.
+        norm: Size of what is stepped from; steps are a part of it, or of 1 where it is smaller.
 
     Returns:
         f'(0), and how far that may be off.
     """
-    step = _FIRST * (norm or 1.0)
+    step = _FIRST * max(norm, 1.0)
     best = (0.0, np.inf)
     before: tuple[float, float] | None = None
     for _ in range(_STEPS):

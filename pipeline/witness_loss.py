@@ -27,7 +27,6 @@ from pipeline.witness_parts import (
     named,
     objective,
     own_losses,
-    riding,
     run_flow,
     undisturbed,
 )
@@ -217,17 +216,22 @@ class BatchLoss:
     def _check(self) -> None:
         """Refuse twins that compute something else, with the first stage of which that is so.
 
-        Half the digits of the model's own dtype must agree on the first microbatch: rounding leaves more, another draw
-        or another function does not.
+        Half the digits of the model's own dtype must agree: rounding leaves more, another draw or another function
+        does not.
         """
 
+        own, seen = BatchLoss.own(self.hosted, self.batch), list[Sequence[Any]]()
+
+        def noted(k: int, i: int, taken: list[Any]) -> Sequence[Any]:
+            seen.append(call_model(own.models[i], taken))
+            return seen[-1]
+
+        own.value(lambda: own.run(noted))
+        ours = iter(seen)
+
         def compared(k: int, i: int, taken: list[Any]) -> Sequence[Any]:
-            # First: attention layers take the mask off what they read.
-            model = self.hosted[i].stage.model
-            ours = call_model(model, [_narrowed(t, self.narrow[i]) for t in taken]) if k == 0 else ()
             outputs = call_model(self.models[i], taken)
-            if k == 0:
-                check(self.hosted[i], taken, outputs, ours, eps(self.narrow[i]) ** 0.5)
+            check(self.hosted[i], taken, outputs, next(ours), eps(self.narrow[i]) ** 0.5)
             return outputs
 
         self.value(lambda: self.run(compared))
@@ -267,11 +271,6 @@ def apart(pairs: Sequence[tuple[Any, Any]]) -> float:
     scale = max((float(np.max(np.abs(b), initial=0.0)) for _, b in both), default=0.0)
     apart = max((float(np.max(np.abs(a - b), initial=0.0)) for a, b in both), default=0.0)
     return apart / scale if scale else 0.0
-
-
-def _narrowed(tensor: Any, narrow: str) -> Any:
-    """A tensor of the twins as the model itself takes it."""
-    return riding([tensor], lambda parts: tf.cast(parts[0], narrow) if parts[0].dtype == WIDE else parts[0])
 
 
 def _places(hosted: Sequence[HostedStage], name: str) -> list[Key]:

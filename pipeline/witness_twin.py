@@ -51,35 +51,64 @@ def wide_floats() -> Iterator[None]:
 def drawing(narrow: str) -> Iterator[None]:
     """Let Keras's random functions draw in a narrow dtype and cast up, in this thread.
 
+    Inside another such block the inner one counts.
+
     Args:
         narrow: What the model draws in.
     """
-    module, mine = keras.src.backend.random, threading.get_ident()
-    before = {name: getattr(module, name) for name in (*_DRAWING, "dropout")}
-
-    def drawn(draw: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(draw)
-        def draws(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
-            if threading.get_ident() != mine or str(dtype or WIDE) != WIDE:
-                return draw(*args, dtype=dtype, **kwargs)
-            return tf.cast(draw(*args, dtype=narrow, **kwargs), WIDE)
-
-        return draws
-
-    def dropout(inputs: Any, rate: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != mine or inputs.dtype != WIDE:
-            return before["dropout"](inputs, rate, *args, **kwargs)
-        kept = before["dropout"](tf.ones_like(inputs, dtype=narrow), rate, *args, **kwargs)
-        return inputs * tf.cast(kept, WIDE)
-
+    module, outer = keras.src.backend.random, getattr(_DRAWN_IN, "dtype", None)
+    before = {name: getattr(module, name) for name in (*_DRAWING, "dropout")} if outer is None else {}
+    _DRAWN_IN.dtype = narrow
     try:
-        for name in _DRAWING:
-            setattr(module, name, drawn(before[name]))
-        module.dropout = dropout
+        for name, draw in before.items():
+            setattr(module, name, _dropout(draw) if name == "dropout" else _drawn(draw))
         yield
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        _DRAWN_IN.dtype = outer
+        for name, draw in before.items():
+            setattr(module, name, draw)
+
+
+_DRAWN_IN = threading.local()
+"""Its `dtype`: what this thread's random layers draw in; None or missing: as they say."""
+
+
+def _drawn(draw: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(draw)
+    def draws(*args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+        narrow = getattr(_DRAWN_IN, "dtype", None)
+        if narrow is None or str(dtype or WIDE) != WIDE:
+            return draw(*args, dtype=dtype, **kwargs)
+        return tf.cast(draw(*args, dtype=narrow, **kwargs), WIDE)
+
+    return draws
+
+
+def _dropout(draw: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(draw)
+    def dropout(inputs: Any, rate: Any, *args: Any, **kwargs: Any) -> Any:
+        narrow = getattr(_DRAWN_IN, "dtype", None)
+        if narrow is None or inputs.dtype != WIDE:
+            return draw(inputs, rate, *args, **kwargs)
+        return inputs * tf.cast(draw(tf.ones_like(inputs, dtype=narrow), rate, *args, **kwargs), WIDE)
+
+    return dropout
+
+
+def _draw_as(ours: Any, twin: Any) -> None:
+    """Let every layer of a twin draw in the dtype of the layer that it stands for."""
+    for layer, copy in zip(ours._flatten_layers(), twin._flatten_layers(), strict=True):
+        if getattr(copy, "_seed_generators", ()) and layer.compute_dtype in FLOATS:
+            object.__setattr__(copy, "call", _drawing_in(copy.call, layer.compute_dtype))
+
+
+def _drawing_in(call: Callable[..., Any], narrow: str) -> Callable[..., Any]:
+    @wraps(call)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with drawing(narrow):
+            return call(*args, **kwargs)
+
+    return called
 
 
 class Twin:
@@ -90,7 +119,7 @@ class Twin:
 
     Attributes:
         model: The twin.
-        narrow: What the stage's own model computes and draws in.
+        narrow: What the stage's own model computes in, and what draws where no layer says otherwise.
         heads: Its objectives in float64.
 
     Raises:
@@ -103,6 +132,7 @@ class Twin:
         with wide_floats(), named(hosted, "its float64 copy cannot be made"):
             self.model = Part(self._build(), hosted.spec.name).model  # inner layers hand masks on by themselves
             self.heads: list[Head] = heads_of(hosted)
+            _draw_as(hosted.stage.model, self.model)
         for head in self.heads:
             if isinstance(head.loss, keras.losses.Loss):
                 head.loss._dtype_policy = keras.dtype_policies.get(WIDE)
@@ -156,7 +186,7 @@ def widened(recipe: Any) -> Any:
 
 
 def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours: Sequence[Any], allowed: float) -> None:
-    """Compare what a stage and its twin give for one microbatch.
+    """Compare what a stage and its twin give.
 
     Args:
         hosted: The stage.

@@ -190,3 +190,10 @@ def test_float64_is_the_default_only_inside_and_also_after_a_failure() -> None:
         assert keras.config.floatx() == "float64"
         raise KeyError
     assert keras.config.floatx() == "float32"
+
+
+def test_random_layers_draw_in_their_own_dtype_beside_layers_of_another() -> None:
+    one = with_layer(layers.Dropout(0.3, dtype="float64", seed=5))
+    said = by_differences(one.step, differences(one.stages, one.batch), one.names, one.yardstick)
+    assert said.refusal == ""
+    assert all(j.row.ok for j in said.judged)
