@@ -152,8 +152,12 @@ def _independent(graph: Graph, source: Source, ancestors: set[int]) -> Finding:
 
 
 def _roots(graph: Graph) -> set[int]:
-    """What was there before the run: variables, constants, inputs."""
-    return {value for value in range(len(graph.values)) if value not in graph.makers}
+    """What was there before the run: variables and data; not single numbers, which TensorFlow keeps one tensor for."""
+    return {
+        value
+        for value, tensor in enumerate(graph.values)
+        if value not in graph.makers and tensor is not None and (tensor.dtype == tf.resource or tensor.shape.rank)
+    }
 
 
 def _followed(graph: Graph, asked: Asked, source: Source) -> Finding | None:
@@ -268,7 +272,8 @@ def _words(reason: str, node: Node) -> str:
 
 def _what(reason: str, node: Node, graph: Graph) -> str:
     """What a blocker does, where its name does not say it."""
-    dtypes = [tensor.dtype.name for value in node.outputs if (tensor := graph.values[value]) is not None]
+    given = [tensor.dtype for value in node.outputs if (tensor := graph.values[value]) is not None]
+    dtypes = [dtype.name for dtype in given if not backprop_util.IsTrainable(dtype)]
     if reason in ("cast", "integer result", "argmax", "comparison") and dtypes:
         return f"gives {dtypes[0]}"
     if node.kind == "write":

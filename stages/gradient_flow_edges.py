@@ -59,8 +59,7 @@ class Edges:
             return "stopped"
         if self.tape is not None and self.tape not in node.tapes:
             return "outside"
-        tensor = self.graph.values[node.inputs[position]]
-        if tensor is None or not backprop_util.IsTrainable(tensor):
+        if not self._trainable(node.inputs[position]):
             return "source"
         if not any(backprop_util.IsTrainable(out) for out in tensors_of(self.graph, node.outputs)):
             return "result"
@@ -76,7 +75,7 @@ class Edges:
         while stack:
             for node, position in self.graph.users.get(stack.pop(), ()):
                 if node in within and self.passes(node, position):
-                    new = [value for value in node.outputs if value not in found]
+                    new = [value for value in node.outputs if value not in found and self._trainable(value)]
                     found.update(new)
                     stack += new
         return found
@@ -90,13 +89,20 @@ class Edges:
             reached: What `reached` gives.
             targets: Values that are not among these.
         """
-        _, behind = self.graph.ancestors(targets, reached)
+        values, behind = self.graph.ancestors(targets, reached)
         found: dict[Node, str] = {}
         for node in behind:
-            for position, value in enumerate(node.inputs):
-                if value in reached and (why := self.obstacle(node, position)) not in (PASSES, "overtaken"):
+            for position in (i for i, value in enumerate(node.inputs) if value in reached):
+                why = self.obstacle(node, position)
+                if why == PASSES and reached.isdisjoint(values.intersection(node.outputs)):
+                    why = "result"  # it passes gradients, but not of the output that is on the way
+                if why not in (PASSES, "overtaken"):
                     found.setdefault(node, why)
         return sorted(found.items(), key=lambda item: item[0].index)
+
+    def _trainable(self, value: int) -> bool:
+        tensor = self.graph.values[value]
+        return tensor is not None and bool(backprop_util.IsTrainable(tensor))
 
     def _ask(self, node: Node) -> list[bool]:
         if node not in self._asked:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import Stage, explain
+from stages import Stage, explain, explaining
 from tests.pipeline import blocking_layers as blocking
 
 layers = keras.layers
@@ -139,6 +139,40 @@ def test_a_cast_in_a_function_of_ones_own() -> None:
     w = tf.Variable([1.5, 2.5], name="w")
     row = explain(lambda: tf.reduce_sum(tf.cast(tf.cast(w, tf.int32), tf.float32))).of("w")
     assert (row.reason, row.blocker.operation, row.blocker.what) == ("cast", "Cast", "gives int32")
+
+
+def test_the_one_of_two_results_that_has_no_gradient() -> None:
+    """top_k gives values, which have a gradient, and places, which have none."""
+    w, v = tf.Variable([1.0, 3.0, 2.0], name="w"), tf.Variable([1.0, 2.0, 3.0], name="v")
+
+    def both() -> Any:
+        values, places = tf.math.top_k(w, 2)
+        return {"values": tf.reduce_sum(values), "places": tf.reduce_sum(tf.gather(v, places))}
+
+    found = explain(both)
+    assert found.of("w", target="values").ok
+    row = found.of("w", target="places")
+    assert (row.reason, row.blocker.operation, row.blocker.what) == ("integer result", "TopKV2", "gives int32")
+
+
+def test_an_operation_that_is_declared_not_differentiable() -> None:
+    w = tf.Variable([1.0, 3.0, 2.0], name="w")
+
+    def loss() -> Any:
+        return tf.cast(tf.random.stateless_categorical(w[None], 1, seed=[1, 2])[0, 0], tf.float32)
+
+    row = explain(loss).of("w")
+    assert (row.status, row.reason) == ("not connected", "not differentiable")
+
+
+def test_numbers_that_two_things_share_make_them_no_kin() -> None:
+    """TensorFlow keeps one tensor for each Python number."""
+    w, v = tf.Variable([1.0], name="w"), tf.Variable([1.0], name="v")
+    with explaining() as explanation, tf.GradientTape() as tape:
+        other = w * 7.0
+        loss = v * 7.0
+        tape.gradient(loss, {"other": other})
+    assert explanation.of("other").reason == "no dependence"
 
 
 def test_a_weight_that_is_not_used() -> None:

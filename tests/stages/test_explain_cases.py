@@ -66,6 +66,12 @@ def test_at_least_the_twelve_most_asked_are_there() -> None:
     assert {"argmax", "predict", "metric", "made beside", "no dependence", "stop_gradient"} <= reasons
 
 
+def test_every_reason_is_asked_about_somewhere() -> None:
+    elsewhere = {"integer result", "not differentiable"}  # test_explain
+    pipelines = {"truncation"}  # tests/pipeline/test_explain
+    assert set(ADVICE) == {case.reason for case in CASES} | elsewhere | pipelines | {"unknown"}
+
+
 def test_a_conversion_for_a_log_is_not_to_blame() -> None:
     """The value also left TensorFlow, but the target was not computed from that."""
     w, v = tf.Variable([1.0, 2.0], name="w"), tf.Variable(3.0, name="v")
