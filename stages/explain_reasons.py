@@ -152,7 +152,7 @@ def _independent(graph: Graph, source: Source, ancestors: set[int]) -> Finding:
 
 
 def _roots(graph: Graph) -> set[int]:
-    """What was there before the run: variables and data; not single numbers, which TensorFlow keeps one tensor for."""
+    """What was there before the run: variables and data; not single numbers, which much may be scaled by."""
     return {
         value
         for value, tensor in enumerate(graph.values)
