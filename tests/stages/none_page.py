@@ -52,6 +52,17 @@ Four answers are possible: *connected*, *zero* (there is a gradient, and all of 
 connected*, which is TensorFlow's `None`. Below are the forms in which the question comes up most often, each as people
 write it and with what is printed.
 
+How it knows, and what it cannot know:
+
+- Whether there is a gradient is never worked out, it is what a tape gives. Only the reason comes from the recording;
+  where the two do not fit together the reason is *unknown*, with the operations that are in question.
+- A way through NumPy or Python is invisible to any recording. `explain` runs the code again with the variable changed
+  and sees which constant changes with it. `explaining` cannot run your code again: it compares values, and where that
+  proves nothing it says *a guess*.
+- A tensor that only decides which way the code takes (`if loss > 1:`) counts as not used.
+- All tensors of the run stay in memory, as on a tape. Look at one step of a small batch.
+- `explain` puts random states back, but not those of `tf.random` operations that are given a seed of their own.
+
 This page is written by `python -m tests.stages.none_page`, and a test sees that it is what the code prints.
 """
 
