@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.callbacks import StepWatcher
 from pipeline.errors import CompileError, VerificationError
-from pipeline.report import Report
+from pipeline.report import Report, SingleTapeError
 from pipeline.session import Session
 from pipeline.step import StepResult
 from pipeline.verify import MEMORY_LIMIT, Question, verified
@@ -48,7 +48,8 @@ class VerifyEvery(StepWatcher):
     Raises:
         CompileError: An argument is not one of the above.
         VerificationError: An unknown check; in `fit`, as `on_failure` says: something differs by more than its
-            tolerance. The message names step and first deviation; the pipeline has the values from before that step.
+            tolerance (a SingleTapeError, with the report), or the reference's process was lost. The message names step
+            and first deviation; the pipeline has the values from before that step.
 
     Example:
         >>> verifying = VerifyEvery(100, on_failure="warn")
@@ -110,7 +111,9 @@ class VerifyEvery(StepWatcher):
         try:
             report = verified(session, *data, self.question)
         except VerificationError as error:  # the reference was lost; the pipeline is as it was
-            self._fail(str(error), error)
+            if self.on_failure == "raise":
+                raise VerificationError(f"{self.place}: {error}") from error
+            self._warn(str(error))
             return
         finally:
             random.setstate(drawn)  # a reference that starts as a thread of this process draws Keras's default seeds
@@ -120,12 +123,12 @@ class VerifyEvery(StepWatcher):
         if wrong and self.first_failed is None:
             self.first_failed = self.step
         self._forget()
+        if wrong and self.on_failure == "raise":
+            raise SingleTapeError(f"{self.place}: {wrong}\n{report}", report)
         if wrong:
-            self._fail(f"{wrong}\n{report}" if self.on_failure == "raise" else wrong)
+            self._warn(wrong)
 
-    def _fail(self, wrong: str, cause: Exception | None = None) -> None:
-        if self.on_failure == "raise":
-            raise VerificationError(f"{self.place}: {wrong}") from cause
+    def _warn(self, wrong: str) -> None:
         warnings.warn(f"{self.place}: {wrong}", RuntimeWarning, stacklevel=2)
 
     def _wrong(self, report: Report) -> str:

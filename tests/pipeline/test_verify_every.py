@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, Pipeline, VerificationError
+from pipeline.report import SingleTapeError
 from pipeline.verify_every import VerifyEvery
 from stages import program
 from tests.pipeline.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier, numbers, regressor
@@ -126,11 +127,12 @@ def test_a_hand_off_that_goes_wrong_ends_fit_at_its_step(monkeypatch):
         other.fit(XN[:8], YN[:8], **arguments | {"epochs": 1})
         wrong_from(monkeypatch, 5)
         every = VerifyEvery(2)
-        with pytest.raises(VerificationError) as caught:
+        with pytest.raises(SingleTapeError) as caught:
             pipe.fit(XN, YN, verify_every=every, **arguments)
         said = str(caught.value)
         assert said.startswith("step 5 (epoch 2, batch 2): the hand-off is not right: NOT equal to one tape: ")
         assert "stage 'stage0'" in said.splitlines()[0], said
+        assert caught.value.report is every.reports[5]
         assert every.reports[3].ok and not every.reports[5].ok and every.first_failed == 5
         assert "first wrong at step 5" in str(every)
         assert_same_arrays(pipe.get_weights(), other.get_weights())
