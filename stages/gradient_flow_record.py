@@ -38,7 +38,7 @@ from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_o
 
 from stages.errors import HandoffError
 from stages.gradient_flow import Graph, Line, Node
-from stages.influencing import _eagerly as eagerly
+from stages.influencing import eagerly
 
 _OURS = Path(__file__).resolve().parent.parent
 _STDLIB = sysconfig.get_paths()["stdlib"]

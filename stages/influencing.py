@@ -114,7 +114,7 @@ def influence(
     state = [] if model is None else [(variable, variable.numpy()) for variable in model.non_trainable_variables]
     inputs = _map(inputs, tf.convert_to_tensor)
     try:
-        with _eagerly(), tf.GradientTape(persistent=True) as tape:
+        with eagerly(), tf.GradientTape(persistent=True) as tape:
             tape.watch([tensor for _, tensor in leaves(inputs) if tensor.dtype.is_floating])
             tape.watch(_variables(model, sources))
             returned = function(inputs) if model is None else function(inputs, training=training)
@@ -263,7 +263,7 @@ def _variables(model: Any, sources: Any) -> list[Any]:
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Compiled functions run operation by operation: one compiled call has no path between two of its outputs."""
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)

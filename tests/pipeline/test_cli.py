@@ -1,4 +1,4 @@
-"""The command line does what its help says: demo, verify, plan, bench, and clear errors with an exit status."""
+"""The command line does what its help says: demo, verify, explain, plan, bench, and clear errors with an exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli import main
 from tests.sources import ROOT
 
-COMMANDS = ("demo", "verify", "plan", "bench")
+COMMANDS = ("demo", "verify", "explain", "plan", "bench")
 
 
 def tapeline(*arguments: str, folder: Path, seconds: float = 240) -> subprocess.CompletedProcess[str]:
