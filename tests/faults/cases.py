@@ -146,7 +146,7 @@ def recurrent(quiet: bool = False) -> Any:
 def sentences(seed: int) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(seed)
     x = rng.integers(1, WORDS, (SAMPLES, LENGTH)).astype("int32")
-    for row, length in zip(x, rng.integers(2, LENGTH + 1, SAMPLES), strict=True):
+    for row, length in zip(x, rng.integers(1, LENGTH + 1, SAMPLES), strict=True):
         row[length:] = 0
     return x, rng.integers(0, WORDS, (SAMPLES, LENGTH)), weights(rng, LENGTH)
 

@@ -7,11 +7,10 @@ recomputation, optimizers and clipping, dtype policies, sample weights, steps tr
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -43,6 +42,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 POLICIES = ("float32", "float32", "float32", "mixed_bfloat16", "mixed_float16")
 EXTRA: tuple[tuple[str, ...], ...] = ((), (), (), ("batch",), ("differences",), ("chain",))
+EAGER = st.sampled_from([True, True, False])
+"""Compiled ones take most of the time."""
 FEATURES = 3
 METRICS = {"classes": ["accuracy"], "squares": ["mae"], "huber": []}
 
@@ -103,6 +104,11 @@ class Graph:
     """A random graph."""
 
     sketch: Sketch
+
+    @property
+    def eager(self) -> bool:
+        """Eager tapes or compiled functions."""
+        return self.sketch.eager
 
     @contextmanager
     def pipeline(self, optimizer: Any) -> Iterator[tuple[Pipeline, tuple[Any, Any, Any]]]:
@@ -175,14 +181,15 @@ def recurrents(draw: Any) -> Recurrent:
         schedule=draw(st.sampled_from(["gpipe", "1f1b"])),
         microbatches=draw(st.integers(1, 3)),
         weighted=draw(st.booleans()),
-        eager=draw(st.booleans()),
+        eager=draw(EAGER),
         recompute=draw(st.booleans()),
     )
 
 
+graphs = st.builds(lambda sketch, eager: Graph(replace(sketch, eager=eager)), sketches(), EAGER)
 configurations = st.builds(
     Healthy,
-    model=st.one_of(st.builds(Graph, sketches()), st.builds(Graph, sketches()), recurrents()),
+    model=st.one_of(graphs, graphs, recurrents()),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     policy=st.sampled_from(POLICIES),
     before=st.integers(0, 2),
@@ -207,12 +214,14 @@ class Verdict:
         count: How many were verified.
         alarms: False ones.
         checks: {check: how often it was made}; refused ones do not count.
+        compiled: How many had compiled stages.
         seconds: All together.
     """
 
     count: int
     alarms: list[Alarm]
     checks: dict[str, int]
+    compiled: int
     seconds: float
 
 
@@ -220,8 +229,7 @@ def verify_many(count: int, start: int = 0) -> Verdict:
     """Draw configurations and verify each; the same for the same numbers."""
     alarms: list[Alarm] = []
     checks: dict[str, int] = {}
-    numbers = itertools.count(1)
-    made = 0
+    made = compiled = 0
     suppressed = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     limits = {"deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": suppressed}
 
@@ -229,8 +237,9 @@ def verify_many(count: int, start: int = 0) -> Verdict:
     @settings(max_examples=count, **limits)
     @given(configurations)
     def every(configuration: Healthy) -> None:
-        nonlocal made
-        made = next(numbers)
+        nonlocal made, compiled
+        made += 1
+        compiled += not configuration.model.eager
         try:
             report = configuration.verify()
         except Exception as error:
@@ -243,4 +252,4 @@ def verify_many(count: int, start: int = 0) -> Verdict:
 
     begun = time.monotonic()
     every()
-    return Verdict(made, alarms, checks, time.monotonic() - begun)
+    return Verdict(made, alarms, checks, compiled, time.monotonic() - begun)

@@ -119,9 +119,9 @@ def _shared_table(found: Sequence[Found]) -> str:
 def _health(verdict: Verdict) -> str:
     checks = ", ".join(f"{name} {count}" for name, count in sorted(verdict.checks.items()))
     return (
-        f"{verdict.count} healthy random configurations (models, cuts, microbatches, windows, schedules, "
-        "recomputation, optimizers, clipping,\ndtype policies, sample weights, eager and compiled): "
-        f"{len(verdict.alarms)} false alarms. Checks made: {checks}."
+        f"{verdict.count} healthy random configurations, {verdict.compiled} of them compiled (models, cuts, "
+        "microbatches, windows, schedules,\nrecomputation, optimizers, clipping, dtype policies, sample weights, steps "
+        f"before): {len(verdict.alarms)} false alarms.\nChecks made: {checks}."
     )
 
 

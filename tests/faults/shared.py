@@ -32,14 +32,12 @@ class SharedFault:
         how: Where, in words.
         inject: Puts it in for a while.
         cases: The models in which it is a fault.
-        lasts: Whether the pipeline learns something from it that it does not forget.
     """
 
     name: str
     how: str
     inject: Callable[[], Context]
     cases: tuple[str, ...]
-    lasts: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {self.how}"
@@ -103,7 +101,7 @@ FAULTS = (
     SharedFault("sample weights ignored", "in every loss", _heads_without_weights, ALL),
     SharedFault("sample weights ignored", "in what a microbatch weighs", _without_sample_weights, ("recurrent",)),
     SharedFault("mask lost at a cut", "in what a microbatch weighs", _without_masks, ("recurrent",)),
-    SharedFault("mask lost at a cut", "at every cut", _masks_off, ("recurrent",), lasts=True),
+    SharedFault("mask lost at a cut", "at every cut", _masks_off, ("recurrent",)),
     SharedFault("regulariser counted per microbatch", "in every stage", _own_losses_in_full, ALL),
     SharedFault("gradient scaled by 1/M", "in place of the batch's denominators", _alike, ALL),
     SharedFault("gradient scaled by 1/M", "besides the batch's denominators", _once_more, ALL),
@@ -133,7 +131,7 @@ class Found:
 
 
 def injected(live: Live, fault: SharedFault, check: str) -> Found:
-    """One fault in a running pipeline and its reference; afterwards the pipeline is as before, unless it `lasts`."""
+    """One fault in a running pipeline and its reference; afterwards the pipeline is as before."""
     with live.left_alone(), fault.inject():
         report = verified(live, ("tape", check))
     blind = all(row.ok for row in report.rows if row.check != check)
@@ -142,12 +140,13 @@ def injected(live: Live, fault: SharedFault, check: str) -> Found:
 
 
 def run(case: str, check: str) -> Iterator[Found]:
-    """All faults of a case, by one check; what lasts comes last."""
+    """All faults of a case, by one check."""
     live = Live(CASES[case], "1f1b", quiet=CHECKS[check])
     try:
         verified(live, ("tape", check)).raise_if_failed()
-        for fault in sorted(FAULTS, key=lambda fault: fault.lasts):
+        for fault in FAULTS:
             if case in fault.cases:
                 yield injected(live, fault, check)
+        verified(live, ("tape", check)).raise_if_failed()
     finally:
         live.close()
