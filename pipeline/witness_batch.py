@@ -234,13 +234,17 @@ def _watched(model: Any) -> Iterator[Seen]:
 
         return watched
 
+    before = [layer.__dict__.get("call") for layer in layers]
     try:
         for layer in layers:
             object.__setattr__(layer, "call", watching(layer, layer.call))
         yield seen
     finally:
-        for layer in layers:
-            layer.__dict__.pop("call", None)
+        for layer, call in zip(layers, before, strict=True):
+            if call is None:
+                layer.__dict__.pop("call", None)
+            else:
+                object.__setattr__(layer, "call", call)
 
 
 __all__ = ["batch_at_once"]

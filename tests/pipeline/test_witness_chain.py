@@ -58,6 +58,7 @@ FAULTS = {
     "scaled by 1/M": lambda g: g / 2,
     "scaled by M": lambda g: g * 2,
     "of one sample less": lambda g: g * 0.8,
+    "by a thousandth": lambda g: g * 1.001,
     "lost": lambda g: None,
     "transposed": lambda g: np.ascontiguousarray(g[::-1]),
 }

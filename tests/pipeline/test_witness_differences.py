@@ -58,6 +58,7 @@ def test_truncated_gradients_are_no_derivative() -> None:
 FAULTS = {
     "scaled by 1/M": lambda g: g / 2,
     "scaled by M": lambda g: g * 2,
+    "by a thousandth": lambda g: g * 1.001,
     "lost": lambda g: None,
     "transposed": lambda g: np.ascontiguousarray(g[::-1]),
 }
@@ -72,9 +73,18 @@ def test_a_wrong_gradient_is_found_and_named(fault: str, kind: str, stage: int) 
     assert [j.row.name for j in said.judged if not j.row.ok] == [one.names.variables[stage, 0]]
 
 
-def test_a_polynomial_has_its_derivative_within_the_error() -> None:
-    value, error = derivative(lambda t: 2 + 3 * t + 5 * t**2 - 7 * t**3, 2.0, 1.0)
-    assert abs(value - 3) <= error < 1e-6
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (lambda t: 2 + 3 * t + 5 * t**2 - 7 * t**3, 3),
+        (lambda t: np.sin(1000 * t) / 1000, 1),
+        (lambda t: 1e6 + np.exp(t), 1),
+    ],
+    ids=["polynomial", "curved", "far from zero"],
+)
+def test_a_smooth_function_has_its_derivative_within_the_error(function, slope) -> None:
+    value, error = derivative(function, function(0.0), 1.0)
+    assert abs(value - slope) <= error < 1e-4
 
 
 @pytest.mark.parametrize("function", [abs, lambda t: max(t, 0.0), lambda t: abs(t - 1e-7), lambda t: float(t > 0)])
