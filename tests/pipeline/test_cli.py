@@ -1,4 +1,4 @@
-"""The command line does what its help says: demo, verify, explain, plan, bench, and clear errors with an exit status."""
+"""The command line does what its help says: demo, verify, explain, plan, bench, clear errors, an exit status."""
 
 from __future__ import annotations
 
