@@ -31,6 +31,10 @@ class VerifyEvery(StepWatcher):
     Weights, optimizer, statistics, seeds, metrics and history are bit for bit those of training without it. The
     reference's process starts with the first verification and stays until the pipeline is closed.
 
+    A verification by one tape costs 2 to 3 training steps of eager stages and, of compiled ones, 4 (convolutions of
+    0.5 s a step) to 13 (dense layers of 6 ms a step): medians, two stages on two cores. The first one starts the
+    reference, 0.4 to 4 s. ``print(callback)`` says what it was in a run.
+
     Args:
         every: Verify step 1 and every so many-th after it; None: only those of `at`. Steps count from 1, over all
             `fit`s that this callback is given to.
