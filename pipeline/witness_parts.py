@@ -184,12 +184,13 @@ def objective(
                 continue
             prediction = predictions[stage.spec.outputs[head.place][0]]
             weight = batch.sample_weights.get(label)
-            value = head.value(
+            value = head.judge.compute_loss(  # Keras's own, of a model without layers: not what a stage calls
+                None,
                 _floats_as(batch.targets[label], dtype),
                 prediction,
                 None if weight is None else _floats_as(weight, dtype),
             )
-            total += tf.cast(value, dtype) * (1.0 if head.weight is None else head.weight)
+            total += tf.cast(tf.reduce_sum(value), dtype) * (1.0 if head.weight is None else head.weight)
     return total
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
 
+from pipeline import Pipeline
 from stages import program
 from stages.loss import Head
 from tests.pipeline.witness_kinds import KINDS, made
@@ -120,3 +122,18 @@ def test_a_wrong_rule_of_weights_that_the_reference_shares_is_found_by_two(monke
     failed = {row.check for row in report.failed}
     assert failed == {"differences", "batch"}
     assert np.isfinite(report.loss)
+
+
+def test_sample_weights_lost_in_the_loss_itself_are_found_though_all_stages_and_one_tape_lose_them(monkeypatch) -> None:
+    right = Head.value
+    monkeypatch.setattr(Head, "value", lambda self, target, prediction, _: right(self, target, prediction, None))
+    x = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(4, name="low"), keras.layers.Dense(1, name="top")]
+    with Pipeline.split(keras.Sequential([keras.Input((3,)), *layers]), at=["low"], transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        weights = np.arange(8, dtype="float32")
+        assert pipe.verify(x, x[:, :1], weights, checks="tape").ok
+        for check in ("batch", "differences"):
+            report = pipe.verify(x, x[:, :1], weights, checks=check)
+            assert not report.ok and report.first.stage == "stage1", check
