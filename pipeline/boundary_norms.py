@@ -55,6 +55,9 @@ class BoundaryNorms(StepWatcher):
     Weights, optimizer, seeds, metrics and history are bit for bit those of training without it. Norms are over the
     batch, all microbatches and windows; gradients are those of the loss, without a loss scale.
 
+    A measured step takes 1.07 times one that is not (compiled dense layers, 7 ms a step); in steps of 0.6 s
+    (convolutions) the difference is less than their noise. Medians, two stages on two cores.
+
     Args:
         every: Measure step 1 and every so many-th after it, over all `fit`s that this callback is given to.
         vanishing: A ratio to the norm next to the loss (activations: to the input) below this is flagged; None:

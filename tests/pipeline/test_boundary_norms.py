@@ -13,8 +13,9 @@ from matplotlib.image import imread
 
 from pipeline import BoundaryNorms, CompileError, Pipeline
 from pipeline.boundary_flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, Limits, found, ratios
-from stages.observing import ACTIVATION, GRADIENT
+from stages.observing import ACTIVATION, GRADIENT, Norms, Sight, sum_of_squares
 from tests.pipeline.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier
+from transport.dtypes import DTYPES
 
 layers = keras.layers
 WIDTH, DEPTH, CUTS = 12, 9, ["d1", "d3", "d5"]
@@ -245,6 +246,32 @@ def test_activations_are_compared_by_element():
     norms = {forth(0): 1e4, forth(1): 1.0}
     assert flags(norms, elements={forth(0): 10**8}) == {}
     assert flags(norms) == {forth(1): VANISHING}
+
+
+# -- what the workers add up -------------------------------------------------------------------------------------
+
+
+def test_a_norm_adds_up_microbatches_and_windows_where_they_were_sent():
+    norms = Norms()
+    for number, sent in ((0, True), (0, False), (1, True), (1, False)):
+        norms(Sight(GRADIENT, sent, 0, 1, "h", number, 0), np.float32([3.0, 4.0]))
+    norms(Sight(GRADIENT, True, 0, 1, "h", 1, 1), None)  # "no gradient"
+    norms(Sight(ACTIVATION, True, 0, 1, "ids", 0, 0), np.int32([7]))
+    assert norms.squares == {(GRADIENT, 0, 1, "h"): 50.0}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_squares_of_large_tensors_are_summed_in_float64(dtype):
+    values = np.random.default_rng(0).normal(size=(2, 300, 100)).astype(DTYPES[dtype]).transpose(2, 0, 1)
+    assert sum_of_squares(values) == pytest.approx(float(np.sum(values.astype("float64") ** 2)), rel=1e-12)
+    assert sum_of_squares(np.full(50_000, 200.0, DTYPES[dtype])) == 2e9  # beyond float16
+    assert sum_of_squares(values[:0]) == 0.0
+
+
+def test_squares_that_are_not_finite_say_so():
+    assert sum_of_squares(np.float32([1.0, -np.inf, np.inf])) == math.inf
+    assert math.isnan(sum_of_squares(np.float32([np.nan, np.inf])))
+    assert sum_of_squares(np.float64([1e200])) == math.inf  # without a warning
 
 
 # -- the picture -------------------------------------------------------------------------------------------------
