@@ -2,10 +2,8 @@
 
     dL/dW = sum over rows r of  dL/dOut[r] * (dOut/dW)[r, :]
 
-`stages.jacobian_rows` vectorises blocks of rows. That is faster, but it runs other operations than the model does, with
-one axis more, and oneDNN's batched matrix product corrupts the heap on some of them (attention with one head on one
-sample: TensorFlow 2.21). A witness must not end the process that it is asked in, so its rows are not vectorised. They
-are summed in float64, and no more than one exists at a time.
+`stages.jacobian_rows` stacks blocks of rows in the dtype of the model. A witness adds the same rows up in float64, and
+no more than one exists at a time.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ element). So the rows can be made a block at a time and thrown away:
 
     dL/dW = sum over blocks of  dL/dOut[block] * (dOut/dW)[block, :]
 
-The whole Jacobian comes from `GradientTape.jacobian` and `batch_jacobian`; the blocks from vectorising one row over the
-indices of a block. Both give the same numbers up to the order of summation, which makes each a check of the other.
+The whole Jacobian comes from `GradientTape.jacobian` and `batch_jacobian`; the blocks from one row after the other.
+Both give the same numbers up to the order of summation, which makes each a check of the other. Rows are never vectorised
+(`pfor`): that runs other operations than the model does, with one axis more, and oneDNN's batched matrix product
+corrupts the heap on some of them and ends the process (attention with one head on one sample, TensorFlow 2.21).
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def contract_whole(work: Contraction) -> list[Any]:
 
 
 def _contract_dependent(work: Contraction) -> list[Any]:
-    jacobians = work.tape.jacobian(work.output, work.sources)
+    jacobians = work.tape.jacobian(work.output, work.sources, experimental_use_pfor=False)
     rank = work.output.shape.rank
     return [tf.tensordot(tf.cast(work.output_gradient, j.dtype), j, axes=rank) for j in jacobians]
 
@@ -69,7 +71,7 @@ def _contract_per_sample(work: Contraction) -> list[Any]:
     batch = int(work.output.shape[0])
     gradients = []
     for source in work.sources:
-        jacobian = work.tape.batch_jacobian(work.output, source)
+        jacobian = work.tape.batch_jacobian(work.output, source, experimental_use_pfor=False)
         seeds = tf.cast(tf.reshape(work.output_gradient, (batch, -1)), jacobian.dtype)
         product = tf.einsum("br,brc->bc", seeds, tf.reshape(jacobian, (batch, work.rows, -1)))
         gradients.append(tf.reshape(product, source.shape))
@@ -117,7 +119,7 @@ def rows_that_fit(work: Contraction, row: Callable[[Any], list[Any]], limit: int
     """Count the rows that a block may have, from a trace of one row. Raises if not even one fits."""
     graph = tf.function(row, autograph=False).get_concrete_function(tf.TensorSpec((), tf.int32)).graph
     width = sum(int(source.shape.num_elements()) * int(source.dtype.size) for source in work.sources)
-    # A vectorised matrix product leaves the row in another order of axes, and it is transposed: a second copy of it.
+    # A row is stacked with the others of its block: a second copy of it.
     one = row_bytes(graph) + width
     # The running sum, and the block's own contribution to it.
     fixed = 2 * width
@@ -155,7 +157,9 @@ def _block_function(work: Contraction, row: Callable[[Any], list[Any]]) -> Calla
         parts = []
         length = int(indices.shape[0])
         chosen = tf.gather(gradient, indices, axis=1)
-        for rows, source in zip(tf.vectorized_map(row, indices), work.sources, strict=True):
+        found = tf.map_fn(row, indices, fn_output_signature=[source.dtype for source in work.sources])
+        for stacked, source in zip(found, work.sources, strict=True):
+            rows = tf.ensure_shape(stacked, (length, *source.shape))
             seeds = tf.cast(chosen, rows.dtype)
             product = tf.einsum("br,rbc->bc", seeds, tf.reshape(rows, (length, batch, -1)))
             parts.append(tf.reshape(product, source.shape))

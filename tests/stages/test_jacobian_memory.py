@@ -167,7 +167,7 @@ def recorded_dense(rows: int) -> jacobian_rows.Contraction:
 
 @pytest.mark.parametrize("limit", [1 << 17, 1 << 19, 1 << 22])
 def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
-    """Every tensor in the vectorised graph of a block, and the block's Jacobian among them."""
+    """Every tensor in the graph of a block, and the block's Jacobian among them."""
     work = recorded_dense(600)
     row = jacobian_rows._row_function(work)
     length = jacobian_rows.rows_that_fit(work, row, limit)
