@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +26,11 @@ class ReferenceProcess:
             scheme: The transport's.
         """
         if self.driver is None or self.driver.closed:
-            self.driver = Driver(placement(), threads=threads, transport=scheme, entry="pipeline.reference:main")
+            drawn = random.getstate()  # as a thread of this process it would draw Keras's default seeds
+            try:
+                self.driver = Driver(placement(), threads=threads, transport=scheme, entry="pipeline.reference:main")
+            finally:
+                random.setstate(drawn)
         return self.driver
 
     def close(self, why: str) -> None:

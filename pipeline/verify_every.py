@@ -8,7 +8,6 @@ to matter, a worker that is not what it was. `Pipeline.verify` leaves no trace, 
 
 from __future__ import annotations
 
-import random
 import time
 import warnings
 from collections.abc import Collection, Sequence
@@ -111,7 +110,7 @@ class VerifyEvery(StepWatcher):
         self.training_seconds += time.monotonic() - self._began
 
     def _verify(self, session: Session, data: tuple[Any, Any, Any]) -> None:
-        begin, drawn = time.monotonic(), random.getstate()
+        begin = time.monotonic()
         try:
             report = verified(session, *data, self.question)
         except VerificationError as error:  # the reference was lost; the pipeline is as it was
@@ -120,7 +119,6 @@ class VerifyEvery(StepWatcher):
             self._warn(str(error))
             return
         finally:
-            random.setstate(drawn)  # a reference that starts as a thread of this process draws Keras's default seeds
             self.seconds[self.step] = time.monotonic() - begin
         self.reports[self.step] = report
         wrong = self._wrong(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import keras
@@ -330,3 +331,11 @@ def test_the_reference_stays_for_the_next_question_and_ends_with_the_pipeline():
         assert second is not first
         pipe.compile("sgd", "mse", run_eagerly=True)
         assert second.closed
+
+
+def test_the_users_own_random_numbers_go_on(monkeypatch):
+    with running(True) as pipe:
+        pipe.train_on_batch(*batch())
+        before = random.getstate()
+        pipe.verify(*batch(), checks="all").raise_if_failed()
+        assert random.getstate() == before
