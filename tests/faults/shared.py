@@ -52,6 +52,15 @@ def _heads_without_weights() -> Context:
     return replaced(Heads, "_with", make)
 
 
+def _loss_without_weights() -> Context:
+    """A head's loss does not take the sample weights that it is given."""
+
+    def make(right: Any) -> Any:
+        return lambda self, target, prediction, _: right(self, target, prediction, None)
+
+    return replaced(Head, "value", make)
+
+
 def _weights(change: Callable[..., tuple[float, ...]]) -> Callable[[], Context]:
     """Another rule of what a microbatch weighs in its batch; ``change(right, sizes, targets, weights, masks)``."""
 
@@ -99,6 +108,7 @@ def _masks_off() -> Iterator[None]:
 ALL = ("convolutional", "recurrent", "branched")
 FAULTS = (
     SharedFault("sample weights ignored", "in every loss", _heads_without_weights, ALL),
+    SharedFault("sample weights ignored", "in a head's own loss", _loss_without_weights, ALL),
     SharedFault("sample weights ignored", "in what a microbatch weighs", _without_sample_weights, ("recurrent",)),
     SharedFault("mask lost at a cut", "in what a microbatch weighs", _without_masks, ("recurrent",)),
     SharedFault("mask lost at a cut", "at every cut", _masks_off, ("recurrent",)),
@@ -119,7 +129,7 @@ class Found:
         fault: Which.
         case: Name of the model.
         check: The independent check that was asked besides one tape.
-        ok: Whether the tape saw nothing and the check did.
+        ok: Whether the tape saw nothing, the check did, and a stage with a loss was named.
         said: The report's sentence.
     """
 
@@ -136,7 +146,9 @@ def injected(live: Live, fault: SharedFault, check: str) -> Found:
         report = verified(live, ("tape", check))
     blind = all(row.ok for row in report.rows if row.check != check)
     seen = report.first is not None and report.first.row.check == check
-    return Found(fault, live.case.name, check, blind and seen, report.summary())
+    judges = {live.names[i] for i, hosted in live.hosted.items() if hosted.heads}
+    named = report.first is not None and report.first.stage in judges
+    return Found(fault, live.case.name, check, blind and seen and named, report.summary())
 
 
 def run(case: str, check: str) -> Iterator[Found]:
