@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from pipeline.reference_batch import owned, owner
 from stages import snapshot
@@ -30,7 +31,8 @@ class ReferenceOptimizer:
     """
 
     def __init__(self, recipe: Recipe, hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]) -> None:
-        self._hosted = hosted
+        self._hosted, self._eager = hosted, hosted[0].spec.run_eagerly
+        self._functions: dict[Any, Any] = {}
         self.variables = [v for stage in hosted for v in owned(stage)]
         self._optimizer = create(recipe)
         left_out = [stage.stage.trainable_variables[k] for stage in hosted for k in undecayed[stage.spec.index]]
@@ -71,9 +73,15 @@ class ReferenceOptimizer:
         """
         if rate is not None:
             self._optimizer.learning_rate = rate
-        pairs = [(gradients[i][k], v) for (i, k), v in zip(self.places, self.variables, strict=True)]
-        pairs = [(g, v) for g, v in pairs if g is not None]
-        update(self._optimizer, rescaled([g for g, _ in pairs], None, divisor), [v for _, v in pairs])
+        given = [gradients[i][k] for i, k in self.places]
+        there = tuple(n for n, gradient in enumerate(given) if gradient is not None)
+        function = self._update if self._eager else self._functions.get((there, divisor))
+        if function is None:  # compiled as the stages' updates are: an optimizer like Ftrl magnifies a last bit
+            function = self._functions[there, divisor] = tf.function(self._update, autograph=False)
+        function([given[n] for n in there], there, divisor)
+
+    def _update(self, gradients: Sequence[Any], there: Sequence[int], divisor: float | None) -> None:
+        update(self._optimizer, rescaled(gradients, None, divisor), [self.variables[n] for n in there])
 
 
 def reference_optimizers(

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from stages import snapshot
 from stages.errors import SegmentError
@@ -240,18 +241,27 @@ class HostedStage:
     def squared_norm(self, loss_scale: float = 1.0) -> float:
         """Sum of squares of the gradients, for clipping by the norm over all stages; shared ones once.
 
+        As Keras, of what the optimizer gets: where an embedding's rows are not summed, of each of them.
+
         Args:
             loss_scale: How much too large the accumulated ones are.
         """
-        scale = np.float32(loss_scale)
-        return float(sum(np.sum(np.square(g / scale, dtype=np.float32)) for g in self._own_gradients()))
+        scale, others = np.float32(loss_scale), self._others
+        given = [g for place, g in enumerate(self.stage.as_given()) if g is not None and place not in others]
+        values = [np.asarray(g.values if isinstance(g, tf.IndexedSlices) else g) for g in given]
+        return float(sum(np.sum(np.square(g / scale, dtype=np.float32)) for g in values))
 
     def all_finite(self) -> bool:
         """Whether no accumulated gradient has an infinity or a NaN, for loss scaling."""
         return all(bool(np.isfinite(g).all()) for g in self._own_gradients())
 
+    @property
+    def _others(self) -> frozenset[int]:
+        """Which variables (by place) belong to an earlier stage."""
+        return frozenset(tie.place for tie in self.ties if tie.stages[0] != self.spec.index)
+
     def _own_gradients(self) -> Iterator[np.ndarray[Any, Any]]:
-        others = {tie.place for tie in self.ties if tie.stages[0] != self.spec.index}
+        others = self._others
         return (g for place, g in enumerate(self.gradients()) if g is not None and place not in others)
 
     def gradients(self) -> list[np.ndarray[Any, Any] | None]:

@@ -336,6 +336,10 @@ class Stage:
         """The accumulated gradients as tensors, in the order of `trainable_variables`."""
         return self._tapes.gradients()
 
+    def as_given(self) -> list[Any | None]:
+        """The same as an optimizer gets them: an embedding's may be `tf.IndexedSlices`."""
+        return self._tapes.as_given()
+
     def truncate(self, windows: int, length: int | None) -> None:
         """Cut the states' gradients behind every `length` windows of `windows`; None: nowhere."""
         self._tapes.blocks = Blocks() if length is None else Blocks(-(-windows // length), length)

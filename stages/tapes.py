@@ -123,6 +123,9 @@ class Tapes(Protocol):
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables in the order of the trainable variables; None where none exists."""
 
+    def as_given(self) -> list[Any | None]:
+        """The same as the optimizer gets them: tensors, or `tf.IndexedSlices` with rows that are not summed."""
+
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
         """What each microbatch adds to some variables, one entry per microbatch (or one for all, compiled)."""
 
@@ -267,9 +270,9 @@ class EagerTapes:
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables, in the order of the part's trainable variables; None where none exists."""
-        return [dense(gradient) for gradient in self._total()]
+        return [dense(gradient) for gradient in self.as_given()]
 
-    def _total(self) -> list[Any | None]:
+    def as_given(self) -> list[Any | None]:
         """The same as the tapes gave them: tensors or `tf.IndexedSlices`."""
         total = self._sum.total()
         return [None] * len(self._part.trainable_variables) if total is None else list(total)
@@ -284,7 +287,7 @@ class EagerTapes:
 
     def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
         """Update the variables from the accumulated gradients (over `divisor`, times `scale`), then clear them."""
-        pairs = [(g, v) for g, v in zip(self._total(), self._part.trainable_variables, strict=True) if g is not None]
+        pairs = [(g, v) for g, v in zip(self.as_given(), self._part.trainable_variables, strict=True) if g is not None]
         update(optimizer, rescaled([g for g, _ in pairs], scale, divisor), [v for _, v in pairs])
         self.clear()
 
@@ -322,10 +325,14 @@ def update(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -
 
 
 def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -> list[Any]:
-    """Gradients over a divisor (the loss scale), then times a factor (of clipping); None leaves a step out."""
-    for factor, operation in ((divisor, tf.divide), (scale, tf.multiply)):
-        if factor is not None:
-            gradients = [_with_values(g, operation(_values(g), tf.cast(factor, g.dtype))) for g in gradients]
+    """Gradients over a divisor (the loss scale), then times a factor (of clipping); None leaves a step out.
+
+    As in Keras, an embedding's rows stay apart when they are divided, and are summed when the global norm clips them.
+    """
+    if divisor is not None:
+        gradients = [_with_values(g, tf.divide(_values(g), tf.cast(divisor, g.dtype))) for g in gradients]
+    if scale is not None:
+        gradients = [tf.multiply(dense(g), tf.cast(scale, g.dtype)) for g in gradients]
     return list(gradients)
 
 

@@ -166,3 +166,20 @@ def test_an_update_made_twice_is_found_where_it_was_made(eager, monkeypatch):
         assert not report.ok
         assert report.first.stage == "stage1" and report.first.row.kind == "weight"
         assert {row.stage for row in report.failed if row.kind == "weight"} == {"stage1"}
+
+
+@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_the_global_norm_of_an_embedding_counts_its_rows_as_keras_does(optimizer):
+    """With one microbatch Keras takes the norm of unsummed rows, and sums them when it clips."""
+    built = keras.Sequential([keras.Input((3,), dtype="int32"), layers.Embedding(5, 4, name="words"), layers.Flatten()])
+    built.add(layers.Dense(3, activation="softmax"))
+    x, y = np.array([[1, 1, 2], [1, 3, 3]]), np.array([0, 2])
+    twin = keras.models.clone_model(built)
+    twin.set_weights(built.get_weights())
+    twin.compile(optimizer(0.1, global_clipnorm=0.05), "sparse_categorical_crossentropy", run_eagerly=True)
+    with running(built, ["words"], optimizer(0.1, global_clipnorm=0.05), microbatches=1) as pipe:
+        pipe.verify(x, y, checks=("tape", "steps")).raise_if_failed()
+        pipe.train_on_batch(x, y)
+        twin.train_on_batch(x, y)
+        for ours, theirs in zip(pipe.get_weights(), twin.get_weights(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
