@@ -7,8 +7,8 @@ element). So the rows can be made a block at a time and thrown away:
 
 The whole Jacobian comes from `GradientTape.jacobian` and `batch_jacobian`; the blocks from one row after the other.
 Both give the same numbers up to the order of summation, which makes each a check of the other. Rows are never
-vectorised (`pfor`): that runs other operations than the model does, with one axis more, and oneDNN's batched matrix product
-corrupts the heap on some of them and ends the process (attention with one head on one sample, TensorFlow 2.21).
+vectorised (`pfor`): that runs other operations than the model does, with one axis more, and oneDNN's batched matrix
+product corrupts the heap on some of them and ends the process (attention with one head on one sample, TensorFlow 2.21).
 """
 
 from __future__ import annotations
