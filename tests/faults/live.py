@@ -118,10 +118,13 @@ class Live:
         """
         before, driver = self.values(), self.pipe._session.driver()
         looks_for_masks = driver._masks_count
+        masks = {i: hosted.prediction_masks for i, hosted in self.hosted.items()}
         try:
             yield
         finally:
             driver._masks_count = looks_for_masks
+            for i, hosted in self.hosted.items():
+                hosted.prediction_masks = masks[i]
             for (stage, group), values in before.items():
                 snapshot.write(self.hosted[stage].variables(group), values, group)
 
