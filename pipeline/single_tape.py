@@ -33,7 +33,7 @@ from stages.grid import Grid
 from stages.hosted import HostedStage, makes_masks
 from stages.observing import ACTIVATION, GRADIENT, MASK, Observer, Sight
 from stages.part import States, mask_of
-from stages.tensors import is_differentiable
+from stages.tensors import is_differentiable, to_array
 
 Array = np.ndarray[Any, Any]
 
@@ -147,10 +147,10 @@ class SingleTape(JoinedModel):
             window, place = divmod(n, len(places))
             name, producer, consumer = places[place]
             ends = (self._indices[producer], self._indices[consumer], name, microbatch, window)
-            self.observer(Sight(ACTIVATION, True, *ends), tensor)
-            self.observer(Sight(GRADIENT, True, *ends), gradient)
+            self.observer(Sight(ACTIVATION, True, *ends), to_array(tensor))
+            self.observer(Sight(GRADIENT, True, *ends), None if gradient is None else to_array(gradient))
             if mask is not None:
-                self.observer(Sight(MASK, True, *ends), mask)
+                self.observer(Sight(MASK, True, *ends), to_array(mask))
 
     @contextmanager
     def _tape(self) -> Iterator[Any]:

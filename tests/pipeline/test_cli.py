@@ -80,7 +80,7 @@ def test_demo_reaches_its_accuracy_verifies_and_leaves_its_artefacts(tmp_path):
     last = run.stdout.strip().splitlines()[-1]
     assert last.startswith("test accuracy 0.9")
     assert "equal to one tape" in last
-    assert "found/verification.txt" in last
+    assert "found/verification.html" in last
     assert json.loads((tmp_path / "found/verification.json").read_text())["ok"] is True
     assert (tmp_path / "found/timeline.png").read_bytes().startswith(b"\x89PNG")
 
