@@ -192,7 +192,15 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether something was compared and everything agrees."""
-        return bool(self.rows) and all(row.ok for row in self.rows)
+        return bool(self.rows) and not self.missed and all(row.ok for row in self.rows)
+
+    @property
+    def missed(self) -> str:
+        """Why none of the checks that were asked for could be made; "" if one was (or it is not known)."""
+        asked = [check for check in self.checks if check.name in CHECKS]
+        if not asked or any(check.ran for check in asked):
+            return ""
+        return "; ".join(f"{check.name!r} could not be made: {check.reason}" for check in asked)
 
     @property
     def gradients(self) -> tuple[Row, ...]:
@@ -227,7 +235,7 @@ class Report:
         if self.first is not None:
             return f"NOT equal to one tape: {self.first.sentence}"
         if not self.ok:
-            return "NOT equal to one tape" if self.rows else "nothing was compared"
+            return self.missed or ("NOT equal to one tape" if self.rows else "nothing was compared")
         worst = self.worst
         part = "" if worst is None else f", largest difference {worst.relative:.1e} of the largest |gradient|"
         part = ", all equal bits" if worst is not None and worst.relative == 0.0 else part

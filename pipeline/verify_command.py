@@ -63,6 +63,8 @@ def run(given: argparse.Namespace) -> int:
         traceback.print_exc()
         print(f"tapeline verify: {given.what} could not be verified, see the error above", file=sys.stderr)
         return FAILED
+    if report.missed and not report.failed:
+        return FAILED
     return AGREES if report.ok else DEVIATES
 
 

@@ -135,10 +135,10 @@ class VerifyEvery(StepWatcher):
 
     def _wrong(self, report: Report) -> str:
         """What is wrong, in a line; "" if nothing is."""
-        if not report.ok:
+        if report.failed:
             return f"the hand-off is not right: {report.summary()}"
         missed = [f"{c.name!r}: {c.reason}" for c in report.checks if not c.ran and c.name in self._named]
-        return f"asked for by name, but not checked: {'; '.join(missed)}" if missed else ""
+        return f"asked for by name, but not checked: {'; '.join(missed)}" if missed else report.missed
 
     def _forget(self) -> None:
         """Keep what `keep` allows: a long run makes thousands of reports of hundreds of rows."""

@@ -339,3 +339,14 @@ def test_the_users_own_random_numbers_go_on(monkeypatch):
         before = random.getstate()
         pipe.verify(*batch(), checks="all").raise_if_failed()
         assert random.getstate() == before
+
+
+def test_a_report_without_any_check_that_was_asked_for_is_not_ok():
+    """The hand-off alone agrees, but that is not what was asked: batch statistics forbid the whole batch."""
+    with running(True) as pipe:
+        report = pipe.verify(*batch(), checks="batch")
+        assert not report.ok and not report.failed
+        assert "'batch' could not be made" in report.summary() and "layer 'batch_normalization" in report.summary()
+        with pytest.raises(VerificationError, match="could not be made"):
+            report.raise_if_failed()
+        assert pipe.verify(*batch(), checks=("tape", "batch")).ok
