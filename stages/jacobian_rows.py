@@ -119,8 +119,8 @@ def rows_that_fit(work: Contraction, row: Callable[[Any], list[Any]], limit: int
     """Count the rows that a block may have, from a trace of one row. Raises if not even one fits."""
     graph = tf.function(row, autograph=False).get_concrete_function(tf.TensorSpec((), tf.int32)).graph
     width = sum(int(source.shape.num_elements()) * int(source.dtype.size) for source in work.sources)
-    # A row is stacked with the others of its block: a second copy of it.
-    one = row_bytes(graph) + width
+    # A block's rows wait in a list, are stacked, and their product with dL/dOut may turn them: two more copies of each.
+    one = row_bytes(graph) + 2 * width
     # The running sum, and the block's own contribution to it.
     fixed = 2 * width
     length = (limit - fixed) // one

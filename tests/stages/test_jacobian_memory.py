@@ -184,8 +184,8 @@ def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
     assert length == 600 or 2 * row_bytes(graph) > limit  # and no smaller than it need be
 
 
-def test_the_limit_counts_the_row_twice_and_the_sum_twice() -> None:
-    """A row and its transposed copy; the running sum and the block's contribution to it."""
+def test_the_limit_counts_the_row_three_times_and_the_sum_twice() -> None:
+    """A row, stacked with others, and turned for the product; the running sum and the block's contribution to it."""
     work = recorded_dense(600)
     row = jacobian_rows._row_function(work)
     with pytest.raises(MemoryLimitExceeded) as refused:
@@ -193,9 +193,9 @@ def test_the_limit_counts_the_row_twice_and_the_sum_twice() -> None:
     needed = refused.value.needed
     width = 40 * 30 * 4
     one = row_bytes(tf.function(row).get_concrete_function(tf.TensorSpec((), tf.int32)).graph)
-    assert one > width and needed == one + 3 * width
+    assert one > width and needed == one + 4 * width
     assert jacobian_rows.rows_that_fit(work, row, needed) == 1
-    assert jacobian_rows.rows_that_fit(work, row, needed + one + width) == 2
+    assert jacobian_rows.rows_that_fit(work, row, needed + one + 2 * width) == 2
 
 
 def test_tensors_inside_called_functions_are_counted() -> None:
