@@ -8,8 +8,8 @@ Why: dOut/dW has size(Out) * size(W) entries where dL/dW has only size(W). A lay
     inputs    independent samples          size(Out) * size(In) / batch      (one block per sample: `batch_jacobian`)
     inputs    dependent samples            size(Out) * size(In)              (`jacobian`)
 
-TensorFlow holds a Jacobian about twice while it builds it: its rows wait in a list and are then stacked. What is compared
-with a limit is therefore `BUILD_FACTOR` times the entries.
+TensorFlow holds a Jacobian about twice while it builds it: its rows wait in a list and are then stacked. What is
+compared with a limit is therefore `BUILD_FACTOR` times the entries.
 """
 
 from __future__ import annotations
