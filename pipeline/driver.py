@@ -264,9 +264,9 @@ class Driver:
             )
             self._replies(number)
 
-    def keep(self) -> int:
-        """Let every stage set all its values aside until `put_back`; the bytes that this takes in all workers."""
-        return sum(answer["bytes"] for answer in self._answers("keep"))
+    def keep(self) -> None:
+        """Let every stage set all its values aside until `put_back`."""
+        self._answers("keep")
 
     def put_back(self) -> dict[int, list[str]]:
         """Let every stage put back what it set aside.
@@ -296,9 +296,10 @@ class Driver:
             number = self._number
             return [self._long_reply(number, self._crew.place(worker)) for worker in range(len(self.placement))]
 
-    def _answers(self, do: str) -> list[dict[str, Any]]:
+    def _answers(self, do: str, value: Any = None) -> list[dict[str, Any]]:
+        """A question to every worker that has a short answer; see `ask`."""
         with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all(do)
+            self._tell_all(do, value)
             return self._replies(self._number)
 
     def _long_reply(self, number: int, place: int) -> tuple[Any, list[Array | None]]:
@@ -311,9 +312,7 @@ class Driver:
 
     def call(self, name: str) -> None:
         """A small service in every stage: ``reset_metrics``, ``reset_state`` or ``finalize``."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all("call", lambda _: {"name": name})
-            self._replies(self._number)
+        self._answers("call", lambda _: {"name": name})
 
     def close(self, because: str = "close() was called") -> None:
         """End every worker and free everything. Idempotent."""

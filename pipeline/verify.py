@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipeline.step import Batch
 from pipeline.timeline import measured_timeline
 from pipeline.tolerance import Tolerance
 from pipeline.verify_steps import Steps
-from pipeline.verify_tape import LOSS, UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
+from pipeline.verify_tape import UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
 from pipeline.witness_results import Differences, Gradients
 from pipeline.witnesses import Yardstick, by_differences, by_gradients
 from stages.observing import ACTIVATION
@@ -215,21 +215,21 @@ class Verification:
             ((judged.order, k) for k, judged in enumerate(self._judged) if judged.order is not None), default=None
         )
         order = (*CHECKS, *ALWAYS)
-        return Report(
-            tuple(judged.row for judged in self._judged),
-            tuple(sorted(self._checks, key=lambda check: order.index(check.name))),
-            report.loss,
-            report.reference_loss,
-            report.tolerance,
-            report.headline,
-            None if first is None else deviation(self._judged[first[1]].row, first[0][0] == LOSS),
-            report.flow,
-            seconds,
+        return replace(
+            report,
+            rows=tuple(judged.row for judged in self._judged),
+            checks=tuple(sorted(self._checks, key=lambda check: order.index(check.name))),
+            first=None if first is None else deviation(self._judged[first[1]].row),
+            seconds=seconds,
         )
 
 
-def deviation(row: Row, loss: bool = False) -> Deviation:
+def deviation(row: Row) -> Deviation:
     """What is wrong, in words."""
+    if row.kind == "left as it was":
+        return Deviation(
+            row, row.stage, f"the verification did not put everything back in stage {row.stage!r}: {row.where}"
+        )
     size = f"by {row.difference:.1e}, {row.relative:.1e} of the largest" if np.isfinite(row.difference) else row.verdict
     at = f" in {row.where}" if row.where else ""
     sentences = {
@@ -240,10 +240,7 @@ def deviation(row: Row, loss: bool = False) -> Deviation:
         "activation": f"stage {row.stage!r} gives another {row.name!r}{at}",
         "output gradient": f"stage {row.stage!r} sends another dL/d{row.name} to {row.peer!r}{at}",
         "gradient": f"stage {row.stage!r} sums another dL/d{row.name}{at}",
-        "left as it was": f"the verification did not put everything back in stage {row.stage!r}: {row.where}",
     }
-    if row.kind == "left as it was":
-        return Deviation(row, row.stage, sentences[row.kind])
     owner = f"stage {row.stage!r}: " if row.stage else ""
     sentence = sentences.get(row.kind, f"{owner}{row.kind} {row.name!r} differs{at}")
     return Deviation(row, row.stage, f"{sentence} ({row.check}: {size})")

@@ -222,9 +222,9 @@ class Worker:
         return {index: Kept(hosted, groups) for index, hosted in self.hosted.items()}
 
     def _do_keep(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Set all values aside; answers with their bytes."""
+        """Set all values aside."""
         self._kept = self._keep(EVERYTHING)
-        return {"bytes": sum(kept.size for kept in self._kept.values())}
+        return {}
 
     def _do_put_back(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
         """Put back what `keep` set aside; answers with the paths of variables that are not as they were."""
