@@ -11,6 +11,8 @@ ARGS    ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.project-installed
+# Idle workers take tests from busy ones; the slowest are named at the end.
+TESTS := -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 40
 PEER  := .venv-peer
 PIP   := -m pip --disable-pip-version-check --no-input
 APT   := DEBIAN_FRONTEND=noninteractive apt-get -y -qq --no-install-recommends -o DPkg::Lock::Timeout=60 \
@@ -23,7 +25,7 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment test lint browser format demo soak fault-matrix bench peer lock clean distclean moved
+.PHONY: help environment check test lint browser format demo soak fault-matrix bench peer lock clean distclean moved
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,13 +51,11 @@ $(READY): $(VENV)/.locked pyproject.toml
 	@$(BIN)/python $(PIP) check || { echo "make: requirements.lock does not fit pyproject.toml; say: make lock" >&2; exit 1; }
 	@touch $@
 
-test: $(READY) lint browser ## the gate: lint, types, tests, coverage with the worker processes
-	@$(BIN)/coverage erase
-	@status=0; \
-	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS) || status=$$?; \
-	$(BIN)/coverage combine --quiet || status=1; \
-	$(BIN)/coverage report || status=1; \
-	exit $$status
+check: $(READY) lint ## before every commit, five minutes: lint, types, the tests that find most of what breaks
+	$(BIN)/python $(TESTS) -m "not gate and not soak" --hypothesis-profile check $(ARGS)
+
+test: $(READY) lint browser ## the gate, fifteen minutes: lint, types, tests
+	$(BIN)/python $(TESTS) $(ARGS)
 
 lint: $(READY) ## ruff and mypy, nothing changed
 	$(BIN)/ruff check .
@@ -78,8 +78,13 @@ format: $(READY) ## let ruff rewrite the sources
 demo: $(READY) ## train the digits over three processes, verify, draw the timeline
 	$(BIN)/tapeline demo $(ARGS)
 
-soak: $(READY) ## the long property tests as well
-	TAPELINE_NIGHTLY=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --timeout 3600 $(ARGS)
+soak: $(READY) browser ## every test there is with many more examples, and coverage with the worker processes
+	@$(BIN)/coverage erase
+	@status=0; \
+	$(BIN)/coverage run $(TESTS) -m "" --hypothesis-profile soak --timeout 3600 $(ARGS) || status=$$?; \
+	$(BIN)/coverage combine --quiet || status=1; \
+	$(BIN)/coverage report || status=1; \
+	exit $$status
 
 fault-matrix: $(READY) ## put every fault into running pipelines and print docs/fault-matrix.md (half an hour)
 	$(BIN)/python -m tests.faults $(ARGS)

@@ -1,4 +1,4 @@
-"""What every test may rely on: quiet TensorFlow, fixed thread counts, one Hypothesis profile, the nightly switch.
+"""What every test may rely on: quiet TensorFlow, fixed thread counts, one Hypothesis profile a level.
 
 The environment is set here, before any test module imports TensorFlow, and child processes inherit it.
 """
@@ -7,10 +7,7 @@ import os
 import re
 import signal
 
-import pytest
 from hypothesis import settings
-
-NIGHTLY = os.environ.get("TAPELINE_NIGHTLY", "") not in ("", "0")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -20,20 +17,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # A shell's background jobs ignore Ctrl-C, and so would all their children: the tests of it need Python's own handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The gate draws the same examples every time, so that it fails only for a change; the soak draws new ones.
+# How many examples a level draws (`--hypothesis-profile`). Check and gate draw the same ones every time, so that they
+# fail only for a change; the soak draws new ones.
+settings.register_profile("check", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.register_profile("gate", deadline=None, derandomize=True, database=None)
-settings.register_profile("nightly", deadline=None, max_examples=2_000, print_blob=True)
-settings.load_profile("nightly" if NIGHTLY else "gate")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests marked ``nightly`` to `make soak`."""
-    if NIGHTLY:
-        return
-    nightly = [item for item in items if item.get_closest_marker("nightly")]
-    if nightly:
-        config.hook.pytest_deselected(items=nightly)
-        items[:] = [item for item in items if item not in nightly]
+settings.register_profile("soak", deadline=None, max_examples=2_000, print_blob=True)
+settings.load_profile("gate")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -1,6 +1,7 @@
 """The rules of the house that no other tool checks: who may import whom, what may never run, what a file may hold.
 
-Each rule is a function from source to faults, tried on a source that breaks it, then on the sources of the repository.
+Each rule is a function from source to faults, tried on sources that break it, then on all sources of the repository in
+one test, which lists every fault at once.
 """
 
 import ast
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,6 @@ HOSTS = [
 FORBIDDEN = re.compile(rf"(?<![\w.~}})-])/(?:t(?:)mp/|(?:{'|'.join(FOLDERS)})(?![\w-]))|{'|'.join(HOSTS)}")
 
 SOURCES = modules(*PACKAGES)
-every_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
-every_file = pytest.mark.parametrize("path", repository_files(), ids=name_of)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -98,6 +97,18 @@ def package_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).parent.parts)
 
 
+def assert_kept(rule: Callable[[str, str], Iterable[str]], paths: Iterable[Path]) -> None:
+    """No file breaks ``rule``, which takes its text and its package; else the message has every fault of every file."""
+    texts = {path: path.read_text(errors="replace") for path in paths}
+    faults = [f"{name_of(path)}: {fault}" for path in texts for fault in rule(texts[path], package_of(path))]
+    assert not faults, "\n".join(faults)
+
+
+def without_one_fault(rule: Callable[..., Iterable[str]], examples: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Those of ``examples``, arguments of ``rule``, in which it does not see exactly one fault."""
+    return [example for example in examples if len(list(rule(*example))) != 1]
+
+
 def loaded_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after it has run ``code`` in the repository."""
     script = code + "\nimport sys\nprint('loaded:', *sorted({name.split('.')[0] for name in sys.modules}))\n"
@@ -113,26 +124,25 @@ def test_all_three_packages_have_sources() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(PACKAGES)
 
 
-@pytest.mark.parametrize(
-    ("package", "source"),
-    [
-        ("transport", "import stages"),
-        ("transport", "from stages.actions import Action"),
-        ("transport", "def late():\n    import tensorflow as tf"),
-        ("transport", "from keras import layers"),
-        ("stages", "from pipeline import plan"),
-        ("stages.deep", "from ..pipeline import x\nfrom pipeline.plan import Plan"),
-        ("stages", "import importlib\nimportlib.import_module('pipeline')"),
-        ("stages", "HOME = {'Plan': 'pipeline.plan'}"),
-        ("stages", "entry = 'pipeline.launch.local:run'"),
-        ("stages", "__import__('pipeline')"),
-        ("stages", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan"),
-        ("pipeline", "from tests.sources import ROOT"),
-        ("pipeline.launch", "import examples.digits"),
-    ],
-)
-def test_an_import_against_the_direction_is_seen(package: str, source: str) -> None:
-    assert len(list(direction_faults(source, package))) == 1
+AGAINST = [
+    ("import stages", "transport"),
+    ("from stages.actions import Action", "transport"),
+    ("def late():\n    import tensorflow as tf", "transport"),
+    ("from keras import layers", "transport"),
+    ("from pipeline import plan", "stages"),
+    ("from ..pipeline import x\nfrom pipeline.plan import Plan", "stages.deep"),
+    ("import importlib\nimportlib.import_module('pipeline')", "stages"),
+    ("HOME = {'Plan': 'pipeline.plan'}", "stages"),
+    ("entry = 'pipeline.launch.local:run'", "stages"),
+    ("__import__('pipeline')", "stages"),
+    ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan", "stages"),
+    ("from tests.sources import ROOT", "pipeline"),
+    ("import examples.digits", "pipeline.launch"),
+]
+
+
+def test_an_import_against_the_direction_is_seen() -> None:
+    assert without_one_fault(direction_faults, AGAINST) == []
 
 
 def test_an_import_along_the_direction_is_no_fault() -> None:
@@ -140,9 +150,8 @@ def test_an_import_along_the_direction_is_no_fault() -> None:
     assert list(direction_faults(source, "pipeline.launch")) == []
 
 
-@every_source
-def test_imports_point_from_pipeline_to_stages_to_transport(path: Path) -> None:
-    assert list(direction_faults(path.read_text(), package_of(path))) == []
+def test_imports_point_from_pipeline_to_stages_to_transport() -> None:
+    assert_kept(direction_faults, SOURCES)
 
 
 # -- what does not need TensorFlow does not load it --------------------------------------------------------------
@@ -199,23 +208,22 @@ def test_tensorflow_is_not_loaded_by(code: str) -> None:
 # -- nothing received can become code ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from marshal import loads",
-        "def late():\n    import cloudpickle",
-        "import multiprocessing.connection",
-        "from multiprocessing import Pipe",
-        "eval('1')",
-        "run = exec",
-        "socket.recv_pyobj()",
-        "numpy.load(file, allow_pickle=True)",
-        "keras.models.load_model(path, safe_mode=False)",
-    ],
-)
-def test_an_unsafe_use_is_seen(source: str) -> None:
-    assert len(list(unsafe_faults(source, "transport"))) == 1
+UNSAFE = [
+    "import pickle",
+    "from marshal import loads",
+    "def late():\n    import cloudpickle",
+    "import multiprocessing.connection",
+    "from multiprocessing import Pipe",
+    "eval('1')",
+    "run = exec",
+    "socket.recv_pyobj()",
+    "numpy.load(file, allow_pickle=True)",
+    "keras.models.load_model(path, safe_mode=False)",
+]
+
+
+def test_an_unsafe_use_is_seen() -> None:
+    assert without_one_fault(unsafe_faults, [(source, "transport") for source in UNSAFE]) == []
 
 
 def test_what_only_looks_unsafe_is_no_fault() -> None:
@@ -229,49 +237,51 @@ def test_what_only_looks_unsafe_is_no_fault() -> None:
     assert list(unsafe_faults(source, "transport")) == []
 
 
-@every_source
-def test_no_source_turns_bytes_into_code_or_objects(path: Path) -> None:
-    assert list(unsafe_faults(path.read_text(), package_of(path))) == []
+def test_no_source_turns_bytes_into_code_or_objects() -> None:
+    assert_kept(unsafe_faults, SOURCES)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [path for path in repository_files() if path.suffix == ".py"], ids=name_of)
-def test_a_file_holds_one_concept(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= LONGEST_FILE, f"{name_of(path)} has {lines} lines, more than {LONGEST_FILE}: split it"
+def too_long(text: str, package: str = "") -> Iterator[str]:
+    lines = len(text.splitlines())
+    if lines > LONGEST_FILE:
+        yield f"{lines} lines, more than {LONGEST_FILE}: split it"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "cd /wo" + "rk/main",
-        'path = "/tm' + 'p/x"',
-        "ipc:///tm" + "p/socket",
-        "in /ro" + "ot.",
-        "see /ro" + "ot/.cache",
-        "/home/" + "someone/x",
-        "https://py" + "pi.org/simple",
-        "files.python" + "hosted.org",
-    ],
-)
-def test_a_forbidden_word_is_seen(text: str) -> None:
-    assert len(list(forbidden_words(f"first line\n{text}\n"))) == 1
+def test_a_long_file_is_seen() -> None:
+    assert without_one_fault(too_long, [("\n" * (LONGEST_FILE + 1),)]) == []
+    assert list(too_long("\n" * LONGEST_FILE)) == []
 
 
-@pytest.mark.parametrize("text", ["stages/worker.py", "net/work", "{root}/x", "$HOME/x", "tmp_path / 'x'"])
-def test_an_innocent_word_is_no_fault(text: str) -> None:
-    assert list(forbidden_words(text)) == []
+def test_a_file_holds_one_concept() -> None:
+    assert_kept(too_long, [path for path in repository_files() if path.suffix == ".py"])
 
 
-@every_file
-def test_a_file_names_no_machine_and_no_registry(path: Path) -> None:
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError:
-        return  # a picture
-    assert list(forbidden_words(text)) == []
+FORBIDDEN_WORDS = [
+    "cd /wo" + "rk/main",
+    'path = "/tm' + 'p/x"',
+    "ipc:///tm" + "p/socket",
+    "in /ro" + "ot.",
+    "see /ro" + "ot/.cache",
+    "/home/" + "someone/x",
+    "https://py" + "pi.org/simple",
+    "files.python" + "hosted.org",
+]
+INNOCENT_WORDS = ["stages/worker.py", "net/work", "{root}/x", "$HOME/x", "tmp_path / 'x'"]
+
+
+def test_a_forbidden_word_is_seen() -> None:
+    assert without_one_fault(forbidden_words, [(f"first line\n{text}\n",) for text in FORBIDDEN_WORDS]) == []
+
+
+def test_an_innocent_word_is_no_fault() -> None:
+    assert list(forbidden_words("\n".join(INNOCENT_WORDS))) == []
+
+
+def test_a_file_names_no_machine_and_no_registry() -> None:
+    assert_kept(lambda text, package: forbidden_words(text), repository_files())
 
 
 @pytest.mark.parametrize("package", PACKAGES)

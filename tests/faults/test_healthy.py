@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.conftest import NIGHTLY
 from tests.faults.healthy import verify_many
+from tests.levels import examples, in_turn
 
-PARTS, COUNT = (10, 20) if NIGHTLY else (2, 6)
+COUNT = examples(6, 6, 20)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", in_turn(range(10), 1, 2))
 def test_what_is_right_is_not_reported(part):
     verdict = verify_many(COUNT, start=part)
     assert verdict.count == verdict.checks["tape"] == verdict.checks["steps"] == COUNT

@@ -2,15 +2,15 @@
 
 import pytest
 
-from tests.conftest import NIGHTLY
 from tests.faults.cases import CASES, SCHEDULES
 from tests.faults.proving import NAMES, prove, running
+from tests.levels import SOAK, in_turn
 
-SOME_SCHEDULES, PLACES = (SCHEDULES, None) if NIGHTLY else (["1f1b"], 1)
-RUNS = [(case, schedule) for case in CASES for schedule in SOME_SCHEDULES]
+RUNS = [(case, schedule) for schedule in reversed(SCHEDULES) for case in CASES]
+PLACES = None if SOAK else 1
 
 
-@pytest.fixture(scope="module", params=RUNS, ids="-".join)
+@pytest.fixture(scope="module", params=in_turn(RUNS, 3, 3), ids="-".join)
 def live(request):
     with running(*request.param, eager=False) as found:
         yield found

@@ -26,11 +26,11 @@ from pipeline import Pipeline
 from pipeline.graph import read_graph
 from pipeline.splitter import split_model
 from stages import Segment, Stage
-from tests.conftest import NIGHTLY
+from tests.levels import in_turn
 from tests.one_tape import Gradients, OneTape, assert_same_bits, difference
 
 CLASSES = 4
-RANDOM_CUTS = 20 if NIGHTLY else 5
+RANDOM_CUTS = 20
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def test_automatic_cuts_are_verified(case: Case, stages: int, schedule: str) -> 
     case.verify(stages=stages, schedule=schedule)
 
 
-@pytest.mark.parametrize("seed", range(RANDOM_CUTS))
+@pytest.mark.parametrize("seed", in_turn(range(RANDOM_CUTS), 5, 5))
 def test_random_cuts_are_one_tape(case: Case, seed: int) -> None:
     """Behind any layers, inside blocks and across skip connections too."""
     segments = split_model(case.model, at=case.random_names(seed)).segments
@@ -174,7 +174,7 @@ def test_random_cuts_are_one_tape(case: Case, seed: int) -> None:
     assert difference(gradients, case.natural[1]) <= 1e-5
 
 
-@pytest.mark.nightly
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(RANDOM_CUTS))
 def test_random_cuts_are_verified(case: Case, seed: int) -> None:
     """The same cuts as pipelines."""

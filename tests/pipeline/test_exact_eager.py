@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from tests.conftest import NIGHTLY
 from tests.covering import all_pairs
+from tests.levels import SOAK
 from tests.models import STACKS, cross_entropy, grouped, stack
 from tests.one_tape import Gradients, OneTape, assert_same_bits, reported
 
@@ -70,7 +70,7 @@ def model_variables(parts: Any) -> list[Any]:
 
 def batches(name: str, microbatches: int, samples: int) -> list[slice]:
     """Two batches by turns, one for each step."""
-    steps = 20 if microbatches < 7 or name == "dense" or NIGHTLY else 4
+    steps = 20 if microbatches < 7 or name == "dense" or SOAK else 4
     return [slice(0, samples), slice(samples, 2 * samples)] * (steps // 2)
 
 

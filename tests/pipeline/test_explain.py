@@ -18,7 +18,7 @@ from pipeline.graph import read_graph
 from pipeline.splitter import split_model
 from stages import Explanation, LearnedState
 from stages.explain_rows import Row
-from tests.conftest import NIGHTLY
+from tests.levels import examples
 from tests.pipeline import blocking_layers as blocking
 from tests.pipeline.witnessing import bits, stages_of, whole
 from tests.random_graphs import LOSSES, OUTPUTS
@@ -211,7 +211,7 @@ def test_pipe_explain(transport: str) -> None:
         assert gradient is after[name] is None or gradient.tobytes() == after[name].tobytes()
 
 
-@settings(max_examples=40 if NIGHTLY else 5, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(5, 5, 40), suppress_health_check=[HealthCheck.too_slow])
 @given(sketches())
 def test_random_graphs_are_explained_as_their_gradients_are(sketch: Any) -> None:
     """Branches, joins, masks, shared and frozen layers under random cuts: every None has a reason that is known."""

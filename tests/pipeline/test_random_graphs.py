@@ -19,15 +19,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from pipeline import Pipeline
 from pipeline.graph import read_graph
 from pipeline.splitter import Split, split_model
-from tests.conftest import NIGHTLY
+from tests.levels import SOAK, examples, in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import Gradients, assert_same_bits
 from tests.random_graphs import LOSSES, OUTPUTS, REGULARISED, Node, Sketch
 from tests.strategies_graphs import sketches
 
 RATE = 0.01
-PARTS = 10 if NIGHTLY else 4
-EXAMPLES = 100 if NIGHTLY else 15
+EXAMPLES = examples(15, 15, 100)
 
 
 @dataclass(frozen=True)
@@ -162,10 +161,10 @@ def test_known_graphs_are_one_tape(name: str, eager: bool) -> None:
     check(replace(KNOWN[name], eager=eager))
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", in_turn(range(10), 4, 4))
 def test_random_graphs_are_one_tape(part: int) -> None:
     """Several parts, so that none runs into its time limit; the gate names a failing sketch, the soak shrinks it."""
-    phases = list(Phase) if NIGHTLY else [Phase.explicit, Phase.generate]
+    phases = list(Phase) if SOAK else [Phase.explicit, Phase.generate]
     suppressed = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(max_examples=EXAMPLES, phases=phases, suppress_health_check=suppressed, database=None)
@@ -173,4 +172,4 @@ def test_random_graphs_are_one_tape(part: int) -> None:
     def every(sketch: Sketch) -> None:
         check(sketch)
 
-    (every if NIGHTLY else seed(part)(every))()
+    (every if SOAK else seed(part)(every))()

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import NIGHTLY
+from tests.levels import SOAK, examples
 from tests.strategies import arrays, damaged, hostile_headers, messages, sealed
 from transport import Limits, MalformedMessage, Message, MessageTooLarge, Unsendable
 from transport.codec import decode, decode_header, encode
 from transport.dtypes import DTYPES
 
-EXAMPLES = settings(max_examples=100_000 if NIGHTLY else 700)
-pytestmark = pytest.mark.timeout(7200 if NIGHTLY else 120)
+EXAMPLES = settings(max_examples=examples(200, 700, 100_000))
+pytestmark = pytest.mark.timeout(7200 if SOAK else 120)
 GOOD = [1, "activation", 0, 1, 0, -1, "x", 0, 0, None, "float32", [2, 3], 24]
 
 

@@ -1,0 +1,32 @@
+"""The three levels that tests run at, and what a test module asks about them.
+
+    make check   before every commit    tests without a mark
+    make test    the gate, `.ci/run`    and those marked ``gate``
+    make soak    by night               and those marked ``soak``, with more examples
+
+A mark is pytest's own (`pyproject.toml`), and `-m` chooses by it; how many examples Hypothesis draws is its profile
+(`tests/conftest.py`). Pytest by itself runs the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+LEVEL = settings.get_current_profile_name()
+"""The level of this run: "check", "gate" or "soak"."""
+SOAK = LEVEL == "soak"
+
+
+def examples(check: int, gate: int, soak: int) -> int:
+    """How many examples a test of its own measure draws at the level of this run."""
+    return {"check": check, "gate": gate, "soak": soak}[LEVEL]
+
+
+def in_turn(values: Sequence[Any], check: int, gate: int) -> list[Any]:
+    """Parameters: the first ``check`` values run at every level, those up to ``gate`` in the gate, all in the soak."""
+    marks = [() if i < check else pytest.mark.gate if i < gate else pytest.mark.soak for i in range(len(values))]
+    return [pytest.param(value, marks=mark) for value, mark in zip(values, marks, strict=True)]
