@@ -37,8 +37,8 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.schedules import build_plan
-from stages.graph_split import Traced, split_functions
+from pipeline.plan.schedules import build_plan
+from stages.tape.graph_split import Traced, split_functions
 
 MIB = 2**20
 FEATURES = 8

@@ -55,7 +55,7 @@ def peer_case(python: Path, size: tuple[int, int], steps: int) -> dict[str, Any]
 
 def step_times(python: Path | None, steps: int, rounds: int) -> str:
     """Step time against one process of our own, and against the peer, in alternating rounds."""
-    from pipeline.bench import measure
+    from pipeline.commands.bench import measure
 
     rows = []
     for size in SIZES:
@@ -100,9 +100,9 @@ def tiny_stage() -> str:
     import numpy as np
     import tensorflow as tf
 
-    from stages.calls import direct
     from stages.stage import Stage
-    from stages.tapes import Key
+    from stages.tape.direct_calls import direct
+    from stages.tape.eager import Key
 
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(64, activation="relu") for _ in range(4)]

@@ -27,8 +27,8 @@ import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
-from stages.jacobian import MemoryLimitExceeded, chain_rule, jacobian_bytes
-from stages.jacobian_memory import readable_bytes
+from stages.jacobian.chain_rule import MemoryLimitExceeded, chain_rule, jacobian_bytes
+from stages.jacobian.memory import readable_bytes
 
 layers = keras.layers
 MIB = 1 << 20

@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import Pipeline
-from stages.ragged import NormAbove, RaggedSteps
-from stages.ragged_layout import as_ragged, elements_first, row_lengths
+from stages.layers.ragged.layout import as_ragged, elements_first, row_lengths
+from stages.layers.ragged.steps import NormAbove, RaggedSteps
 
 layers = keras.layers
 Gradients = dict[str, np.ndarray]

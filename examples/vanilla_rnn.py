@@ -3,7 +3,7 @@
 Three steps, two tanh units, a softmax at every step, the cross-entropies added up. The gradients were worked out by
 hand and published; here they come out four times:
 
-    closed form   the formulas, in NumPy (stages/vanilla_rnn.py)
+    closed form   the formulas, in NumPy (examples/rnn_by_hand.py)
     one tape      all steps under one tf.GradientTape
     stages        every time step is a Stage of its own, in the hand; all share the cell's weights. What the stage of
                   step t is given by its readout and by step t+1, added up, is δ(t) = dL/dh(t)
@@ -32,10 +32,10 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
+from rnn_by_hand import Weights, closed_form, inputs_for_states, published
 
 from pipeline import Pipeline
 from stages import Stage
-from stages.vanilla_rnn import Weights, closed_form, inputs_for_states, published
 
 Figures = dict[str, np.ndarray]
 layers = keras.layers

@@ -13,9 +13,10 @@ from pipeline.origin import check_origins
 check_origins()
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
-    from pipeline.boundary_norms import BoundaryNorms as BoundaryNorms
-    from pipeline.callbacks import PipelineCheckpoint as PipelineCheckpoint
-    from pipeline.cuts import CutTable as CutTable
+    from pipeline.batch.microbatch import microbatch_sizes as microbatch_sizes
+    from pipeline.cutting.cut_table import CutTable as CutTable
+    from pipeline.cutting.prediction import Comparison as Comparison
+    from pipeline.cutting.prediction import Prediction as Prediction
     from pipeline.errors import CheckpointError as CheckpointError
     from pipeline.errors import CompileError as CompileError
     from pipeline.errors import DataError as DataError
@@ -32,49 +33,48 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import WiringError as WiringError
     from pipeline.errors import WorkerDiedError as WorkerDiedError
     from pipeline.errors import WorkerError as WorkerError
-    from pipeline.microbatch import microbatch_sizes as microbatch_sizes
+    from pipeline.model.stateful import stateful as stateful
+    from pipeline.norms.boundary_norms import BoundaryNorms as BoundaryNorms
     from pipeline.pipeline import Pipeline as Pipeline
-    from pipeline.plan import Plan as Plan
-    from pipeline.plan import validate as validate
-    from pipeline.plots import save_timeline as save_timeline
-    from pipeline.prediction import Comparison as Comparison
-    from pipeline.prediction import Prediction as Prediction
-    from pipeline.recurrent import stateful as stateful
-    from pipeline.schedules import SCHEDULES as SCHEDULES
-    from pipeline.schedules import build_plan as build_plan
-    from pipeline.schedules import schedule_named as schedule_named
-    from pipeline.simulator import Cost as Cost
-    from pipeline.simulator import simulate as simulate
-    from pipeline.timeline import Span as Span
-    from pipeline.timeline import Timeline as Timeline
-    from pipeline.verify_every import VerifyEvery as VerifyEvery
-    from stages.segment import Segment as Segment
+    from pipeline.plan.plan import Plan as Plan
+    from pipeline.plan.plan import validate as validate
+    from pipeline.plan.schedules import SCHEDULES as SCHEDULES
+    from pipeline.plan.schedules import build_plan as build_plan
+    from pipeline.plan.schedules import schedule_named as schedule_named
+    from pipeline.plan.simulator import Cost as Cost
+    from pipeline.plan.simulator import simulate as simulate
+    from pipeline.plan.timeline import Span as Span
+    from pipeline.plan.timeline import Timeline as Timeline
+    from pipeline.report.timeline_figure import save_timeline as save_timeline
+    from pipeline.training.callbacks import PipelineCheckpoint as PipelineCheckpoint
+    from pipeline.verify.every import VerifyEvery as VerifyEvery
+    from stages.recipe.segment import Segment as Segment
 
 _HOME = {
     # training
     "Pipeline": "pipeline.pipeline",
-    "PipelineCheckpoint": "pipeline.callbacks",
-    "Segment": "stages.segment",
-    "stateful": "pipeline.recurrent",
+    "PipelineCheckpoint": "pipeline.training.callbacks",
+    "Segment": "stages.recipe.segment",
+    "stateful": "pipeline.model.stateful",
     # plans
-    "SCHEDULES": "pipeline.schedules",
-    "build_plan": "pipeline.schedules",
-    "schedule_named": "pipeline.schedules",
-    "Plan": "pipeline.plan",
-    "validate": "pipeline.plan",
-    "Cost": "pipeline.simulator",
-    "simulate": "pipeline.simulator",
-    "Span": "pipeline.timeline",
-    "Timeline": "pipeline.timeline",
-    "save_timeline": "pipeline.plots",
-    "microbatch_sizes": "pipeline.microbatch",
+    "SCHEDULES": "pipeline.plan.schedules",
+    "build_plan": "pipeline.plan.schedules",
+    "schedule_named": "pipeline.plan.schedules",
+    "Plan": "pipeline.plan.plan",
+    "validate": "pipeline.plan.plan",
+    "Cost": "pipeline.plan.simulator",
+    "simulate": "pipeline.plan.simulator",
+    "Span": "pipeline.plan.timeline",
+    "Timeline": "pipeline.plan.timeline",
+    "save_timeline": "pipeline.report.timeline_figure",
+    "microbatch_sizes": "pipeline.batch.microbatch",
     # watching training
-    "BoundaryNorms": "pipeline.boundary_norms",
-    "VerifyEvery": "pipeline.verify_every",
+    "BoundaryNorms": "pipeline.norms.boundary_norms",
+    "VerifyEvery": "pipeline.verify.every",
     # cuts
-    "Comparison": "pipeline.prediction",
-    "CutTable": "pipeline.cuts",
-    "Prediction": "pipeline.prediction",
+    "Comparison": "pipeline.cutting.prediction",
+    "CutTable": "pipeline.cutting.cut_table",
+    "Prediction": "pipeline.cutting.prediction",
     # errors
     "CheckpointError": "pipeline.errors",
     "CompileError": "pipeline.errors",

@@ -49,7 +49,7 @@ class Fault:
     """One thing that is wrong with a plan.
 
     Attributes:
-        rule: the name of the broken rule, one of `pipeline.rules.RULES`.
+        rule: the name of the broken rule, one of `pipeline.plan.rules.RULES`.
         message: what was expected, what was found, and where.
     """
 

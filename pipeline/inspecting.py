@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.explain import LOSS, explained
-from pipeline.report import Report
-from pipeline.session import Session
-from pipeline.timeline import Timeline
-from pipeline.verify import MEMORY_LIMIT, Question, verified
-from stages.explain_rows import Explanation
+from pipeline.plan.timeline import Timeline
+from pipeline.report.report import Report
+from pipeline.runtime.session import Session
+from pipeline.verify.explain import LOSS, explained
+from pipeline.verify.verification import MEMORY_LIMIT, Question, verified
+from stages.explanation.rows import Explanation
 
 
 class Inspecting:
@@ -54,7 +54,8 @@ class Inspecting:
                 with Keras's own loss; ``"steps"``, updates of weights, optimizer, statistics, seeds and metrics.
             steps: How many updates the check ``"steps"`` makes.
             tolerance: Largest accepted difference as a part of the largest |value|; default: the rules of
-                `pipeline.tolerance`: 0 (bit for bit) when eager, 8 eps or what compiling alone changes when compiled.
+                `pipeline.compare.tolerance`: 0 (bit for bit) when eager, 8 eps or what compiling alone changes when
+                compiled.
             memory_limit: Bytes that a Jacobian may take in the check ``"chain"``.
             seed: Of the random directions of the check ``"differences"``.
 

@@ -16,25 +16,27 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline import checkpoint, merging
-from pipeline.compiling import Compiled, refuse_options
-from pipeline.crew import check_transport
-from pipeline.cuts import CutTable, cut_table
-from pipeline.data import class_weights
-from pipeline.driver import Driver, default_threads
+from pipeline.batch.data import class_weights
+from pipeline.compiled.compiled import Compiled, refuse_options
+from pipeline.cutting.cores import default_threads
+from pipeline.cutting.cut_table import CutTable, cut_table
+from pipeline.cutting.prediction import Prediction
+from pipeline.cutting.splitter import Cut, Split, can_cut, split_model
 from pipeline.errors import CompileError
-from pipeline.graph import read_graph
 from pipeline.inspecting import Inspecting
-from pipeline.launch import prestart
-from pipeline.plan import Plan
-from pipeline.prediction import Prediction
-from pipeline.schedules import schedule_named
-from pipeline.session import Session
-from pipeline.splitter import Cut, Split, can_cut, split_model
-from pipeline.training import Trainer
-from pipeline.verify_every import VerifyEvery
-from pipeline.wiring import wire
-from stages.segment import Segment
+from pipeline.model.call_graph import read_graph
+from pipeline.model.merge import Merged, merge
+from pipeline.model.wiring import wire
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import schedule_named
+from pipeline.runtime.crew import check_transport
+from pipeline.runtime.driver import Driver
+from pipeline.runtime.launch import prestart
+from pipeline.runtime.session import Session
+from pipeline.saving import checkpoint
+from pipeline.training.trainer import Trainer
+from pipeline.verify.every import VerifyEvery
+from stages.recipe.segment import Segment
 
 
 class Pipeline(Inspecting):
@@ -404,8 +406,8 @@ class Pipeline(Inspecting):
         """The workers, started if they are not yet."""
         return self._session.driver()
 
-    def _merged(self) -> merging.Merged:
-        return merging.merge(self.segments, self.wires, self._original, self._session.values("model"))
+    def _merged(self) -> Merged:
+        return merge(self.segments, self.wires, self._original, self._session.values("model"))
 
     def _ready(self, what: str) -> Trainer:
         self._session.needs_compile(what)

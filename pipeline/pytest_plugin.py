@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 if TYPE_CHECKING:
-    from pipeline.report import Report
+    from pipeline.report.report import Report
 
 _LONGEST_NAME = 120
 
@@ -76,7 +76,7 @@ def pytest_runtest_makereport(
 
 def _report_of(error: BaseException) -> Report | None:
     """The report that an error carries; no report was made if its module was never imported."""
-    module = sys.modules.get("pipeline.report")
+    module = sys.modules.get("pipeline.report.report")
     carried = getattr(error, "report", None)
     return carried if module is not None and isinstance(carried, module.Report) else None
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report import SingleTapeError
+from pipeline.report.report import SingleTapeError
 
 if TYPE_CHECKING:
     from pipeline.inspecting import Inspecting
-    from pipeline.report import Report
+    from pipeline.report.report import Report
 
 __all__ = ["SingleTapeError", "assert_matches_single_tape"]
 

@@ -21,40 +21,40 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.errors import HandoffError as HandoffError
     from stages.errors import SegmentError as SegmentError
     from stages.errors import StageError as StageError
-    from stages.explain_function import explain as explain
-    from stages.explain_function import explaining as explaining
-    from stages.explain_rows import Explanation as Explanation
-    from stages.influence_map import InfluenceMap as InfluenceMap
-    from stages.influencing import influence as influence
-    from stages.initial_states import LearnedState as LearnedState
-    from stages.jacobian import MemoryLimitExceeded as MemoryLimitExceeded
-    from stages.jacobian import chain_rule as chain_rule
-    from stages.jacobian import jacobian_bytes as jacobian_bytes
-    from stages.ragged import NormAbove as NormAbove
-    from stages.ragged import RaggedSteps as RaggedSteps
-    from stages.segment import Segment as Segment
+    from stages.explanation.explain import explain as explain
+    from stages.explanation.explain import explaining as explaining
+    from stages.explanation.rows import Explanation as Explanation
+    from stages.jacobian.chain_rule import MemoryLimitExceeded as MemoryLimitExceeded
+    from stages.jacobian.chain_rule import chain_rule as chain_rule
+    from stages.jacobian.chain_rule import jacobian_bytes as jacobian_bytes
+    from stages.layers.initial_states import LearnedState as LearnedState
+    from stages.layers.ragged.steps import NormAbove as NormAbove
+    from stages.layers.ragged.steps import RaggedSteps as RaggedSteps
+    from stages.recipe.segment import Segment as Segment
     from stages.stage import Stage as Stage
+    from stages.step_influence.influence import influence as influence
+    from stages.step_influence.map import InfluenceMap as InfluenceMap
 
 _HOME = {
     # the hand-off
     "Stage": "stages.stage",
-    "Segment": "stages.segment",
+    "Segment": "stages.recipe.segment",
     # the chain rule with full Jacobians
-    "chain_rule": "stages.jacobian",
-    "jacobian_bytes": "stages.jacobian",
-    "MemoryLimitExceeded": "stages.jacobian",
+    "chain_rule": "stages.jacobian.chain_rule",
+    "jacobian_bytes": "stages.jacobian.chain_rule",
+    "MemoryLimitExceeded": "stages.jacobian.chain_rule",
     # which step influences which
-    "influence": "stages.influencing",
-    "InfluenceMap": "stages.influence_map",
+    "influence": "stages.step_influence.influence",
+    "InfluenceMap": "stages.step_influence.map",
     # why a gradient is None, zero, or not finite
-    "explain": "stages.explain_function",
-    "explaining": "stages.explain_function",
-    "Explanation": "stages.explain_rows",
+    "explain": "stages.explanation.explain",
+    "explaining": "stages.explanation.explain",
+    "Explanation": "stages.explanation.rows",
     # a cell that runs a different number of times on every element
-    "RaggedSteps": "stages.ragged",
-    "NormAbove": "stages.ragged",
+    "RaggedSteps": "stages.layers.ragged.steps",
+    "NormAbove": "stages.layers.ragged.steps",
     # a trainable initial state of a recurrent layer
-    "LearnedState": "stages.initial_states",
+    "LearnedState": "stages.layers.initial_states",
     # what a worker can do
     "Action": "stages.actions",
     "Kind": "stages.actions",

@@ -91,7 +91,7 @@ class Wiring(Mapping[int, tuple[int, ...]]):
 
     Args:
         upstream: for each stage the stages whose outputs it takes. A stage that only appears upstream takes
-            none. Nothing is checked here: `pipeline.plan.validate` reports a cycle or an unknown stage
+            none. Nothing is checked here: `pipeline.plan.plan.validate` reports a cycle or an unknown stage
             together with everything else that is wrong.
     """
 

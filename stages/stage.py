@@ -20,17 +20,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stages.accumulate import Contribution
-from stages.carried import Carried
-from stages.compiled import CompiledTapes
 from stages.errors import HandoffError
-from stages.gradients_given import check_gradients, flat_gradients
-from stages.heads import Heads, Objective
-from stages.loss import Head
-from stages.misfit import named_misfit
-from stages.part import Part, mask_of, with_mask
-from stages.tapes import Blocks, EagerTapes, Key, Opened, Tapes
-from stages.tensors import flatten
+from stages.loss.head import Head
+from stages.loss.heads import Heads, Objective
+from stages.masks import mask_of, with_mask
+from stages.tape.accumulate import Contribution
+from stages.tape.compiled import CompiledTapes
+from stages.tape.eager import Blocks, EagerTapes, Key, Opened, Tapes
+from stages.tape.misfit_message import named_misfit
+from stages.tape.model_call import Part
+from stages.tape.output_gradients import check_gradients, flat_gradients
+from stages.tape.tensors import flatten
+from stages.tape.window_states import Carried
 
 
 class Stage:
@@ -49,7 +50,7 @@ class Stage:
         consumed: Which outputs (in flat order) other stages take; default: all, or none with a loss.
         tied: Which trainable variables (by place) other stages have too; see `contributions`.
         states: Names of the states that the stage hands to its own next window: the model takes them behind its inputs
-            and gives them behind its outputs. See `stages.carried`.
+            and gives them behind its outputs. See `stages.tape.window_states`.
 
     Example:
         >>> stage = Stage(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))

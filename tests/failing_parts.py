@@ -20,9 +20,9 @@ import time
 import keras
 import tensorflow as tf
 
-from stages.worker import Worker
-from stages.worker import main as worker_main
-from stages.worker import serve as serve_worker
+from stages.worker.worker import Worker
+from stages.worker.worker import main as worker_main
+from stages.worker.worker import serve as serve_worker
 
 
 def say(line, **facts):

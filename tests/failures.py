@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline import Pipeline, Segment
 from tests import failing_parts
-from tests.pipeline.launch.processes import DEADLINE
+from tests.pipeline.runtime.launch.processes import DEADLINE
 from tests.sources import ROOT
 
 NOTICED_SECONDS = 2.0

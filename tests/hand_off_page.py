@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import main
+from pipeline.commands.cli import main
 from tests.sources import ROOT
 
 PAGE = ROOT / "docs" / "is-my-hand-off-right.md"

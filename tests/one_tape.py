@@ -1,7 +1,7 @@
 """What exactness is measured against: one `tf.GradientTape` over the joined model and one Keras optimizer.
 
-Written from TensorFlow and Keras alone. It shares no code with the packages, `pipeline.reference` least of all, so that
-both can be wrong only independently.
+Written from TensorFlow and Keras alone. It shares no code with the packages, `pipeline.reference.worker` least of all,
+so that both can be wrong only independently.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def _stage_of(graph: Any, stages: dict[int, int]) -> list[int]:
     Keras adds calls of its own, which make masks, and a nested model's are not nodes; each is where its value is.
 
     Args:
-        graph: What `pipeline.graph.read_graph` made of the model.
+        graph: What `pipeline.model.call_graph.read_graph` made of the model.
         stages: {id of a symbolic tensor: the stage that makes it}.
     """
     places = dict.fromkeys(graph.inputs, 0)

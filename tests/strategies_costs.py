@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from pipeline.costs import CallCost, Costs, TensorCost, Weight
+from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
 
 seconds = st.integers(0, 40).map(lambda number: number / 8)  # sums of these are exact
 

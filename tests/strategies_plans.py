@@ -4,9 +4,9 @@ import random
 
 from hypothesis import strategies as st
 
-from pipeline.plan import Plan
-from pipeline.schedules import SCHEDULES, forward_only
-from pipeline.simulator import Cost
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import SCHEDULES, forward_only
+from pipeline.plan.simulator import Cost
 from stages.actions import Action, Kind, Wiring, dependencies
 
 MILLISECONDS = st.integers(0, 50).map(lambda number: number / 1000)

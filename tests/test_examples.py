@@ -15,6 +15,7 @@ ARGUMENTS = {
     "jacobian_memory.py": (),
     "classifier.py": (),
     "character_model.py": ("--steps", "160"),
+    "rnn_by_hand.py": (),
     "vanilla_rnn.py": (),
     "ragged_series.py": (),
     "influence.py": (),

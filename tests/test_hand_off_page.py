@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.report import CHECKS
+from pipeline.compare.rows import CHECKS
 from tests.hand_off_page import PAGE, folder, ran
 
 TIME = re.compile(r"\d+\.\d+ s\b|\d+\.\d+% of training")

@@ -130,14 +130,14 @@ AGAINST = [
     ("def late():\n    import tensorflow as tf", "transport"),
     ("from keras import layers", "transport"),
     ("from pipeline import plan", "stages"),
-    ("from ..pipeline import x\nfrom pipeline.plan import Plan", "stages.deep"),
+    ("from ..pipeline import x\nfrom pipeline.plan.plan import Plan", "stages.deep"),
     ("import importlib\nimportlib.import_module('pipeline')", "stages"),
     ("HOME = {'Plan': 'pipeline.plan'}", "stages"),
     ("entry = 'pipeline.launch.local:run'", "stages"),
     ("__import__('pipeline')", "stages"),
-    ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan", "stages"),
+    ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan.plan", "stages"),
     ("from tests.sources import ROOT", "pipeline"),
-    ("import examples.digits", "pipeline.launch"),
+    ("import examples.digits", "pipeline.runtime.launch"),
 ]
 
 
@@ -147,7 +147,7 @@ def test_an_import_against_the_direction_is_seen() -> None:
 
 def test_an_import_along_the_direction_is_no_fault() -> None:
     source = "import numpy\nfrom . import plan\nfrom ..stages import x\nimport stages.actions\nimport transport"
-    assert list(direction_faults(source, "pipeline.launch")) == []
+    assert list(direction_faults(source, "pipeline.runtime.launch")) == []
 
 
 def test_imports_point_from_pipeline_to_stages_to_transport() -> None:
@@ -157,7 +157,7 @@ def test_imports_point_from_pipeline_to_stages_to_transport() -> None:
 # -- what does not need TensorFlow does not load it --------------------------------------------------------------
 
 PLANNING = """
-from pipeline.schedules import SCHEDULES
+from pipeline.plan.schedules import SCHEDULES
 for name in ("gpipe", "1f1b"):
     print(SCHEDULES[name](3, 4).text())
 """
@@ -194,7 +194,7 @@ def test_a_loaded_tensorflow_is_seen() -> None:
         "import pipeline",
         "import stages",
         PLANNING,
-        "import pipeline.simulator, stages.actions",
+        "import pipeline.plan.simulator, stages.actions",
         TRANSPORT,
         HELP.format(command=PROJECT["scripts"]["tapeline"]),
         AS_MODULE,
@@ -269,7 +269,7 @@ FORBIDDEN_WORDS = [
     "https://py" + "pi.org/simple",
     "files.python" + "hosted.org",
 ]
-INNOCENT_WORDS = ["stages/worker.py", "net/work", "{root}/x", "$HOME/x", "tmp_path / 'x'"]
+INNOCENT_WORDS = ["stages/worker/worker.py", "net/work", "{root}/x", "$HOME/x", "tmp_path / 'x'"]
 
 
 def test_a_forbidden_word_is_seen() -> None:

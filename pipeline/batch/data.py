@@ -11,12 +11,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from pipeline.batch.microbatch import microbatch_sizes
+from pipeline.batch.outputs import by_label
+from pipeline.batch.step import Batch
 from pipeline.errors import DataError
-from pipeline.microbatch import microbatch_sizes
-from pipeline.objective import by_label
-from pipeline.step import Batch
 from stages.grid import is_over_time
-from stages.tensors import compatible, flatten
+from stages.tape.tensors import compatible, flatten
 
 InputSpec = tuple[str, tuple[int | None, ...]]
 """dtype and shape with None for free dimensions."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.hosted import StageSpec
+from stages.worker.hosted_stage import StageSpec
 
 
 @dataclass(frozen=True)

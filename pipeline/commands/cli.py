@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import explain_command, verify_command
+from pipeline.commands import explain as explain_command
+from pipeline.commands import verify as verify_command
 
 _ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
 
@@ -107,20 +108,20 @@ def _positive(text: str) -> int:
 
 
 def _demo(given: argparse.Namespace) -> int:
-    from pipeline.demo import run
+    from pipeline.commands.demo import run
 
     return run(given.output, given.epochs, given.seed)
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from pipeline.schedules import build_plan
+    from pipeline.plan.schedules import build_plan
 
     print(build_plan(given.schedule, given.stages, given.microbatches).text())
     return 0
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from pipeline.bench import run
+    from pipeline.commands.bench import run
 
     widths = given.width or [64, 512, 1024]
     sizes = given.microbatch or [{64: 32, 512: 64}.get(width, 128) for width in widths]

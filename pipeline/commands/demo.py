@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.errors import DataError
 from pipeline.pipeline import Pipeline
-from pipeline.plots import save_timeline
+from pipeline.report.timeline_figure import save_timeline
 
 ACCURACY = 0.97
 """What the trained model must reach on digits it has not seen."""

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands.verify import imported
 from pipeline.errors import PipelineError
-from pipeline.verify_command import imported
 
 if TYPE_CHECKING:
-    from stages.explain_rows import Explanation
+    from stages.explanation.rows import Explanation
 
 FLOWS, BLOCKED, FAILED = 0, 1, 2
 """Exit statuses: every variable has a finite gradient that is not zero; some has not; nothing could be explained."""

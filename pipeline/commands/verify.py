@@ -112,14 +112,14 @@ def _files(given: argparse.Namespace) -> list[Path]:
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    from pipeline.report_text import WIDTH
+    from pipeline.report.text import WIDTH
 
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
 def _checks(text: str) -> str | tuple[str, ...]:
-    from pipeline.report import CHECKS
+    from pipeline.compare.rows import CHECKS
 
     if text == "all":
         return text

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report import ALWAYS, Row
-from pipeline.tolerance import Tolerance
+from pipeline.compare.rows import ALWAYS, Row
+from pipeline.compare.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
 Order = tuple[int, ...]
@@ -82,7 +82,7 @@ def judge(
     """Compare all parts of one tensor or variable.
 
     Args:
-        check: As in `pipeline.report.Row`, like `kind`, `stage`, `name` and `peer`.
+        check: As in `pipeline.report.report.Row`, like `kind`, `stage`, `name` and `peer`.
         parts: At least one.
         tolerance: What is allowed.
         scale: The largest |value| of the group that differences are relative to; default: of these parts.

@@ -14,14 +14,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from pipeline.batch.outputs import objectives
+from pipeline.compiled.loss_scaling import LossScaling, unscaled
+from pipeline.compiled.optimizer_slots import Slots
 from pipeline.errors import CompileError
-from pipeline.loss_scaling import LossScaling, unscaled
-from pipeline.objective import objectives
-from pipeline.schedules import gpipe
-from pipeline.state import Slots
-from stages.hosted import HeadSpec
-from stages.loss import Head
-from stages.recipes import describe
+from pipeline.plan.schedules import gpipe
+from stages.loss.head import Head
+from stages.recipe.describe import describe
+from stages.worker.hosted_stage import HeadSpec
 
 
 class Compiled:

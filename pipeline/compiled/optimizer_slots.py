@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import CheckpointError, CompileError
-from stages.snapshot import Slot
+from stages.worker.snapshot import Slot
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]
@@ -50,7 +50,7 @@ class Slots:
 
     @classmethod
     def of_stages(cls, described: Described, values: Mapping[int, Sequence[Array]]) -> Slots:
-        """From every stage's optimizer variables, as the stages describe them (see `stages.snapshot.Slot`)."""
+        """From every stage's optimizer variables, as the stages describe them (see `stages.worker.snapshot.Slot`)."""
         return cls.of(
             ((i, slot.variable), slot.name, value)
             for i, slots in described.items()

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.balance import BALANCES, balanced_cuts
-from pipeline.costs import assignment
+from pipeline.cutting.costs import assignment
+from pipeline.cutting.measure import measure, weigh
+from pipeline.cutting.optimise import BALANCES, balanced_cuts
+from pipeline.cutting.prediction import Prediction, predict
+from pipeline.cutting.transfer import measure_transfer
 from pipeline.errors import SplitError
-from pipeline.graph import Graph
-from pipeline.measuring import measure, weigh
-from pipeline.plan import Plan
-from pipeline.prediction import Prediction, predict
-from pipeline.transfer import measure_transfer
+from pipeline.model.call_graph import Graph
+from pipeline.plan.plan import Plan
 
 __all__ = ["Balanced", "balance"]
 
@@ -52,7 +52,7 @@ def balance(
     Args:
         graph: The model.
         stages: How many stages.
-        by: ``"time"``, ``"parameters"`` or ``"memory"``; see `pipeline.balance`.
+        by: ``"time"``, ``"parameters"`` or ``"memory"``; see `pipeline.cutting.optimise`.
         sample: One microbatch as `fit` takes it, (n, ...). Only ``"parameters"`` can do without.
         microbatches: Microbatches per step.
         schedule: As `Pipeline` takes it; for the prediction.

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["few_cores"]
+__all__ = ["default_threads", "few_cores"]
+
+
+def default_threads(workers: int) -> int:
+    """Threads per worker: the cores this process may use, shared evenly, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 @contextmanager

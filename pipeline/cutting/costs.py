@@ -149,7 +149,7 @@ class Transfer:
     """How long a tensor takes from one worker to another.
 
     The defaults are what `benchmarks/README.md` reports for ipc: 1 KiB in 181 us, 4 MiB at 1.74 GB/s.
-    `pipeline.transfer.measure_transfer` measures it here.
+    `pipeline.cutting.transfer.measure_transfer` measures it here.
 
     Attributes:
         per_message: Seconds for a message of any size.

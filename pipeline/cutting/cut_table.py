@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.costs import CallCost, Costs
+from pipeline.cutting.costs import CallCost, Costs
 
 __all__ = ["CutRow", "CutTable", "cut_table"]
 
@@ -123,8 +123,8 @@ def cut_table(
         SplitError: The model cannot be cut or measured.
         DataError: The sample does not fit the model.
     """
-    from pipeline.graph import read_graph
-    from pipeline.measuring import measure
+    from pipeline.cutting.measure import measure
+    from pipeline.model.call_graph import read_graph
 
     costs = measure(read_graph(model), sample, repeats=repeats, threads=threads)
     return CutTable.of(costs, model.name, allowed)

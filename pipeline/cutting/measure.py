@@ -31,14 +31,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.cores import few_cores
-from pipeline.costs import CallCost, Costs, TensorCost, Weight
-from pipeline.data import make_batch
+from pipeline.batch.data import make_batch
+from pipeline.cutting.cores import few_cores
+from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
 from pipeline.errors import SplitError
-from pipeline.graph import Call, Graph
-from stages.accumulate import dense
-from stages.graph_split import depending_on
-from stages.tensors import flatten, is_differentiable
+from pipeline.model.call_graph import Call, Graph
+from stages.tape.accumulate import dense
+from stages.tape.graph_split import depending_on
+from stages.tape.tensors import flatten, is_differentiable
 
 __all__ = ["measure", "weigh"]
 

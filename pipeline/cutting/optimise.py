@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.costs import Costs, Transfer
+from pipeline.cutting.costs import Costs, Transfer
 from pipeline.errors import SplitError
 
 __all__ = ["BALANCES", "Allowed", "balanced_cuts"]

@@ -20,13 +20,13 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.balance import SLOTS
-from pipeline.costs import CallCost, Costs, Transfer
+from pipeline.cutting.costs import CallCost, Costs, Transfer
+from pipeline.cutting.optimise import SLOTS
 from pipeline.errors import TimelineError
-from pipeline.plan import Plan
-from pipeline.schedules import build_plan
-from pipeline.simulator import Cost, simulate
-from pipeline.timeline import Timeline
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import build_plan
+from pipeline.plan.simulator import Cost, simulate
+from pipeline.plan.timeline import Timeline
 from stages.actions import Wiring
 
 __all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
@@ -267,7 +267,7 @@ def predict(
 
     Args:
         costs: What the calls cost.
-        stage_of: The stage of every call; `pipeline.costs.assignment` makes it of cuts.
+        stage_of: The stage of every call; `pipeline.cutting.costs.assignment` makes it of cuts.
         schedule: As `Pipeline` takes it.
         microbatches: Microbatches per step.
         transfer: What messages take. Default: `Transfer()`.

@@ -17,14 +17,14 @@ from typing import Any
 
 import keras
 
-from pipeline.balancing import balance
-from pipeline.driver import default_threads
+from pipeline.cutting.choose import balance
+from pipeline.cutting.cores import default_threads
+from pipeline.cutting.prediction import Prediction
 from pipeline.errors import SplitError
-from pipeline.graph import Graph, play, read_graph
-from pipeline.prediction import Prediction
-from pipeline.recurrent import converted
-from pipeline.sharing import changes_by_itself
-from stages.segment import Segment
+from pipeline.model.call_graph import Graph, play, read_graph
+from pipeline.model.shared_variables import changes_by_itself
+from pipeline.model.stateful import converted
+from stages.recipe.segment import Segment
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -78,7 +78,7 @@ def split_model(
         stages: How many stages, balanced by `balance`.
         at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
             names: these and all they need come before the cut.
-        balance: ``"parameters"``, ``"time"`` or ``"memory"``; see `pipeline.balance`.
+        balance: ``"parameters"``, ``"time"`` or ``"memory"``; see `pipeline.cutting.optimise`.
         sample: One microbatch to measure on; only ``"parameters"`` can do without.
         options: How the pipeline will run, as `Pipeline` takes it.
         cuts: Or: before which calls of the model's order the stages after the first begin.

@@ -1,7 +1,7 @@
 """Measure how long messages take from one end of a transport to the other, here and now.
 
-Messages of two sizes give the two figures of `pipeline.costs.Transfer`. One thread sends and then receives, so what is
-measured is the way through encoding, socket and decoding, without waiting for another process to wake up.
+Messages of two sizes give the two figures of `pipeline.cutting.costs.Transfer`. One thread sends and then receives, so
+what is measured is the way through encoding, socket and decoding, without waiting for another process to wake up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from pipeline.costs import Transfer
+from pipeline.cutting.costs import Transfer
 from transport.message import Message
 from transport.registry import open_transport
 

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 
 from pipeline.errors import SplitError
-from stages.running_order import order_of, run_in_order
+from stages.recipe.running_order import order_of, run_in_order
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from pipeline.sharing import groups, share
-from pipeline.wiring import Wires
-from stages import snapshot
-from stages.recipes import create, describe
-from stages.segment import Segment
+from pipeline.model.shared_variables import groups, share
+from pipeline.model.wiring import Wires
+from stages.recipe.describe import create, describe
+from stages.recipe.segment import Segment
+from stages.worker import snapshot
 
 Values = Mapping[int, Sequence[np.ndarray[Any, Any]]]
 """For each stage the values of its model's variables, in order."""

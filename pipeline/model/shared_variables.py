@@ -1,8 +1,8 @@
 """Variables that several segments have, because their models share layers: which they are, and which cannot be shared.
 
-A trainable variable used in two stages is trained as one (`stages.tied`). A variable that a forward pass changes by
-itself, a moving statistic or the state of a random generator, cannot be: in one process each use sees what the use
-before it left, and two processes run at the same time.
+A trainable variable used in two stages is trained as one (`stages.worker.tied_gradients`). A variable that a forward
+pass changes by itself, a moving statistic or the state of a random generator, cannot be: in one process each use sees
+what the use before it left, and two processes run at the same time.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stages.hosted import Tie
-from stages.segment import Segment
+from stages.recipe.segment import Segment
+from stages.worker.hosted_stage import Tie
 
 
 def groups(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import keras
 
 from pipeline.errors import SplitError
-from pipeline.graph import Call, Graph, Slot, read_graph
-from pipeline.sharing import replace_in
-from stages.initial_states import BeginWith, Begun, LearnedState
-from stages.running_order import order_of, run_in_order
-from stages.tensors import is_differentiable
+from pipeline.model.call_graph import Call, Graph, Slot, read_graph
+from pipeline.model.shared_variables import replace_in
+from stages.layers.initial_states import BeginWith, Begun, LearnedState
+from stages.recipe.running_order import order_of, run_in_order
+from stages.tape.tensors import is_differentiable
 
 RNN = keras.layers.RNN
 

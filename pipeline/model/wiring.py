@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.errors import WiringError
 from stages.actions import Wiring
-from stages.segment import Segment, names_of
-from stages.tensors import compatible
+from stages.recipe.segment import Segment, names_of
+from stages.tape.tensors import compatible
 from transport.message import DRIVER
 
 

@@ -1,8 +1,8 @@
 """Norms of activations and gradients at every cut, over time: which stage makes them vanish or explode, and since when.
 
 What crosses a cut is what the stages before it learn from. The workers add up its squares while it crosses (see
-`stages.observing`), so nothing else travels and training is bit for bit the same; the rules of what is flagged are in
-`pipeline.boundary_flags`.
+`stages.worker.observers`), so nothing else travels and training is bit for bit the same; the rules of what is flagged
+are in `pipeline.norms.flags`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.boundary_flags import NOT_FINITE, Boundary, Crossing, Limits, found, in_order, ratios
-from pipeline.callbacks import StepWatcher
+from pipeline.batch.step import StepResult
+from pipeline.compare.tolerance import eps
 from pipeline.errors import CompileError
-from pipeline.session import Session
-from pipeline.step import StepResult
-from pipeline.tolerance import eps
-from stages.observing import ACTIVATION, GRADIENT
+from pipeline.norms.flags import NOT_FINITE, Boundary, Crossing, Limits, found, in_order, ratios
+from pipeline.runtime.session import Session
+from pipeline.runtime.watcher import StepWatcher
+from stages.worker.observers import ACTIVATION, GRADIENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ class Flag:
 
     Attributes:
         boundary: Which.
-        kind: One of `pipeline.boundary_flags.KINDS`.
+        kind: One of `pipeline.norms.flags.KINDS`.
         step: The first step that was so.
         last: The last one.
         count: How many measured steps were so.
@@ -152,18 +152,18 @@ class BoundaryNorms(StepWatcher):
 
     def save(self, path: str | Path) -> Path:
         """Draw the norms over time and save the picture; the suffix chooses the format (png, svg, pdf)."""
-        from pipeline.boundary_norms_figure import save
+        from pipeline.norms.figure import save
 
         return save(self, Path(path))
 
     def figure(self) -> Figure:
         """The figure that `save` saves."""
-        from pipeline.boundary_norms_figure import figure
+        from pipeline.norms.figure import figure
 
         return figure(self)
 
     def __str__(self) -> str:
-        from pipeline.boundary_norms_text import text
+        from pipeline.norms.text import text
 
         return text(self)
 

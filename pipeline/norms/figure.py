@@ -5,7 +5,7 @@
         └──────────────
           steps
 
-As in `pipeline.plots` the figure is built on Agg's canvas, without pyplot: no global state is touched.
+As in `pipeline.report.timeline_figure` the figure is built on Agg's canvas, without pyplot: no global state is touched.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.boundary_flags import EXPLODING, NOT_FINITE, VANISHING, Boundary
-from pipeline.boundary_norms_text import summary
-from pipeline.plots import DPI, FAINT, INK, PAPER
-from stages.observing import ACTIVATION, GRADIENT
+from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary
+from pipeline.norms.text import summary
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
+from stages.worker.observers import ACTIVATION, GRADIENT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.boundary_norms import BoundaryNorms
+    from pipeline.norms.boundary_norms import BoundaryNorms
 
 _WIDTH, _HEAD, _PANEL, _GAP, _FOOT, _LEFT, _RIGHT = 11.0, 0.75, 2.5, 0.5, 0.55, 0.85, 2.75  # inches
 _LIGHT, _DARK = {ACTIVATION: "#a9c6e6", GRADIENT: "#f2c197"}, {ACTIVATION: "#163e6b", GRADIENT: "#8a3f05"}

@@ -28,8 +28,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.tolerance import eps
-from stages.observing import ACTIVATION, GRADIENT
+from pipeline.compare.tolerance import eps
+from stages.worker.observers import ACTIVATION, GRADIENT
 from transport.dtypes import DTYPES
 
 VANISHING, EXPLODING, NOT_FINITE = "vanishing", "exploding", "not finite"

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.observing import GRADIENT
+from stages.worker.observers import GRADIENT
 
 if TYPE_CHECKING:
-    from pipeline.boundary_norms import BoundaryNorms
+    from pipeline.norms.boundary_norms import BoundaryNorms
 
 WIDTH = 120
 """Characters in a line."""

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline import rules
-from pipeline.clock import Tick, run
 from pipeline.errors import PlanError, ScheduleError
+from pipeline.plan import rules
+from pipeline.plan.clock import Tick, run
 from stages.actions import Action, Kind, Wiring, chain, dependencies, open_tapes
 
 __all__ = ["Plan", "validate"]
@@ -184,7 +184,7 @@ def validate(plan: Plan, wiring: Mapping[int, Iterable[int]] | None = None) -> P
         The plan, so that a call can be chained.
 
     Raises:
-        PlanError: with every fault found, by the numbered rules of `pipeline.rules`.
+        PlanError: with every fault found, by the numbered rules of `pipeline.plan.rules`.
     """
     faults = rules.faults(plan, chain(plan.stages) if wiring is None else wiring)
     if faults:

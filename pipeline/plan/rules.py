@@ -27,12 +27,12 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import product
 from typing import TYPE_CHECKING
 
-from pipeline.clock import Blocked, run
 from pipeline.errors import Fault
+from pipeline.plan.clock import Blocked, run
 from stages.actions import Action, Kind, Wiring, open_tapes
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 __all__ = ["RULES", "faults"]
 

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from pipeline import rules
-from pipeline.clock import run
 from pipeline.errors import PlanError, TimelineError
-from pipeline.plan import Plan
-from pipeline.timeline import Span, Timeline
+from pipeline.plan import rules
+from pipeline.plan.clock import run
+from pipeline.plan.plan import Plan
+from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Action, Kind, Wiring, chain
 
 __all__ = ["Cost", "simulate"]

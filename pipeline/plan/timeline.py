@@ -18,7 +18,7 @@ from pipeline.errors import TimelineError
 from stages.actions import Action, Kind, open_tapes
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
+    from pipeline.plan.plan import Plan
 
 __all__ = ["Span", "Timeline", "measured_timeline"]
 

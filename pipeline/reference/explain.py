@@ -1,96 +1,25 @@
-"""Why a gradient of a pipeline is None, zero or not finite, over all stages: a blockage in stage 2 explains stage 0.
+"""Explain the gradients of all stages, joined, in the reference process: why one is None, zero or not finite.
 
-    driver                                        reference process
-    batch ──────────────────────────────────────► all stages joined, recorded under one tape (`stages.gradient_flow`)
-    gradients of the pipeline itself  ◄──compare──  rows: variable, status, reason, operation, layer, stage
-
-The joined model says why; that what the pipeline itself computed is the same is looked at, and said if it is not.
+The stages are run under one recorded tape (`stages.explanation.flow`), so that a blockage in stage 2 explains a
+variable of stage 0. What the driver asks and compares is in `pipeline.verify.explain`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline.errors import DataError
-from stages.explain_rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker, Explanation, Row
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker, Explanation, Row
 
 if TYPE_CHECKING:
-    from pipeline.reference_batch import Whole
-    from pipeline.session import Session
-    from stages.hosted import HostedStage
+    from pipeline.reference.one_tape.batch import Whole
+    from stages.worker.hosted_stage import HostedStage
 
 LOSS = "loss"
 _HAND_OFF = ("argmax", "cast", "comparison", "integer result")
 """Reasons with which a tensor that has no gradient may cross a cut."""
-
-
-def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str) -> Explanation:
-    """Explain the gradients of a running pipeline; see `Pipeline.explain`."""
-    compiled = session.needs_compile("explain")
-    check_target(session, target)
-    expected: dict[str, str] = {}
-    gradients: Mapping[str, Any] = {}
-    if target == LOSS:
-        batch = session.batch(x, y, sample_weight, compiled.judged)
-        _, gradients = session.gradients(batch)
-        expected = {name: status_of_array(gradient) for name, gradient in gradients.items()}
-    else:
-        batch = session.batch(x, None, None, judged=())
-    with session.telling_of_the_reference():
-        reference = session.reference()
-        if target == LOSS:  # either way the reference has the batch afterwards
-            session.differentiate(batch, reference)
-        else:
-            reference.run(session.plan(batch, training=False), "predict", batch)
-        ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
-    found = Explanation.from_plain(plain)
-    return beside(found, gradients) if target == LOSS else found
-
-
-def check_target(session: Session, target: str) -> None:
-    """Refuse a target that the pipeline does not have.
-
-    Raises:
-        DataError: With the names that there are.
-    """
-    known = [LOSS, *(name for gives in session.wires.gives for name, _ in gives)]
-    for name, segment in zip(session.wires.names, session.segments, strict=True):
-        known += [f"{name}/{state}" for state in segment.states]
-    if target not in known:
-        raise DataError(f"explain: expected a target among {', '.join(known)}, received {target!r}")
-
-
-def beside(found: Explanation, gradients: Mapping[str, Any]) -> Explanation:
-    """An explanation with the norms of the pipeline's own gradients, and notes where these say something else."""
-    rows, notes = [], list(found.notes)
-    for row in found.rows:
-        if row.name not in gradients:
-            rows.append(row)
-            continue
-        gradient = gradients[row.name]
-        status = status_of_array(gradient)
-        norm = None if gradient is None else float(np.linalg.norm(gradient.astype(np.float64)))
-        if status != row.status and not {status, row.status} <= {ZERO, NOT_CONNECTED}:
-            notes.append(
-                f"{row.name}: the pipeline's gradient is {status}, under one tape it is {row.status}; ask pipe.verify"
-            )
-        rows.append(replace(row, norm=norm))
-    return Explanation(found.headline, tuple(rows), tuple(notes))
-
-
-def status_of_array(gradient: Any) -> str:
-    """The status of a gradient as the driver has it."""
-    if gradient is None:
-        return NOT_CONNECTED
-    values = np.asarray(gradient).astype(np.float64)
-    if not np.isfinite(values).all():
-        return NOT_FINITE
-    return CONNECTED if values.any() else ZERO
 
 
 def explain_joined(
@@ -108,8 +37,8 @@ def explain_joined(
     Returns:
         `Explanation.plain`. All variables, statistics and random states are as they were.
     """
-    from pipeline.single_tape import SingleTape
-    from stages.explain_function import run_and_explain
+    from pipeline.reference.one_tape.single_tape import SingleTape
+    from stages.explanation.explain import run_and_explain
 
     tape = SingleTape(hosted)
     with _undisturbed(hosted):
@@ -146,7 +75,7 @@ class _Run:
     def __call__(self) -> dict[str, Any]:
         import tensorflow as tf
 
-        from pipeline.reference_batch import by_head, of_microbatch, state_names
+        from pipeline.reference.one_tape.batch import by_head, of_microbatch, state_names
 
         tape, batch, k = self.tape, self.batch, self.k
         outputs = [name for stage in tape.hosted for name, _ in stage.spec.outputs]
@@ -170,7 +99,7 @@ class _Run:
 
     def crossing(self) -> dict[tuple[str, str], str]:
         """{(producing stage, tensor): words} of all that crosses a cut and cannot have a gradient."""
-        from stages.tensors import is_differentiable
+        from stages.tape.tensors import is_differentiable
 
         stage = {one.spec.index: one.spec.name for one in self.tape.hosted}
         return {
@@ -184,9 +113,9 @@ class _Run:
 
 def _variables(hosted: Sequence[HostedStage]) -> dict[str, Any]:
     """All variables that are, or could be, trained, as `Pipeline.gradients` names them; shared ones once."""
-    from pipeline.reference_batch import owned
-    from stages import snapshot
-    from stages.explain_function import trained_weights
+    from pipeline.reference.one_tape.batch import owned
+    from stages.explanation.explain import trained_weights
+    from stages.worker import snapshot
 
     found: dict[str, Any] = {}
     for stage in hosted:
@@ -200,7 +129,7 @@ def _variables(hosted: Sequence[HostedStage]) -> dict[str, Any]:
 
 
 def _undisturbed(hosted: Sequence[HostedStage]) -> Any:
-    from pipeline.witness_parts import undisturbed
+    from pipeline.reference.witness.flow import undisturbed
 
     return undisturbed(hosted)
 
@@ -220,7 +149,7 @@ def _undecided(row: Row, status: str | None) -> bool:
 
 def _truncated(row: Row, free: Row, truncate: int) -> Row:
     """A row, if truncation is why there is no gradient: without it there is one."""
-    from stages.explain_reasons import ADVICE
+    from stages.explanation.reasons import ADVICE
 
     if row.status not in (NOT_CONNECTED, ZERO) or free.status != CONNECTED:
         return row
@@ -239,4 +168,4 @@ def _handed_off(row: Row, crossing: Mapping[tuple[str, str], str]) -> Row:
     return replace(row, why=f"{row.why}; {words[0]}, and no gradient comes back through that") if words else row
 
 
-__all__ = ["LOSS", "check_target", "explain_joined", "explained"]
+__all__ = ["LOSS", "explain_joined"]

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.explain import explain_joined
-from pipeline.reference_batch import Whole
-from pipeline.reference_optimizer import ReferenceOptimizer, reference_optimizers, share_values
-from pipeline.single_tape import SingleTape
-from pipeline.witness_batch import batch_at_once
-from pipeline.witness_chain import chain
-from pipeline.witness_differences import differences
-from pipeline.witness_results import Differences, Gradients
-from stages.accumulate import dense
+from pipeline.reference.explain import explain_joined
+from pipeline.reference.one_tape.batch import Whole
+from pipeline.reference.one_tape.optimizer import ReferenceOptimizer, reference_optimizers, share_values
+from pipeline.reference.one_tape.single_tape import SingleTape
+from pipeline.reference.witness.chain import chain
+from pipeline.reference.witness.differences import differences
+from pipeline.reference.witness.results import Differences, Gradients
+from pipeline.reference.witness.whole_batch import batch_at_once
 from stages.grid import Grid
-from stages.keeping import Kept
-from stages.observing import Sight, Values
-from stages.tensors import to_array
-from stages.worker import Worker, serve
+from stages.tape.accumulate import dense
+from stages.tape.tensors import to_array
+from stages.worker.kept_values import Kept
+from stages.worker.observers import Sight, Values
+from stages.worker.worker import Worker, serve
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]

@@ -7,7 +7,7 @@
     1e-7 │ ─ ─ ─ ─ ─ ─ ─ ─      its tolerance as a dash: a point above its dash deviates
        0 │ • • • •   • • •      equal bits lie on the line of their own at the bottom
 
-As in `pipeline.plots` the figure is built on Agg's canvas, without pyplot: no global state is touched.
+As in `pipeline.report.timeline_figure` the figure is built on Agg's canvas, without pyplot: no global state is touched.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from pipeline.plots import DPI, FAINT, INK, PAPER
-from pipeline.report_layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, state_of
-from pipeline.report_svg import arrow_head
+from pipeline.report.layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, state_of
+from pipeline.report.svg import arrow_head
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.report import Report, Row
+    from pipeline.compare.rows import Row
+    from pipeline.report.report import Report
 
 COLOURS = {"none": "#8a929c", "equal": "#0b7a63", "within": "#2458c5", "failed": "#b8122f"}
 """The states, in the colours of the page."""

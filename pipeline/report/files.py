@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import VerificationError
 
 if TYPE_CHECKING:
-    from pipeline.report import Report
+    from pipeline.report.report import Report
 
 
 def save(report: Report, path: Path) -> Path:
@@ -37,7 +37,7 @@ def save(report: Report, path: Path) -> Path:
 
 
 def _picture(report: Report, path: Path) -> None:
-    from pipeline.report_figure import save_figure
+    from pipeline.report.figure import save_figure
 
     save_figure(report, path)
 

@@ -1,7 +1,7 @@
 """A report as one page that needs nothing else: no network, no other file, no server.
 
 Verdict and first deviation on top, the pipeline with its verdicts, the checks, every comparison, the step's timeline.
-What is static is written here; `report_page/page.js` fills the table from the data that the page holds as JSON.
+What is static is written here; `report/page/page.js` fills the table from the data that the page holds as JSON.
 
 Nothing that a user named can become code: text is escaped, the table's cells are set as text, ``<``, ``>`` and ``&`` of
 the JSON are written as escapes, and the page's own policy lets only this script run, by its hash, and loads nothing.
@@ -17,13 +17,14 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from pipeline.report import allowances
-from pipeline.report_layout import STATES, Picture, nice_bytes, phase_of, picture
-from pipeline.report_svg import legend, pipeline_svg
-from pipeline.report_timeline import timeline_svg
+from pipeline.report.layout import STATES, Picture, nice_bytes, phase_of, picture
+from pipeline.report.report import allowances
+from pipeline.report.svg import legend, pipeline_svg
+from pipeline.report.timeline_svg import timeline_svg
 
 if TYPE_CHECKING:
-    from pipeline.report import Check, Report, Row
+    from pipeline.compare.rows import Check, Row
+    from pipeline.report.report import Report
 
 
 _WIDE = 40
@@ -50,7 +51,7 @@ def page(report: Report) -> str:
 
 
 def _piece(name: str) -> str:
-    return (files("pipeline") / "report_page" / name).read_text(encoding="utf-8")
+    return (files("pipeline.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _hash(code: str) -> str:

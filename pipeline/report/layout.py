@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipeline.report import Edge, Report, Row
+from pipeline.compare.rows import Edge, Row
+from pipeline.report.report import Report
 
 PHASES = {
     "forward": ("activation", "received activation", "loss"),

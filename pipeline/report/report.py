@@ -1,166 +1,24 @@
 """What a verification found, as plain data: rows, the checks that made them, the first deviation, the flow.
 
-Nothing here computes: `pipeline.verify` fills a report in, `pipeline.report_text`, `report_html` and `report_figure`
-show it.
+Nothing here computes: `pipeline.verify.verification` fills a report in, `pipeline.report.text`, `report_html` and
+`report_figure` show it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.compare.rows import CHECKS, Check, Deviation, Flow, Row
+from pipeline.compare.tolerance import Tolerance
 from pipeline.errors import VerificationError
-from pipeline.timeline import Timeline
-from pipeline.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
-
-CHECKS = {
-    "tape": "one tape over the joined model, on the same microbatches",
-    "chain": "the Jacobian chain rule, stage by stage",
-    "differences": "finite differences in float64 along random directions",
-    "batch": "the whole batch under one tape, with Keras's own loss",
-    "steps": "updates: weights, optimizer, statistics, seeds, metrics and predictions after each step",
-}
-"""The checks that can be asked for, and what each compares with."""
-ALWAYS = {
-    "hand-off": "what arrived is what was sent, bit for bit",
-    "undisturbed": "the pipeline is left as it was, bit for bit",
-}
-"""The checks that every verification makes."""
-
-KINDS = (
-    "activation",
-    "received activation",
-    "loss",
-    "output gradient",
-    "received output gradient",
-    "gradient",
-    "directional derivative",
-    "statistics",
-    "seed",
-    "weight",
-    "optimizer",
-    "metric",
-    "prediction",
-    "left as it was",
-)
-"""What a row may be about."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: a tensor or variable, over all microbatches and windows where it has those.
-
-    Attributes:
-        check: Key of `CHECKS` or `ALWAYS`.
-        kind: One of `KINDS`.
-        stage: The stage that computed it (of something received: that received it); "" for what belongs to none.
-        name: The tensor's name, or ``<stage>/<variable path>``.
-        shape: Of a tensor at a cut: with the whole batch's samples.
-        dtype: Its name.
-        norm: L2 norm of what the pipeline has; NaN where there is nothing.
-        difference: Largest absolute difference.
-        relative: That, as a part of what `why` names (for gradients the largest |gradient| of all variables).
-        ulps: Largest distance in units in the last place; see `pipeline.compare.ulp_distance`.
-        tolerance: What `relative` may be; 0 demands equal bits.
-        why: Why this much.
-        ok: Whether it is within the tolerance.
-        verdict: In words.
-        where: Microbatch, window or step of the first difference beyond the tolerance, else of the largest; or "".
-        peer: At a cut the stage at the other end.
-    """
-
-    check: str
-    kind: str
-    stage: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    norm: float
-    difference: float
-    relative: float
-    ulps: int
-    tolerance: float
-    why: str
-    ok: bool
-    verdict: str
-    where: str = ""
-    peer: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One way of checking.
-
-    Attributes:
-        name: Key of `CHECKS` or `ALWAYS`.
-        ran: Whether it could be made.
-        reason: Why not, naming stage and layer, where it could not.
-        seconds: What it took.
-    """
-
-    name: str
-    ran: bool
-    reason: str = ""
-    seconds: float = 0.0
-
-    @property
-    def about(self) -> str:
-        """What it compares with."""
-        return (CHECKS | ALWAYS)[self.name]
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """Where the flow first leaves what it should be; all that comes after it may only be its consequence.
-
-    Attributes:
-        row: The comparison that failed.
-        stage: The stage to look at.
-        sentence: What is wrong, where, in words.
-    """
-
-    row: Row
-    stage: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A tensor that crosses between two stages.
-
-    Attributes:
-        producer: Name of the stage that gives it.
-        consumer: Name of the stage that takes it.
-        tensor: Its name.
-        bytes: Of one batch.
-    """
-
-    producer: str
-    consumer: str
-    tensor: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The pipeline that was verified, for its picture.
-
-    Attributes:
-        stages: Names, in order.
-        edges: What crosses.
-        timeline: When each worker did what in the verified step.
-    """
-
-    stages: tuple[str, ...] = ()
-    edges: tuple[Edge, ...] = ()
-    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +44,7 @@ class Report:
     tolerance: Tolerance
     headline: str
     first: Deviation | None = None
-    flow: Flow = Flow()
+    flow: Flow = field(default_factory=Flow)
     seconds: float = 0.0
 
     @property
@@ -285,7 +143,7 @@ class Report:
 
     def to_html(self) -> str:
         """The report as one self-contained page: verdict, picture of the pipeline, table with a filter, timeline."""
-        from pipeline.report_html import page
+        from pipeline.report.html import page
 
         return page(self)
 
@@ -295,13 +153,13 @@ class Report:
         Raises:
             VerificationError: Another suffix.
         """
-        from pipeline.report_files import save
+        from pipeline.report.files import save
 
         return save(self, Path(path))
 
     def figure(self) -> Figure:
         """The pipeline with its deviations coloured, and the differences beside their tolerances."""
-        from pipeline.report_figure import figure
+        from pipeline.report.figure import figure
 
         return figure(self)
 
@@ -311,13 +169,13 @@ class Report:
         Args:
             every: List every row; None: unless they are so many that only those that deviate are worth reading.
         """
-        from pipeline.report_text import table
+        from pipeline.report.text import table
 
         return table(self, every)
 
     def text(self, every: bool | None = None) -> str:
         """The report as lines of text without colours; argument as for `table`."""
-        from pipeline.report_text import text
+        from pipeline.report.text import text
 
         return text(self, every)
 

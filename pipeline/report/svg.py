@@ -11,10 +11,10 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pipeline.report_layout import BOX, CHIP, WORDS, Arrow, Box, Part, Picture, Point, shortened
+from pipeline.report.layout import BOX, CHIP, WORDS, Arrow, Box, Part, Picture, Point, shortened
 
 if TYPE_CHECKING:
-    from pipeline.report import Report
+    from pipeline.report.report import Report
 
 GLYPHS = {"none": "○", "equal": "✓", "within": "≈", "failed": "✕"}
 """The states as one character."""

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report import ALWAYS, CHECKS, allowances
+from pipeline.compare.rows import ALWAYS, CHECKS
+from pipeline.report.report import allowances
 
 if TYPE_CHECKING:
-    from pipeline.report import Report, Row
+    from pipeline.compare.rows import Row
+    from pipeline.report.report import Report
 
 LONG = 60
 """Reports with more rows are shortened unless every row is asked for."""

@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import TimelineError
-from pipeline.timeline import Span, Timeline
+from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Kind
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The timeline of a verified step as inline SVG: a row for each worker, a box for each action, words on demand.
 
-The boxes are one stop for the Tab key; the arrow keys go from box to box (`report_page/page.js`).
+The boxes are one stop for the Tab key; the arrow keys go from box to box (`report/page/page.js`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from pipeline.timeline import Span, Timeline
+from pipeline.plan.timeline import Span, Timeline
 
 WIDTH, GUTTER, RIGHT, ROW, BOX, AXIS = 1080.0, 150.0, 70.0, 34.0, 26.0, 34.0
 """Pixels: whole width, room for the workers' names, for their idle share, a row, a box in it, the axis."""
@@ -44,7 +44,7 @@ def worker_names(timeline: Timeline, stages: Sequence[str]) -> list[str]:
 
 
 def _row(timeline: Timeline, worker: int, scale: float, stages: Sequence[str]) -> str:
-    from pipeline.report_layout import shortened
+    from pipeline.report.layout import shortened
 
     top = worker * ROW
     name = worker_names(timeline, stages)[worker]

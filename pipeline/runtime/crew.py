@@ -23,11 +23,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.errors import PipelineClosedError, StalledError, WorkerError
-from pipeline.interrupts import deferred_interrupts
-from pipeline.launch import Launcher, LocalLauncher, ThreadLauncher, WorkerHandle
-from pipeline.post_mortem import describe_worker, died, failed, stalled
-from pipeline.socket_directory import SocketDirectory
-from stages.hosted import StageSpec
+from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.launch import Launcher, LocalLauncher, ThreadLauncher, WorkerHandle
+from pipeline.runtime.post_mortem import describe_worker, died, failed, stalled
+from pipeline.runtime.socket_directory import SocketDirectory
+from stages.worker.hosted_stage import StageSpec
 from transport.channel import Outbox, Transport
 from transport.endpoints import tcp_host_port
 from transport.errors import BadAddress, ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched

@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pipeline.crew import LOOK_SECONDS, Crew
-from pipeline.interrupts import deferred_interrupts
-from pipeline.plan import Plan
-from pipeline.schedules.forward_only import forward_only
-from pipeline.step import Batch, StepResult, losses_of
+from pipeline.batch.step import Batch, StepResult, losses_of
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules.forward_only import forward_only
+from pipeline.runtime.crew import LOOK_SECONDS, Crew
+from pipeline.runtime.interrupts import deferred_interrupts
 from stages.actions import to_array
 from stages.grid import is_over_time
-from stages.hosted import StageSpec
-from stages.observing import Sight
+from stages.worker.hosted_stage import StageSpec
+from stages.worker.observers import Sight
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
@@ -53,7 +52,7 @@ class Driver:
         *,
         threads: int,
         transport: str = "ipc",
-        entry: str = "stages.worker:main",
+        entry: str = "stages.worker.worker:main",
         incarnation: int = 0,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
@@ -149,7 +148,7 @@ class Driver:
             norms: Whether to return the squared norm of all gradients.
             loss_scale: Factor on the loss while it is differentiated; then `finite` is returned too.
             observe: What to note of tensors at the cuts, ``"values"`` for `seen` or ``"norms"``; see
-                `stages.observing`.
+                `stages.worker.observers`.
         """
         with self._crew.ending_on_failure(), deferred_interrupts():
             if self._masks_count and mode in _WITH_LOSS:
@@ -389,9 +388,4 @@ class Driver:
         return [self._crew.wait(key).value for key in keys]  # type: ignore[misc]
 
 
-def default_threads(workers: int) -> int:
-    """Threads per worker: the cores this process may use, shared evenly, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
-
-
-__all__ = ["Driver", "default_threads"]
+__all__ = ["Driver"]

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import WorkerDiedError, WorkerError
-from pipeline.launch import WorkerHandle
+from pipeline.runtime.launch import WorkerHandle
 from stages.actions import Action, Kind
-from stages.hosted import StageSpec
-from stages.program import BUILDING, BUSY, IDLE, RUNNING, WAITING
+from stages.worker.hosted_stage import StageSpec
+from stages.worker.step_program import BUILDING, BUSY, IDLE, RUNNING, WAITING
 from transport.message import DRIVER
 
 _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."

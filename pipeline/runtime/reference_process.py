@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pipeline.driver import Driver
 from pipeline.errors import VerificationError, WorkerError
-from stages.hosted import StageSpec
+from pipeline.runtime.driver import Driver
+from stages.worker.hosted_stage import StageSpec
 
 
 class ReferenceProcess:
@@ -28,7 +28,9 @@ class ReferenceProcess:
         if self.driver is None or self.driver.closed:
             drawn = random.getstate()  # as a thread of this process it would draw Keras's default seeds
             try:
-                self.driver = Driver(placement(), threads=threads, transport=scheme, entry="pipeline.reference:main")
+                self.driver = Driver(
+                    placement(), threads=threads, transport=scheme, entry="pipeline.reference.worker:main"
+                )
             finally:
                 random.setstate(drawn)
         return self.driver

@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compiling import Compiled
-from pipeline.data import InputSpec, make_batch
-from pipeline.driver import Driver
+from pipeline.batch.data import InputSpec, make_batch
+from pipeline.batch.step import Batch, StepResult
+from pipeline.compiled.compiled import Compiled
+from pipeline.compiled.optimizer_slots import Slots, State, described_slots
 from pipeline.errors import CompileError, DataError, PipelineClosedError, WiringError
-from pipeline.interrupts import deferred_interrupts
-from pipeline.plan import Plan
-from pipeline.recurrent import warn_of_stateful_layers
-from pipeline.reference_process import ReferenceProcess
-from pipeline.schedules import build_plan, forward_only
-from pipeline.sharing import state_in_two_stages, ties
-from pipeline.state import Slots, State, described_slots
-from pipeline.step import Batch, StepResult
-from pipeline.timeline import Timeline, measured_timeline
-from pipeline.wiring import Wires, check_shapes
-from stages import snapshot
+from pipeline.model.shared_variables import state_in_two_stages, ties
+from pipeline.model.stateful import warn_of_stateful_layers
+from pipeline.model.wiring import Wires, check_shapes
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import build_plan, forward_only
+from pipeline.plan.timeline import Timeline, measured_timeline
+from pipeline.runtime.driver import Driver
+from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.reference_process import ReferenceProcess
 from stages.grid import is_over_time
-from stages.hosted import StageSpec, Tie
-from stages.segment import Segment
+from stages.recipe.segment import Segment
+from stages.worker import snapshot
+from stages.worker.hosted_stage import StageSpec, Tie
 from transport.message import DRIVER
 
 Array = np.ndarray[Any, Any]

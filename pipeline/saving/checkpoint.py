@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.compiled.optimizer_slots import Slots, State
+from pipeline.cutting.splitter import Cut, Split, split_model
 from pipeline.errors import CheckpointError
-from pipeline.merging import merge
-from pipeline.sharing import groups, share
-from pipeline.splitter import Cut, Split, split_model
-from pipeline.state import Slots, State
-from pipeline.wiring import wire
-from stages import snapshot
-from stages.hosted import leave_undecayed
-from stages.recipes import create, describe
-from stages.segment import Segment
+from pipeline.model.merge import merge
+from pipeline.model.shared_variables import groups, share
+from pipeline.model.wiring import wire
+from stages.recipe.describe import create, describe
+from stages.recipe.segment import Segment
+from stages.worker import snapshot
+from stages.worker.hosted_stage import leave_undecayed
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 
-from pipeline.loss_scaling import LossScaling, unscaled
-from pipeline.merging import Merged
-from pipeline.state import Place, Slots, described_slots
-from stages.recipes import create
-from stages.snapshot import optimizer_slots, read
+from pipeline.compiled.loss_scaling import LossScaling, unscaled
+from pipeline.compiled.optimizer_slots import Place, Slots, described_slots
+from pipeline.model.merge import Merged
+from stages.recipe.describe import create
+from stages.worker.snapshot import optimizer_slots, read
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline

@@ -14,8 +14,8 @@ from typing import Any
 import keras
 
 from pipeline.errors import CompileError
-from pipeline.session import Session
-from pipeline.step import StepResult
+from pipeline.runtime.session import Session
+from pipeline.runtime.watcher import StepWatcher
 
 
 class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
@@ -35,46 +35,6 @@ class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
             raise CompileError("a checkpoint of a pipeline holds everything; for weights use ModelCheckpoint")
         super().__init__(f"{filepath}.keras", **options)  # Keras takes no other ending
         self.filepath = str(filepath)
-
-
-class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
-    """A callback that is shown every batch of `fit` before it is trained on, and what its step gave.
-
-    Keras tells callbacks a batch's number and its logs; the batch itself only `Trainer.train_step` has.
-
-    Attributes:
-        step: Training steps begun so far, over all `fit`s of this callback.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = 0
-        self._epoch = self._batch = 0
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Note where in training this is."""
-        self._epoch = epoch
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Note where in training this is."""
-        self._batch = batch
-
-    @property
-    def place(self) -> str:
-        """Where in training this is, in words; epochs as Keras's progress bar counts them."""
-        return f"step {self.step} (epoch {self._epoch + 1}, batch {self._batch + 1})"
-
-    def before_step(self, session: Session, data: tuple[Any, Any, Any]) -> str:
-        """Look at the running pipeline and at (x, y, sample_weight), which it is about to be trained on.
-
-        Returns:
-            What the step should note of tensors at the cuts, as `Session.train` takes it; "": nothing.
-        """
-        self.step += 1
-        return ""
-
-    def after_step(self, session: Session, result: StepResult) -> None:
-        """Look at what the step gave."""
 
 
 def watchers_among(callbacks: Any) -> tuple[StepWatcher, ...]:

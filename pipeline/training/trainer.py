@@ -15,12 +15,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline import keras_files
-from pipeline.callbacks import StepWatcher, prepared, watchers_among
-from pipeline.objective import by_label
-from pipeline.session import Session
-from pipeline.step import StepResult
-from pipeline.verify_every import VerifyEvery
+from pipeline.batch.outputs import by_label
+from pipeline.batch.step import StepResult
+from pipeline.runtime.session import Session
+from pipeline.runtime.watcher import StepWatcher
+from pipeline.saving import keras_files
+from pipeline.training.callbacks import prepared, watchers_among
+from pipeline.verify.every import VerifyEvery
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline

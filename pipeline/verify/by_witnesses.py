@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare import Judged, Part, judge, largest
-from pipeline.tolerance import Tolerance
-from pipeline.verify_tape import SUMS, Allowance, Names, Observed, order_of, order_of_sum, where
-from pipeline.witness_results import Array, Differences, Gradients, Size, direction
-from stages.observing import GRADIENT, Sight
+from pipeline.compare.compare import Judged, Part, judge, largest
+from pipeline.compare.tolerance import Tolerance
+from pipeline.reference.witness.results import Array, Differences, Gradients, Size, direction
+from pipeline.verify.tape import SUMS, Allowance, Names, Observed, order_of, order_of_sum, where
+from stages.worker.observers import GRADIENT, Sight
 
 
 @dataclass(frozen=True)

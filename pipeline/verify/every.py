@@ -14,12 +14,12 @@ from collections.abc import Collection, Sequence
 from statistics import median
 from typing import Any
 
-from pipeline.callbacks import StepWatcher
+from pipeline.batch.step import StepResult
 from pipeline.errors import CompileError, VerificationError
-from pipeline.report import Report, SingleTapeError
-from pipeline.session import Session
-from pipeline.step import StepResult
-from pipeline.verify import MEMORY_LIMIT, Question, verified
+from pipeline.report.report import Report, SingleTapeError
+from pipeline.runtime.session import Session
+from pipeline.runtime.watcher import StepWatcher
+from pipeline.verify.verification import MEMORY_LIMIT, Question, verified
 
 _ON_FAILURE = ("raise", "warn")
 

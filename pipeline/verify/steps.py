@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.compare import Judged, Order, Part, judge, largest
-from pipeline.state import Slots
-from pipeline.step import Batch, StepResult
-from pipeline.tolerance import Tolerance
-from pipeline.verify_tape import UPDATE, Allowance, Names
+from pipeline.batch.step import Batch, StepResult
+from pipeline.compare.compare import Judged, Order, Part, judge, largest
+from pipeline.compare.tolerance import Tolerance
+from pipeline.compiled.optimizer_slots import Slots
+from pipeline.verify.tape import UPDATE, Allowance, Names
 
 if TYPE_CHECKING:
-    from pipeline.session import Session
-    from pipeline.verify import Question
+    from pipeline.runtime.session import Session
+    from pipeline.verify.verification import Question
 
 Array = np.ndarray[Any, Any]
 _KINDS = ("metric", "seed", "statistics", "weight", "optimizer", "prediction")

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare import Judged, Order, Part, judge, largest
-from pipeline.step import StepResult
-from pipeline.tolerance import Tolerance
-from stages.observing import ACTIVATION, GRADIENT, MASK, SHARED, Sight
+from pipeline.batch.step import StepResult
+from pipeline.compare.compare import Judged, Order, Part, judge, largest
+from pipeline.compare.tolerance import Tolerance
+from stages.worker.observers import ACTIVATION, GRADIENT, MASK, SHARED, Sight
 
 Array = np.ndarray[Any, Any]
 Seen = Mapping[Sight, Array | None]

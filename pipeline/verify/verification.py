@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.compare import Judged, Part, judge
+from pipeline.batch.step import Batch
+from pipeline.compare.compare import Judged, Part, judge
+from pipeline.compare.rows import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Row
+from pipeline.compare.tolerance import Tolerance
 from pipeline.errors import VerificationError
-from pipeline.report import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Report, Row
-from pipeline.step import Batch
-from pipeline.timeline import measured_timeline
-from pipeline.tolerance import Tolerance
-from pipeline.verify_steps import Steps
-from pipeline.verify_tape import UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
-from pipeline.witness_results import Differences, Gradients
-from pipeline.witnesses import Yardstick, by_differences, by_gradients
-from stages.observing import ACTIVATION
+from pipeline.plan.timeline import measured_timeline
+from pipeline.reference.witness.results import Differences, Gradients
+from pipeline.report.report import Report
+from pipeline.verify.by_witnesses import Yardstick, by_differences, by_gradients
+from pipeline.verify.steps import Steps
+from pipeline.verify.tape import UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
+from stages.worker.observers import ACTIVATION
 
 if TYPE_CHECKING:
-    from pipeline.session import Session
+    from pipeline.runtime.session import Session
 
 MEMORY_LIMIT = 2 << 30
 """Bytes that a Jacobian may take in the check "chain" unless told otherwise."""
@@ -43,9 +44,10 @@ class Question:
     """What is asked of a verification.
 
     Attributes:
-        checks: Keys of `pipeline.report.CHECKS`.
+        checks: Keys of `pipeline.report.report.CHECKS`.
         steps: How many updates the check "steps" makes.
-        tolerance: What may differ, as a part of the largest |value|; None: by the rules of `pipeline.tolerance`.
+        tolerance: What may differ, as a part of the largest |value|; None: by the rules of
+            `pipeline.compare.tolerance`.
         memory_limit: Bytes that a Jacobian may take.
         seed: Of random directions.
     """

@@ -8,8 +8,8 @@
         tape.gradient(loss, variables)
     print(explanation)
 
-Both run the code once, eagerly, and record it as a graph (`stages.gradient_flow`). Whether there is a gradient is
-always what a real tape says. The first way leaves everything as it was: what was written into variables is put back.
+Both run the code once, eagerly, and record it as a graph (`stages.explanation.flow.graph`). Whether there is a gradient
+is always what a real tape says. The first way leaves everything as it was: what was written into variables is put back.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import tensorflow as tf
 from tensorflow.python.eager import backprop
 
 from stages.errors import HandoffError
-from stages.explain_rows import Explanation, Row
-from stages.explain_runs import run_of
-from stages.explain_verdicts import real_gradients, rows_of
-from stages.gradient_flow import Graph
-from stages.gradient_flow_conversions import watch_conversions
-from stages.gradient_flow_python import link_by_change, link_by_value
-from stages.gradient_flow_record import Recorder, random_states
-from stages.gradient_flow_tapes import Asked, TapeLog, handle_of, make_sources, names_of, unique
+from stages.explanation.flow.conversions import watch_conversions
+from stages.explanation.flow.graph import Graph
+from stages.explanation.flow.recorder import Recorder, random_states
+from stages.explanation.flow.through_python import link_by_change, link_by_value
+from stages.explanation.flow.user_tapes import Asked, TapeLog, handle_of, make_sources, names_of, unique
+from stages.explanation.rows import Explanation, Row
+from stages.explanation.runs import run_of
+from stages.explanation.verdicts import real_gradients, rows_of
 from stages.stage import Stage
 
 Variables = Iterable[Any] | Mapping[str, Any]

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import tensorflow as tf
 from tensorflow.python.eager import backprop_util
 
-from stages.explain_rows import Blocker
-from stages.gradient_flow import PYTHON, Graph, Node
-from stages.gradient_flow_edges import Edges
-from stages.gradient_flow_tapes import Asked, Source, is_tracked
+from stages.explanation.flow.edges import Edges
+from stages.explanation.flow.graph import PYTHON, Graph, Node
+from stages.explanation.flow.user_tapes import Asked, Source, is_tracked
+from stages.explanation.rows import Blocker
 
 ADVICE = {
     # the target does not depend on it

@@ -69,7 +69,7 @@ class Row:
         name: The variable's path, behind the stage's name where there is one.
         target: What was differentiated.
         status: One of `STATUSES`.
-        reason: A short name of the reason (`stages.explain_reasons.ADVICE` has all); empty if connected.
+        reason: A short name of the reason (`stages.explanation.reasons.ADVICE` has all); empty if connected.
         why: The reason in words.
         advice: What can be done.
         blockers: Where; the one that matters most comes first.

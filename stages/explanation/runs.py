@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.gradient_flow_tapes import names_of, unique
-from stages.heads import Objective
+from stages.explanation.flow.user_tapes import names_of, unique
+from stages.loss.heads import Objective
 from stages.stage import Stage
-from stages.tensors import flatten
+from stages.tape.tensors import flatten
 
 Run = Callable[[], Mapping[str, Any]]
 

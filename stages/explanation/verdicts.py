@@ -11,11 +11,11 @@ import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import backprop, record
 
-from stages.explain_reasons import ADVICE, Finding, Way, reason
-from stages.explain_rows import CONNECTED, NOT_CONNECTED, ZERO, Row
-from stages.explain_values import Gradients, status_of, where_not_finite, where_zero
-from stages.gradient_flow import Graph
-from stages.gradient_flow_tapes import Asked, Source, handle_of
+from stages.explanation.flow.graph import Graph
+from stages.explanation.flow.user_tapes import Asked, Source, handle_of
+from stages.explanation.reasons import ADVICE, Finding, Way, reason
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, Row
+from stages.explanation.zero_or_not_finite import Gradients, status_of, where_not_finite, where_zero
 
 
 def real_gradients(tape: Any, target: Any, sources: Sequence[Source]) -> tuple[list[Any], str]:

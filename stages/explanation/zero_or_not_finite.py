@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import backprop_util
 
-from stages.accumulate import dense
-from stages.explain_reasons import place
-from stages.explain_rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker
-from stages.gradient_flow import Graph, Node
+from stages.explanation.flow.graph import Graph, Node
+from stages.explanation.reasons import place
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker
+from stages.tape.accumulate import dense
 
 Gradients = Callable[[list[Any]], Sequence[Any]]
 """Tensors -> dTarget/d(each), or None for each."""

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.jacobian_memory import (
+from stages.jacobian.memory import (
     JacobianEstimate,
     MemoryLimitExceeded,
     SegmentJacobians,
@@ -32,9 +32,9 @@ from stages.jacobian_memory import (
     per_segment,
     readable_bytes,
 )
-from stages.jacobian_record import Recorded, SegmentLike, record, segment_name
-from stages.jacobian_rows import Contraction, connected, contract_blocked, contract_whole, dense
-from stages.sample_independence import samples_are_independent
+from stages.jacobian.record import Recorded, SegmentLike, record, segment_name
+from stages.jacobian.rows import Contraction, connected, contract_blocked, contract_whole, dense
+from stages.jacobian.sample_independence import samples_are_independent
 
 __all__ = ["ChainRule", "JacobianEstimate", "MemoryLimitExceeded", "SegmentGradients", "chain_rule", "jacobian_bytes"]
 

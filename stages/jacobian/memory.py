@@ -22,7 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.errors import StageError
-from stages.jacobian_record import SegmentLike, record, segment_name
+from stages.jacobian.record import SegmentLike, record, segment_name
 
 BUILD_FACTOR = 2
 """Bytes in use while a Jacobian is built, as a multiple of the bytes of the Jacobian."""

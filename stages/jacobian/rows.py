@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.jacobian_memory import MemoryLimitExceeded, readable_bytes, row_bytes
+from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes, row_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

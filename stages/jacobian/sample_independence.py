@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.jacobian_memory import common_batch
+from stages.jacobian.memory import common_batch
 
 
 def samples_are_independent(tape: Any, outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.recipes import Recipe, create, describe
+from stages.recipe.describe import Recipe, create, describe
 
 _SUMS = ("sum", "none", None)
 _COUPLED_FUNCTIONS = ("dice", "tversky", "circle")

@@ -14,8 +14,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.loss import Head
-from stages.part import mask_of, with_mask
+from stages.loss.head import Head
+from stages.masks import mask_of, with_mask
 
 
 @dataclass(frozen=True, slots=True)

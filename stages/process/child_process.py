@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from stages.board import SharedBoard, words_of
-from stages.lifetime import die_with_parent, name_process
 from stages.origin import check_origins
+from stages.process.lifetime import die_with_parent, name_process
+from stages.process.status_board import SharedBoard, words_of
 
 __all__ = ["Descriptors", "run_worker"]
 

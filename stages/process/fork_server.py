@@ -17,7 +17,8 @@ Invariants:
 
 1. One thread, and no TensorFlow op, ever: a child forked after an op hangs in its first `tf.function`. Checked before
    the first fork, and again before each.
-2. The server dies with the driver and a worker dies with the server (`stages.lifetime`), whatever either is doing.
+2. The server dies with the driver and a worker dies with the server (`stages.process.lifetime`), whatever either is
+   doing.
 3. Messages are JSON, one datagram each; open files travel beside them. A job (which entry to call, with what) is in a
    memfd that only the worker reads. Nothing is pickled.
 4. Every child is waited for at once, so there are no zombies; its exit code goes to its own report pipe.
@@ -37,9 +38,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stages.control import receive, send
-from stages.lifetime import die_with_parent, name_process
-from stages.worker_process import Descriptors, run_worker
+from stages.process.child_process import Descriptors, run_worker
+from stages.process.control_socket import receive, send
+from stages.process.lifetime import die_with_parent, name_process
 
 __all__ = ["main", "preload"]
 

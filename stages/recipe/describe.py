@@ -11,10 +11,10 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stages import custom
 from stages.errors import RecipeError
-from stages.forgotten import forgotten, restore
-from stages.running_order import run_in_order, running_order
+from stages.recipe import custom_objects
+from stages.recipe.keras_omissions import forgotten, restore
+from stages.recipe.running_order import run_in_order, running_order
 
 Recipe = Any
 """JSON: None, bool, number, string, list or dict."""
@@ -101,7 +101,7 @@ def describe(thing: Any, what: str) -> Recipe:
         ) from error
     if isinstance(config, dict):
         config.pop("compile_config", None)  # what a model was compiled with is no part of it; a pipeline has its own
-    recipe = {"keras": config, "custom": custom.homes(config, what)}
+    recipe = {"keras": config, "custom": custom_objects.homes(config, what)}
     if found := forgotten(thing, config):
         recipe["forgotten"] = found
     if (order := running_order(thing)) is not None:
@@ -121,7 +121,7 @@ def create(recipe: Recipe) -> Any:
         return import_function(recipe["function"])
     import keras
 
-    found = keras.saving.deserialize_keras_object(recipe["keras"], custom_objects=custom.find(recipe["custom"]))
+    found = keras.saving.deserialize_keras_object(recipe["keras"], custom_objects=custom_objects.find(recipe["custom"]))
     restore(found, recipe.get("forgotten", {}))
     if "order" in recipe:
         run_in_order(found, recipe["order"])

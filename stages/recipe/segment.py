@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stages.errors import SegmentError
-from stages.recipes import Recipe, create, describe, function_name, import_function
+from stages.recipe.describe import Recipe, create, describe, function_name, import_function
 
 _NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
@@ -31,7 +31,7 @@ class Segment:
         kwargs: Plain keyword arguments for `build` (JSON: numbers, strings, lists, dicts).
         model: The built Keras model, where there is one (see `of`); then `build` is None.
         states: Names of the states that the part hands to its own next window: the model takes them behind its inputs
-            and gives them behind its outputs (see `stages.carried`).
+            and gives them behind its outputs (see `stages.tape.window_states`).
 
     Raises:
         SegmentError: Neither or both of `build` and `model` were given, or a name is no valid name.

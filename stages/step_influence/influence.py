@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +33,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stages.influence_map import InfluenceMap
-from stages.influence_places import INPUT, OUTPUT, Piece, Places, Root, elements_of, leaves
-from stages.jacobian_memory import MemoryLimitExceeded, readable_bytes, row_bytes
-from stages.jacobian_rows import dense
+from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes, row_bytes
+from stages.jacobian.rows import dense
+from stages.step_influence.map import InfluenceMap
+from stages.step_influence.places import INPUT, OUTPUT, Piece, Places, Root, elements_of, leaves
+from stages.tape.eagerly import eagerly
 
 DEFAULT_MEMORY_LIMIT = 2 << 30
 """Bytes that the evaluation may take beside the forward pass unless told otherwise: 2 GiB."""
@@ -260,17 +260,6 @@ def _variables(model: Any, sources: Any) -> list[Any]:
     given += [] if model is None else model.weights
     found = [v.value if isinstance(v, keras.Variable) else v for v in given]
     return [variable for variable in found if variable.dtype.is_floating]
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Compiled functions run operation by operation: one compiled call has no path between two of its outputs."""
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
 
 
 def _dense_output(value: Any) -> Any:

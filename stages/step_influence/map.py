@@ -136,7 +136,7 @@ class InfluenceMap:
 
     def figure(self, *, title: str | None = None) -> Figure:
         """The matplotlib figure that `save` saves."""
-        from stages.influence_picture import influence_figure
+        from stages.step_influence.picture import influence_figure
 
         return influence_figure(self, title)
 

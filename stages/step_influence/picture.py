@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    from stages.influence_map import InfluenceMap
+    from stages.step_influence.map import InfluenceMap
 
 _INK, _FAINT, _HATCHED = "#22272e", "#c9cdd3", "#f1f2f4"
 _DPI = 150

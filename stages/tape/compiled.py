@@ -19,13 +19,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.accumulate import Contribution, dense
-from stages.calls import direct, portable, portable_dtype, restore
-from stages.graph_split import Traced, depends_on, split_functions
-from stages.heads import Heads, Objective
-from stages.part import Part, States, spread, watch
-from stages.tapes import Blocks, Key, Masked, Opened, rescaled, update
-from stages.tensors import is_differentiable
+from stages.loss.heads import Heads, Objective
+from stages.tape.accumulate import Contribution, dense
+from stages.tape.direct_calls import direct, portable, portable_dtype, restore
+from stages.tape.eager import Blocks, Key, Masked, Opened, rescaled, update
+from stages.tape.graph_split import Traced, depends_on, split_functions
+from stages.tape.model_call import Part, States, spread, watch
+from stages.tape.tensors import is_differentiable
 
 _SCALAR = tf.TensorSpec((), tf.float32)
 

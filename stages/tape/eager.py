@@ -1,6 +1,6 @@
 """Tapes that stay open between forward and backward: the eager way, one `tf.GradientTape` per microbatch.
 
-The compiled way is in `stages.compiled`; both keep the same contract, so a stage holds either:
+The compiled way is in `stages.tape.compiled`; both keep the same contract, so a stage holds either:
 
     forward(key, inputs, share, masked, objective) → outputs and losses; the tape stays open under `key`
     backward(key, output_gradients)                → input gradients; variable gradients are accumulated
@@ -8,7 +8,8 @@ The compiled way is in `stages.compiled`; both keep the same contract, so a stag
     apply(optimizer, scale)                        → one update from those sums, which are cleared
 
 `share` is the microbatch's part of the batch (n_k / N): own losses count with it, so they count once a batch. Inputs
-and outputs are flat values followed by the masks of those that have one (`stages.part`); `masked` says which.
+and outputs are flat values followed by the masks of those that have one (`stages.tape.model_call`); `masked` says
+which.
 
 What several targets of one tape send into one variable or tensor is added in the order in which TensorFlow happens to
 meet it; three summands in another order differ in the last bit. So all targets of a stage go through one `IdentityN`:
@@ -23,10 +24,10 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
-from stages.accumulate import Contribution, OrderedSum, dense
-from stages.heads import Heads, Objective
-from stages.part import Part, States, spread, watch
-from stages.tensors import is_differentiable
+from stages.loss.heads import Heads, Objective
+from stages.tape.accumulate import Contribution, OrderedSum, dense
+from stages.tape.model_call import Part, States, spread, watch
+from stages.tape.tensors import is_differentiable
 
 Masked = Sequence[int]
 """Which values the masks behind them belong to."""

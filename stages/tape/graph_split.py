@@ -26,7 +26,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.calls import direct, portable, portable_dtype, restore
+from stages.tape.direct_calls import direct, portable, portable_dtype, restore
 
 
 @dataclass(frozen=True)

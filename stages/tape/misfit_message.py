@@ -15,8 +15,8 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.part import States
-from stages.tensors import describe_tensor, flatten
+from stages.tape.model_call import States
+from stages.tape.tensors import describe_tensor, flatten
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.tensors import compatible, describe_tensor, flatten, is_differentiable
+from stages.masks import mask_of, with_mask
+from stages.tape.tensors import compatible, describe_tensor, flatten, is_differentiable
 
 
 class Called(NamedTuple):
@@ -137,19 +138,6 @@ def _let_inner_layers_mask(model: Any) -> None:
     if isinstance(model, keras.Model) and not model.supports_masking:
         model.supports_masking = True
         model.compute_mask = lambda inputs, previous_mask: None
-
-
-def mask_of(tensor: Any) -> Any | None:
-    """The Keras mask that rides on a tensor, or None."""
-    return getattr(tensor, "_keras_mask", None)
-
-
-def with_mask(tensor: Any, mask: Any | None) -> Any:
-    """The tensor under a new name, carrying this mask and none of Keras's other hidden attributes."""
-    copy = tf.identity(tensor)
-    if mask is not None:
-        copy._keras_mask = mask
-    return copy
 
 
 def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.tensors import describe_tensor, is_differentiable
+from stages.tape.tensors import describe_tensor, is_differentiable
 
 
 def flat_gradients(given: Any, outputs: Sequence[Any], where: str) -> list[Any | None]:

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.tensors import describe_tensor, is_differentiable
+from stages.tape.tensors import describe_tensor, is_differentiable
 
 States = tuple[Any, ...]
 

@@ -13,15 +13,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stages import snapshot
 from stages.errors import SegmentError
 from stages.grid import is_over_time
-from stages.heads import Heads
-from stages.loss import Head
-from stages.part import changed_by_calls
-from stages.recipes import Recipe, create
-from stages.segment import build_model
+from stages.loss.head import Head
+from stages.loss.heads import Heads
+from stages.recipe.describe import Recipe, create
+from stages.recipe.segment import build_model
 from stages.stage import Stage
+from stages.tape.model_call import changed_by_calls
+from stages.worker import snapshot
 from transport.message import DRIVER
 
 

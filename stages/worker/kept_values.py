@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages import snapshot
-from stages.hosted import HostedStage
-from stages.tensors import to_array
+from stages.tape.tensors import to_array
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage
 
 EVERYTHING = ("model", "optimizer", "metrics")
 """All of a stage's variables, as `HostedStage.variables` calls them."""

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from stages import tied
-from stages.accumulate import plus
 from stages.actions import Action, Kind
 from stages.grid import Grid
-from stages.heads import Objective, WholeBatch, whole_batch
-from stages.hosted import HostedStage
-from stages.observing import CROSSES, GRADIENT, Sight, observer_named
-from stages.part import with_mask
-from stages.tapes import Key as TapeKey
-from stages.tensors import to_array, to_tensor
+from stages.loss.heads import Objective, WholeBatch, whole_batch
+from stages.masks import with_mask
+from stages.tape.accumulate import plus
+from stages.tape.eager import Key as TapeKey
+from stages.tape.tensors import to_array, to_tensor
+from stages.worker import tied_gradients
+from stages.worker.hosted_stage import HostedStage
+from stages.worker.observers import CROSSES, GRADIENT, Sight, observer_named
 from transport.message import DRIVER, Key, Message
 
 IDLE, WAITING, RUNNING, BUILDING, BUSY = range(5)
@@ -44,7 +44,8 @@ class StepOrder:
         trace: Whether to note when each action began and ended.
         loss_scale: Factor on every loss while it is differentiated.
         truncate: How many windows a state's gradient goes back through; None: all.
-        observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see `stages.observing`.
+        observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see
+            `stages.worker.observers`.
     """
 
     step: int
@@ -152,7 +153,7 @@ class Program:
                 self.spans[-1] = (self.spans[-1][0], time.monotonic())
         board[0] = BUSY
         if self.order.training:
-            tied.join(self.hosted, self._send_shared, self._take_shared)
+            tied_gradients.join(self.hosted, self._send_shared, self._take_shared)
         self.current = None
         return {"losses": {str(index): self._losses(index, batch) for index, batch in self._batches.items()}}
 

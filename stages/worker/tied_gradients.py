@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from stages.accumulate import plus
-from stages.hosted import HostedStage
+from stages.tape.accumulate import plus
+from stages.worker.hosted_stage import HostedStage
 
 Send = Callable[[int, int, str, int, Any | None], None]
 """(destination stage, source stage, tie, number, tensor or None)."""

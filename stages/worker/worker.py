@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from stages import snapshot
 from stages.actions import Action, from_array
-from stages.carried import Carried
 from stages.errors import HandoffError
 from stages.grid import Grid
-from stages.hosted import HostedStage, StageSpec
-from stages.keeping import EVERYTHING, Kept
-from stages.observing import Norms, Values
-from stages.program import BUILDING, BUSY, IDLE, Links, Program, StepOrder, Stopped
-from stages.tensors import to_array, to_tensor
+from stages.tape.tensors import to_array, to_tensor
+from stages.tape.window_states import Carried
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.kept_values import EVERYTHING, Kept
+from stages.worker.observers import Norms, Values
+from stages.worker.step_program import BUILDING, BUSY, IDLE, Links, Program, StepOrder, Stopped
 from transport.channel import Outbox
 from transport.errors import TransportError
 from transport.mailbox import Mailbox

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from pipeline import Pipeline
-from pipeline.graph import read_graph
-from pipeline.splitter import split_model
+from pipeline.cutting.splitter import split_model
+from pipeline.model.call_graph import read_graph
 from tests.random_graphs import LOSSES, OUTPUTS, Sketch
 from tests.strategies_graphs import sketches
 

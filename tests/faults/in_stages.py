@@ -11,10 +11,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from stages import program, tied
-from stages.calls import portable
-from stages.part import States, changed_by_calls
-from stages.tapes import EagerTapes
+from stages.tape.direct_calls import portable
+from stages.tape.eager import EagerTapes
+from stages.tape.model_call import States, changed_by_calls
+from stages.worker import step_program, tied_gradients
 from tests.faults.cases import MICROBATCHES
 from tests.faults.live import Live, adding, closing, opening, replaced
 from tests.faults.places import Place, is_square
@@ -114,12 +114,12 @@ def left_out(live: Live, place: Place) -> Context:
 
         return added
 
-    return replaced(program, "plus", make)
+    return replaced(step_program, "plus", make)
 
 
 def not_summed(live: Live, place: Place) -> Context:
     """The owner of a shared variable forgets the other stages' contributions."""
-    return replaced(tied, "summed", lambda summed: lambda contributions: summed(contributions[:1]))
+    return replaced(tied_gradients, "summed", lambda summed: lambda contributions: summed(contributions[:1]))
 
 
 def not_replaced(live: Live, place: Place) -> Context:

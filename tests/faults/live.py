@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-import stages.worker
 from pipeline import Pipeline
-from stages import snapshot
-from stages.hosted import HostedStage
-from stages.tapes import EagerTapes
-from stages.worker import Worker, serve
+from stages.tape.eager import EagerTapes
+from stages.worker import snapshot
+from stages.worker import worker as worker_module
+from stages.worker.hosted_stage import HostedStage
+from stages.worker.worker import Worker, serve
 from tests.faults.cases import RATE, Case
 from tests.faults.frames import Change, Damaged
 from transport.message import DRIVER, Key, Message
@@ -146,7 +146,7 @@ def _recorded() -> Iterator[list[Worker]]:
     def main(_: Any) -> Any:
         return lambda spec, board: serve(Recorded, spec, board)
 
-    with replaced(stages.worker, "main", main):
+    with replaced(worker_module, "main", main):
         yield found
 
 

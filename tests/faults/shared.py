@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pipeline.joined_model
-import stages.part
-from pipeline.single_tape import SingleTape
-from stages.heads import Heads
-from stages.loss import Head
+from pipeline.reference.one_tape import joined_model
+from pipeline.reference.one_tape.single_tape import SingleTape
+from stages.loss.head import Head
+from stages.loss.heads import Heads
 from stages.stage import Stage
+from stages.tape import model_call
 from tests.faults.cases import CASES, MICROBATCHES
 from tests.faults.live import Live, replaced
 from tests.faults.matrix import verified
@@ -101,7 +101,7 @@ def _masks_off() -> Iterator[None]:
     def make(_: Any) -> Any:
         return lambda tensor: None
 
-    with replaced(stages.part, "mask_of", make), replaced(pipeline.joined_model, "mask_of", make):
+    with replaced(model_call, "mask_of", make), replaced(joined_model, "mask_of", make):
         yield
 
 

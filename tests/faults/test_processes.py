@@ -4,16 +4,16 @@ from functools import partial
 
 import pytest
 
-import pipeline.session
 from pipeline import VerificationError
+from pipeline.runtime import session
 from tests.faults.cases import CASES
 
 
 @pytest.mark.parametrize("entry", ["flipping", "narrowing"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
-    driver = partial(pipeline.session.Driver, entry=f"tests.faults.workers:{entry}")
-    monkeypatch.setattr(pipeline.session, "Driver", driver)
+    driver = partial(session.Driver, entry=f"tests.faults.workers:{entry}")
+    monkeypatch.setattr(session, "Driver", driver)
     case = CASES["convolutional"]
     with case.pipeline("1f1b", eager, transport="ipc") as pipe:
         report = pipe.verify(*case.data(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stages.worker import Worker, serve
+from stages.worker.worker import Worker, serve
 from tests.faults.frames import DamagedSocket, Envelope, cast_to_bfloat16, flip_a_bit
 
 SENDER, KIND, MICROBATCH = 1, "gradient", 1

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.shared import shared_server
+from pipeline.runtime.launch.shared import shared_server
 from tests.failures import Gate, Script
-from tests.pipeline.launch.processes import Line, children, open_files
+from tests.pipeline.runtime.launch.processes import Line, children, open_files
 
 
 @pytest.fixture

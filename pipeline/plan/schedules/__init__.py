@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from pipeline.errors import ScheduleError
-from pipeline.plan import Plan, validate
-from pipeline.schedules.forward_only import forward_only
-from pipeline.schedules.gpipe import gpipe
-from pipeline.schedules.one_f_one_b import one_f_one_b
+from pipeline.plan.plan import Plan, validate
+from pipeline.plan.schedules.forward_only import forward_only
+from pipeline.plan.schedules.gpipe import gpipe
+from pipeline.plan.schedules.one_f_one_b import one_f_one_b
 
 __all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_f_one_b", "schedule_named"]
 

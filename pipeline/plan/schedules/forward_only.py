@@ -9,8 +9,8 @@ It is not in the registry of schedules, as it cannot train; whatever the schedul
 
 from __future__ import annotations
 
-from pipeline.plan import Plan
-from pipeline.schedules.common import blocks, check, forwards
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules.common import blocks, check, forwards
 
 __all__ = ["forward_only"]
 

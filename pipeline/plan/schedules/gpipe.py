@@ -12,8 +12,8 @@ of p workers, and so is its price: the tapes of all m microbatches are open at o
 
 from __future__ import annotations
 
-from pipeline.plan import Plan
-from pipeline.schedules.common import backwards, blocks, check, forwards
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules.common import backwards, blocks, check, forwards
 
 __all__ = ["gpipe"]
 

@@ -11,8 +11,8 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 
 from __future__ import annotations
 
-from pipeline.plan import Plan
-from pipeline.schedules.common import Block, backwards, blocks, check, forwards
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules.common import Block, backwards, blocks, check, forwards
 from stages.actions import Action
 
 __all__ = ["one_f_one_b"]

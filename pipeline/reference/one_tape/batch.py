@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from stages.grid import Grid
-from stages.hosted import HostedStage
-from stages.part import mask_of, with_mask
+from stages.masks import mask_of, with_mask
+from stages.worker.hosted_stage import HostedStage
 
 Array = np.ndarray[Any, Any]
 Weights = Mapping[tuple[int, int], Mapping[tuple[int, int], Any]]

@@ -13,12 +13,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from pipeline.reference_batch import Weights, Whole, owner, scaled_sum, standing_in, state_names, weight_part
-from stages.heads import Objective
-from stages.hosted import HostedStage
-from stages.part import mask_of, with_mask
-from stages.tapes import joint
-from stages.tensors import is_differentiable
+from pipeline.reference.one_tape.batch import Weights, Whole, owner, scaled_sum, standing_in, state_names, weight_part
+from stages.loss.heads import Objective
+from stages.masks import mask_of, with_mask
+from stages.tape.eager import joint
+from stages.tape.tensors import is_differentiable
+from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import owned, owner
-from stages import snapshot
-from stages.hosted import HostedStage, leave_undecayed
-from stages.recipes import Recipe, create
-from stages.tapes import rescaled, update
+from pipeline.reference.one_tape.batch import owned, owner
+from stages.recipe.describe import Recipe, create
+from stages.tape.eager import rescaled, update
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage, leave_undecayed
 
 Array = np.ndarray[Any, Any]
 

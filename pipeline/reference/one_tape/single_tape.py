@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.joined_model import JoinedModel, Pass
-from pipeline.reference_batch import (
+from pipeline.reference.one_tape.batch import (
     Weights,
     Whole,
     by_head,
@@ -28,12 +27,14 @@ from pipeline.reference_batch import (
     summed,
     weight_part,
 )
-from stages.accumulate import dense, plus
+from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
-from stages.hosted import HostedStage, makes_masks
-from stages.observing import ACTIVATION, GRADIENT, MASK, Observer, Sight
-from stages.part import States, mask_of
-from stages.tensors import is_differentiable, to_array
+from stages.masks import mask_of
+from stages.tape.accumulate import dense, plus
+from stages.tape.model_call import States
+from stages.tape.tensors import is_differentiable, to_array
+from stages.worker.hosted_stage import HostedStage, makes_masks
+from stages.worker.observers import ACTIVATION, GRADIENT, MASK, Observer, Sight
 
 Array = np.ndarray[Any, Any]
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Whole, owned, state_names
-from pipeline.tolerance import eps
-from pipeline.witness_parts import (
+from pipeline.compare.tolerance import eps
+from pipeline.reference.one_tape.batch import Whole, owned, state_names
+from pipeline.reference.witness.float64_twin import WIDE, Twin, check, drawing, wide_floats
+from pipeline.reference.witness.flow import (
     RefusedError,
     Tensors,
     call_model,
@@ -30,11 +31,10 @@ from pipeline.witness_parts import (
     run_flow,
     undisturbed,
 )
-from pipeline.witness_twin import WIDE, Twin, check, drawing, wide_floats
-from stages.hosted import HostedStage
-from stages.jacobian_rows import dense
-from stages.loss import Head
-from stages.part import States
+from stages.jacobian.rows import dense
+from stages.loss.head import Head
+from stages.tape.model_call import States
+from stages.worker.hosted_stage import HostedStage
 
 Key = tuple[int, int]
 """(stage, place among its trainable variables) of a variable; of a shared one its owner's."""

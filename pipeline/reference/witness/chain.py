@@ -5,9 +5,10 @@
     dL/dW(s)     = dL/dOut(s) . dOut(s)/dW(s)         what its optimizer must get
 
 Every segment runs forward once per microbatch and window under a tape of its own, so that random layers draw once and
-statistics move once, as in the pipeline. From the top down each Jacobian is made row by row (`pipeline.witness_rows`)
-and contracted with dL/dOut. Nothing of the hand-off is used: no output gradient is ever given to a tape except
-one-hot rows. What a tensor gets from several consumers is summed, and so are the uses of a shared variable.
+statistics move once, as in the pipeline. From the top down each Jacobian is made row by row
+(`pipeline.reference.witness.rows`) and contracted with dL/dOut. Nothing of the hand-off is used: no output gradient is
+ever given to a tape except one-hot rows. What a tensor gets from several consumers is summed, and so are the uses of a
+shared variable.
 
 Cost: of every microbatch and window of a segment one backward pass for each element of its outputs (samples times
 features), in a traced loop. That is 10 to 10^5 times a step: for small models.
@@ -24,10 +25,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Weights, Whole, state_names, weight_part
-from pipeline.single_tape import SingleTape
-from pipeline.witness_loss import Rounding, rounding
-from pipeline.witness_parts import (
+from pipeline.reference.one_tape.batch import Weights, Whole, state_names, weight_part
+from pipeline.reference.one_tape.single_tape import SingleTape
+from pipeline.reference.witness.batch_loss import Rounding, rounding
+from pipeline.reference.witness.flow import (
     RefusedError,
     call_model,
     heads_of,
@@ -42,14 +43,14 @@ from pipeline.witness_parts import (
     tensor_names,
     undisturbed,
 )
-from pipeline.witness_results import Array, Cut, Gradients
-from pipeline.witness_rows import contract_by_rows
-from stages.accumulate import plus
-from stages.heads import Heads, Objective
-from stages.hosted import HostedStage
-from stages.jacobian_memory import MemoryLimitExceeded, readable_bytes
-from stages.jacobian_rows import Contraction, connected, dense
-from stages.tensors import is_differentiable
+from pipeline.reference.witness.results import Array, Cut, Gradients
+from pipeline.reference.witness.rows import contract_by_rows
+from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes
+from stages.jacobian.rows import Contraction, connected, dense
+from stages.loss.heads import Heads, Objective
+from stages.tape.accumulate import plus
+from stages.tape.tensors import is_differentiable
+from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
 
 MEMORY_LIMIT = 1 << 28

@@ -3,9 +3,9 @@
     f(t)  = the loss of the whole batch with W + t d in place of W        d: random, |d| = 1
     f'(0) ~ (f(t) - f(-t)) / 2t                                          compared with  sum(dL/dW * d)
 
-The batch goes through float64 twins of the segments (`pipeline.witness_twin`) in the same microbatches and windows with
-the same random draws, since normalisation and dropout depend on them; the loss is Keras's own of the joined predictions
-of all microbatches, so it knows no weights of microbatches either.
+The batch goes through float64 twins of the segments (`pipeline.reference.witness.float64_twin`) in the same
+microbatches and windows with the same random draws, since normalisation and dropout depend on them; the loss is Keras's
+own of the joined predictions of all microbatches, so it knows no weights of microbatches either.
 
 The step is not chosen by hand. From t = 10^-3 max(|W|, 1) down by factors of 4, two neighbouring steps give
 Richardson's extrapolation R = (16 D(t/4) - D(t)) / 15, free of the error in t^2, and three reasons to doubt it
@@ -30,13 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.reference_batch import Whole
-from pipeline.tolerance import eps
-from pipeline.witness_loss import BatchLoss, apart
-from pipeline.witness_parts import RefusedError, size_of, undisturbed
-from pipeline.witness_results import Differences, Direction, direction
-from pipeline.witness_twin import WIDE
-from stages.hosted import HostedStage
+from pipeline.compare.tolerance import eps
+from pipeline.reference.one_tape.batch import Whole
+from pipeline.reference.witness.batch_loss import BatchLoss, apart
+from pipeline.reference.witness.float64_twin import WIDE
+from pipeline.reference.witness.flow import RefusedError, size_of, undisturbed
+from pipeline.reference.witness.results import Differences, Direction, direction
+from stages.worker.hosted_stage import HostedStage
 
 DIRECTIONS = 2
 """Random directions of each variable."""
@@ -51,7 +51,7 @@ def differences(
     Args:
         hosted: The stages, in the order of the flow, with the values set; left as they are.
         batch: The batch, with targets.
-        seed: Of the directions (`pipeline.witness_results.direction`).
+        seed: Of the directions (`pipeline.reference.witness.results.direction`).
         directions: Of each variable.
 
     Returns:

@@ -20,13 +20,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.witness_parts import RefusedError, dtype_of, heads_of, named
-from stages import snapshot
-from stages.hosted import HostedStage
-from stages.loss import Head
-from stages.part import Part
-from stages.recipes import create, describe
-from stages.segment import build_model
+from pipeline.reference.witness.flow import RefusedError, dtype_of, heads_of, named
+from stages.loss.head import Head
+from stages.recipe.describe import create, describe
+from stages.recipe.segment import build_model
+from stages.tape.model_call import Part
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE = "float64"
@@ -170,7 +170,7 @@ def widened(recipe: Any) -> Any:
     """A recipe of which every floating dtype is float64.
 
     Args:
-        recipe: As `stages.recipes.describe` gives it.
+        recipe: As `stages.recipe.describe.describe` gives it.
     """
     if isinstance(recipe, list):
         return [widened(one) for one in recipe]

@@ -16,14 +16,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Whole, owner, state_names
-from pipeline.witness_results import Array, Size
-from stages.accumulate import plus
-from stages.hosted import HostedStage
-from stages.loss import Head
-from stages.part import States, mask_of, with_mask
-from stages.recipes import create
-from stages.tensors import flatten
+from pipeline.reference.one_tape.batch import Whole, owner, state_names
+from pipeline.reference.witness.results import Array, Size
+from stages.loss.head import Head
+from stages.masks import mask_of, with_mask
+from stages.recipe.describe import create
+from stages.tape.accumulate import plus
+from stages.tape.model_call import States
+from stages.tape.tensors import flatten
+from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
 
 Tensors = dict[str, Any]

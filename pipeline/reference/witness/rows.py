@@ -2,7 +2,7 @@
 
     dL/dW = sum over rows r of  dL/dOut[r] * (dOut/dW)[r, :]
 
-`stages.jacobian_rows` stacks blocks of rows in the dtype of the model. A witness adds the same rows up in float64, and
+`stages.jacobian.rows` stacks blocks of rows in the dtype of the model. A witness adds the same rows up in float64, and
 no more than one exists at a time.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.jacobian_rows import Contraction, dense, rows_that_fit
+from stages.jacobian.rows import Contraction, dense, rows_that_fit
 
 _SUM = tf.float64
 

@@ -8,8 +8,8 @@ in its batch, which every comparison on the same microbatches would share, is fo
 
 It says nothing of models in which samples see each other or numbers are drawn: there a batch in microbatches *is*
 something else than the whole batch. Which layers do so is found by looking: what a call changes (statistics, seeds,
-`stages.part.changed_by_calls`), whether a microbatch alone gets the outputs that it gets within the batch, and whether
-a segment's own losses are means over samples. Then the witness is refused, with the layer's name.
+`stages.tape.model_call.changed_by_calls`), whether a microbatch alone gets the outputs that it gets within the batch,
+and whether a segment's own losses are means over samples. Then the witness is refused, with the layer's name.
 
 Cost: one tape over the whole batch, so the activations of all samples at once, and one forward pass besides.
 """
@@ -24,10 +24,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference_batch import Whole, state_names
-from pipeline.tolerance import Tolerance
-from pipeline.witness_loss import Rounding, rounding
-from pipeline.witness_parts import (
+from pipeline.compare.tolerance import Tolerance
+from pipeline.reference.one_tape.batch import Whole, state_names
+from pipeline.reference.witness.batch_loss import Rounding, rounding
+from pipeline.reference.witness.flow import (
     RefusedError,
     Tensors,
     call_model,
@@ -43,11 +43,11 @@ from pipeline.witness_parts import (
     size_of,
     undisturbed,
 )
-from pipeline.witness_results import Gradients, Size
-from stages.hosted import HostedStage
-from stages.jacobian_rows import dense
-from stages.part import changed_by_calls
-from stages.tensors import flatten, is_differentiable
+from pipeline.reference.witness.results import Gradients, Size
+from stages.jacobian.rows import dense
+from stages.tape.model_call import changed_by_calls
+from stages.tape.tensors import flatten, is_differentiable
+from stages.worker.hosted_stage import HostedStage
 
 Seen = list[tuple[Any, list[Any], list[Any]]]
 """(layer, its inputs, its outputs) of every call, inner ones first."""

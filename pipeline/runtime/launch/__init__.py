@@ -5,11 +5,11 @@ Nothing here imports TensorFlow.
 
 from __future__ import annotations
 
-from pipeline.launch.base import Launcher, WorkerHandle
-from pipeline.launch.errors import LaunchError
-from pipeline.launch.local import LocalLauncher
-from pipeline.launch.shared import prestart, shutdown
-from pipeline.launch.threads import ThreadLauncher
+from pipeline.runtime.launch.base import Launcher, WorkerHandle
+from pipeline.runtime.launch.errors import LaunchError
+from pipeline.runtime.launch.local import LocalLauncher
+from pipeline.runtime.launch.shared import prestart, shutdown
+from pipeline.runtime.launch.threads import ThreadLauncher
 
 __all__ = [
     "LaunchError",

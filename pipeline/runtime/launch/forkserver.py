@@ -1,4 +1,4 @@
-"""The driver's side of the warm fork server (`stages.server` is the other, and draws how they talk).
+"""The driver's side of the warm fork server (`stages.process.fork_server` is the other, and draws how they talk).
 
 Invariants:
 
@@ -25,17 +25,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.launch.base import describe_exit
-from pipeline.launch.descriptors import Descriptor, readable, remaining
-from pipeline.launch.errors import LaunchError, ServerGoneError
-from pipeline.launch.keeper import Keeper, python
-from stages.board import SharedBoard
-from stages.control import receive, send
+from pipeline.runtime.launch.base import describe_exit
+from pipeline.runtime.launch.descriptors import Descriptor, readable, remaining
+from pipeline.runtime.launch.errors import LaunchError, ServerGoneError
+from pipeline.runtime.launch.keeper import Keeper, python
 from stages.origin import ROOT
+from stages.process.control_socket import receive, send
+from stages.process.status_board import SharedBoard
 
 __all__ = ["DEFAULTS", "PRELOAD", "ForkServer", "Launched"]
 
-PRELOAD = ("tensorflow", "keras", "stages.worker")
+PRELOAD = ("tensorflow", "keras", "stages.worker.worker")
 """What the server imports before it forks."""
 
 DEFAULTS: Mapping[str, str] = {
@@ -49,7 +49,7 @@ READY_TIMEOUT = 120.0
 """Seconds that imports may take: far more than a cold disk needs, and an end."""
 
 _BOOT = (
-    "import os, sys; sys.path.insert(0, sys.argv[1]); from stages.server import main; "
+    "import os, sys; sys.path.insert(0, sys.argv[1]); from stages.process.fork_server import main; "
     "os._exit(main(int(sys.argv[2]), int(sys.argv[3])))"
 )
 _END_TIMEOUT = 2.0
@@ -150,7 +150,7 @@ class ForkServer:
         """Fork a worker; it waits for a byte through its gate before it does anything.
 
         Args:
-            job: as `stages.worker_process` reads it.
+            job: as `stages.process.child_process` reads it.
             timeout: seconds to wait for the server, its imports included.
 
         Returns:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 
-from pipeline.launch.descriptors import Descriptor
+from pipeline.runtime.launch.descriptors import Descriptor
 
 __all__ = ["Keeper"]
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.launch.base import describe_exit
-from pipeline.launch.descriptors import Descriptor, readable, remaining
-from pipeline.launch.errors import LaunchError, ServerGoneError
-from pipeline.launch.forkserver import DEFAULTS, ForkServer, Launched, import_path
-from pipeline.launch.shared import shared_server
-from stages.board import SharedBoard
+from pipeline.runtime.launch.base import describe_exit
+from pipeline.runtime.launch.descriptors import Descriptor, readable, remaining
+from pipeline.runtime.launch.errors import LaunchError, ServerGoneError
+from pipeline.runtime.launch.forkserver import DEFAULTS, ForkServer, Launched, import_path
+from pipeline.runtime.launch.shared import shared_server
 from stages.origin import ROOT
+from stages.process.status_board import SharedBoard
 
 __all__ = ["LocalLauncher", "LocalWorker"]
 

@@ -10,7 +10,7 @@ import atexit
 import os
 import threading
 
-from pipeline.launch.forkserver import ForkServer
+from pipeline.runtime.launch.forkserver import ForkServer
 
 __all__ = ["prestart", "shared_server", "shutdown"]
 

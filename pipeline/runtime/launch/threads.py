@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.launch.base import describe_exit
-from pipeline.launch.descriptors import Descriptor
-from pipeline.launch.local import check_request
-from stages.board import SLOTS, words_of
+from pipeline.runtime.launch.base import describe_exit
+from pipeline.runtime.launch.descriptors import Descriptor
+from pipeline.runtime.launch.local import check_request
+from stages.process.status_board import SLOTS, words_of
 
 __all__ = ["ThreadLauncher", "ThreadWorker"]
 

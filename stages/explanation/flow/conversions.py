@@ -20,7 +20,7 @@ import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import script_ops
 
-from stages.gradient_flow_record import Recorder, user_line
+from stages.explanation.flow.recorder import Recorder, user_line
 
 _METHODS = ("numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__format__")
 _FUNCTIONS = ("array", "asarray", "asanyarray", "ascontiguousarray")

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import backprop, backprop_util, record
 from tensorflow.python.framework import ops
 
-from stages.gradient_flow import Graph, Node, tensors_of
+from stages.explanation.flow.graph import Graph, Node, tensors_of
 
 NEVER_ASKED = frozenset({"EagerPyFunc", "PartitionedCall", "StatefulPartitionedCall", "While", "If", "Case"})
 """Operations whose gradient function cannot be called apart from a tape; they pass a gradient."""

@@ -37,10 +37,10 @@ from tensorflow.python.framework import op_callbacks, ops
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
 from stages.errors import HandoffError
-from stages.gradient_flow import Graph, Line, Node
-from stages.influencing import eagerly
+from stages.explanation.flow.graph import Graph, Line, Node
+from stages.tape.eagerly import eagerly
 
-_OURS = Path(__file__).resolve().parent.parent
+_OURS = Path(__file__).resolve().parents[2]
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _LIBRARIES = (
     *(str(Path(str(module.__file__)).parent) for module in (tf, keras, np)),

@@ -2,8 +2,8 @@
 
     tensor ─► .numpy() ─► (anything) ─► constant ─► operation ─► target
 
-The going out is recorded (`stages.gradient_flow_conversions`), the coming back is a constant among many. Which one it
-is, is found out in two ways:
+The going out is recorded (`stages.explanation.flow.conversions`), the coming back is a constant among many. Which one
+it is, is found out in two ways:
 
 1. *By change*, where the code can be run again: a variable is changed, and the first constant whose value is another
    one in the second run came from it. This is evidence, not a guess.
@@ -21,8 +21,8 @@ import tensorflow as tf
 from tensorflow.python.eager import record
 from tensorflow.python.ops import gen_resource_variable_ops
 
-from stages.gradient_flow import PYTHON, Graph, Node
-from stages.gradient_flow_tapes import Source
+from stages.explanation.flow.graph import PYTHON, Graph, Node
+from stages.explanation.flow.user_tapes import Source
 
 Again = Callable[[], tuple[Graph, int]]
 """Runs the code again: what happened, and the target's number."""

@@ -12,9 +12,9 @@ import tensorflow as tf
 from tensorflow.python.eager import backprop
 from tensorflow.python.ops import resource_variable_ops
 
-from stages.gradient_flow import Graph, Line
-from stages.gradient_flow_edges import Edges
-from stages.gradient_flow_record import Recorder, user_frame, user_line
+from stages.explanation.flow.edges import Edges
+from stages.explanation.flow.graph import Graph, Line
+from stages.explanation.flow.recorder import Recorder, user_frame, user_line
 
 _NONE = tf.UnconnectedGradients.NONE
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.part import mask_of, with_mask
+from stages.masks import mask_of, with_mask
 
 __all__ = ["as_ragged", "batch_first", "elements_first", "row_lengths", "steps_per_sample"]
 

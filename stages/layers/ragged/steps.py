@@ -7,7 +7,7 @@
     output     (batch, elements, longest, units), zero where an element had fewer steps, with a mask that says so
 
 How many steps is known beforehand (a list), comes with the batch (a tensor), or is found out while running (a stop
-rule). The batch stands first, so that microbatches can be cut; `stages.ragged_layout` gives other layouts.
+rule). The batch stands first, so that microbatches can be cut; `stages.layers.ragged.layout` gives other layouts.
 
 Rules:
 
@@ -27,9 +27,16 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.ragged_cells import draw_dropout, output_units, reset_dropout, state_units, takes_training, watched_state
-from stages.ragged_checks import check_cell, check_layers, check_series, check_step_shape, longest, whole_numbers
-from stages.ragged_loop import choose, run_loop
+from stages.layers.ragged.cells import (
+    draw_dropout,
+    output_units,
+    reset_dropout,
+    state_units,
+    takes_training,
+    watched_state,
+)
+from stages.layers.ragged.checks import check_cell, check_layers, check_series, check_step_shape, longest, whole_numbers
+from stages.layers.ragged.loop import choose, run_loop
 
 _PACKAGE = "tapeline"
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import DataError
-from pipeline.data import class_weights, make_batch
+from pipeline.batch.data import class_weights, make_batch
 
 ONE = {"x": ("float32", (None, 3))}
 TWO = {"a": ("float32", (None, 3)), "b": ("int32", (None, 2))}

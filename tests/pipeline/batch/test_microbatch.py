@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.batch.microbatch import microbatch_sizes, microbatch_slices
 from pipeline.errors import MicrobatchError
-from pipeline.microbatch import microbatch_sizes, microbatch_slices
 
 
 @pytest.mark.parametrize(

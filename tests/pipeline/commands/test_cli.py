@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.commands.cli import main
 from tests.sources import ROOT
 
 COMMANDS = ("demo", "verify", "explain", "plan", "bench")

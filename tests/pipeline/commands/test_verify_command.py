@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from pipeline.cli import main
-from tests.pipeline import synthetic_reports as reports
+from pipeline.commands.cli import main
+from tests.pipeline.report import synthetic_reports as reports
 
 MODULE = """
-from tests.pipeline import synthetic_reports as reports
+from tests.pipeline.report import synthetic_reports as reports
 
 asked = []
 

@@ -23,8 +23,8 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.graph import read_graph
-from pipeline.splitter import split_model
+from pipeline.cutting.splitter import split_model
+from pipeline.model.call_graph import read_graph
 from stages import Segment, Stage
 from tests.levels import in_turn
 from tests.one_tape import Gradients, OneTape, assert_same_bits, difference

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.balance import BALANCES, balanced_cuts
-from pipeline.costs import CallCost, Costs, TensorCost, Transfer, Weight
+from pipeline.cutting.costs import CallCost, Costs, TensorCost, Transfer, Weight
+from pipeline.cutting.optimise import BALANCES, balanced_cuts
 from pipeline.errors import SplitError
 from tests.sources import ROOT
 from tests.strategies_costs import graphs_of_calls
@@ -178,6 +178,7 @@ def test_what_cannot_be_balanced_is_refused(arguments, message):
 
 
 def test_balancing_does_not_load_tensorflow():
-    code = "import sys, pipeline.balance, pipeline.prediction, pipeline.cuts, pipeline.transfer; print(*sys.modules)"
+    modules = ("optimise", "prediction", "cut_table", "transfer")
+    code = f"import sys, {', '.join(f'pipeline.cutting.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"tensorflow", "keras"} & set(loaded.split())

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline.balance import BALANCES
-from pipeline.balancing import balance
+from pipeline.cutting.choose import balance
+from pipeline.cutting.optimise import BALANCES
 from pipeline.errors import SplitError
-from pipeline.graph import read_graph
+from pipeline.model.call_graph import read_graph
 
 layers = keras.layers
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.balance import balanced_cuts
-from pipeline.cores import few_cores
-from pipeline.costs import Transfer
+from pipeline.cutting.cores import few_cores
+from pipeline.cutting.costs import Transfer
+from pipeline.cutting.measure import measure
+from pipeline.cutting.optimise import balanced_cuts
+from pipeline.cutting.transfer import measure_transfer
 from pipeline.errors import DataError, SplitError
-from pipeline.graph import read_graph
-from pipeline.measuring import measure
-from pipeline.transfer import measure_transfer
-from stages.graph_split import Traced, split_functions
+from pipeline.model.call_graph import read_graph
+from stages.tape.graph_split import Traced, split_functions
 
 layers = keras.layers
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from pipeline.costs import CallCost, Costs, TensorCost, Weight
-from pipeline.cuts import CutTable, cut_table
+from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
+from pipeline.cutting.cut_table import CutTable, cut_table
+from pipeline.cutting.splitter import split_model
 from pipeline.errors import DataError, SplitError
-from pipeline.splitter import split_model
 from tests.strategies_costs import graphs_of_calls
 
 layers = keras.layers

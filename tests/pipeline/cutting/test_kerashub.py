@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from pipeline.graph import Graph, read_graph
-from pipeline.splitter import Split, split_model
+from pipeline.cutting.splitter import Split, split_model
+from pipeline.model.call_graph import Graph, read_graph
 from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits

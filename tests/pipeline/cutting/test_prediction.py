@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.balance import balanced_cuts
-from pipeline.costs import CallCost, Costs, TensorCost, Transfer, Weight, assignment
+from pipeline.cutting.costs import CallCost, Costs, TensorCost, Transfer, Weight, assignment
+from pipeline.cutting.measure import measure
+from pipeline.cutting.optimise import balanced_cuts
+from pipeline.cutting.prediction import predict
+from pipeline.cutting.splitter import split_model
 from pipeline.errors import SplitError, TimelineError
-from pipeline.graph import read_graph
-from pipeline.measuring import measure
+from pipeline.model.call_graph import read_graph
 from pipeline.pipeline import Pipeline
-from pipeline.prediction import predict
-from pipeline.schedules import SCHEDULES
-from pipeline.splitter import split_model
-from pipeline.timeline import Timeline
+from pipeline.plan.schedules import SCHEDULES
+from pipeline.plan.timeline import Timeline
 from tests.strategies_costs import graphs_of_calls
 
 FREE = Transfer(0.0, 0.0)

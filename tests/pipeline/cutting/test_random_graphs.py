@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from pipeline import Pipeline
-from pipeline.graph import read_graph
-from pipeline.splitter import Split, split_model
+from pipeline.cutting.splitter import Split, split_model
+from pipeline.model.call_graph import read_graph
 from tests.levels import SOAK, examples, in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import Gradients, assert_same_bits

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, SplitError
-from pipeline.graph import read_graph
-from pipeline.splitter import split_model
-from tests.pipeline.twins import assert_same_arrays, classifier, regressor
+from pipeline.cutting.splitter import split_model
+from pipeline.model.call_graph import read_graph
+from tests.pipeline.reference.twins import assert_same_arrays, classifier, regressor
 
 
 def chain(layers=6, units=4):

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import DataError, Pipeline, Segment
 from tests.pipeline import parts
-from tests.pipeline.twins import assert_same_arrays, classes, classifier, numbers
+from tests.pipeline.reference.twins import assert_same_arrays, classes, classifier, numbers
 
 X, Y = classes(12)
 XN, YN = numbers(12)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, DataError, Pipeline
-from tests.pipeline.twins import SEED, assert_same_arrays, twins
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
 
 layers = keras.layers
 SAMPLES = 12

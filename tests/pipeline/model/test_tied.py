@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, SplitError, WiringError
-from tests.pipeline.twins import SEED, assert_same_arrays, twins
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
 
 layers = keras.layers
 WORDS, WIDTH, LENGTH = 11, 4, 5
@@ -130,9 +130,13 @@ def test_a_tied_gradient_is_reported_once_under_its_first_stage():
 
 def test_a_lost_contribution_is_found(monkeypatch):
     """Verification reads the shared value itself, so copies that are not summed cannot pass."""
-    from stages import tied
+    from stages.worker import tied_gradients
 
-    monkeypatch.setattr(tied, "summed", lambda contributions: tied.reduce(tied.plus, contributions[0], None))
+    monkeypatch.setattr(
+        tied_gradients,
+        "summed",
+        lambda contributions: tied_gradients.reduce(tied_gradients.plus, contributions[0], None),
+    )
     x, y = pairs()
     with Pipeline.split(siamese(), at=[["a_low", "turn"]], microbatches=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)

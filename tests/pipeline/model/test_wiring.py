@@ -4,9 +4,9 @@ import keras
 import pytest
 
 from pipeline import Pipeline, WiringError
-from pipeline.wiring import wire
+from pipeline.model.wiring import wire
 from stages.errors import SegmentError
-from stages.segment import Segment
+from stages.recipe.segment import Segment
 from transport.message import DRIVER
 
 

@@ -12,9 +12,9 @@ import tensorflow as tf
 from matplotlib.image import imread
 
 from pipeline import BoundaryNorms, CompileError, Pipeline
-from pipeline.boundary_flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, Limits, found, ratios
-from stages.observing import ACTIVATION, GRADIENT, Norms, Sight, sum_of_squares
-from tests.pipeline.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier
+from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, Limits, found, ratios
+from stages.worker.observers import ACTIVATION, GRADIENT, Norms, Sight, sum_of_squares
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier
 from transport.dtypes import DTYPES
 
 layers = keras.layers

@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Refuse())
 EVERYTHING = """
 import pipeline, stages
 from pipeline import SCHEDULES, Cost, Plan, build_plan, microbatch_sizes, save_timeline, simulate, validate
-from pipeline.schedules import forward_only
+from pipeline.plan.schedules import forward_only
 from stages import Action, Kind, Wiring, chain, dependencies
 from stages.actions import from_array, to_array
 for name in SCHEDULES:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import Fault, PipelineError, PlanError
-from pipeline.plan import Plan, validate
-from pipeline.rules import RULES, faults
-from pipeline.schedules import forward_only, gpipe, one_f_one_b
+from pipeline.plan.plan import Plan, validate
+from pipeline.plan.rules import RULES, faults
+from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
 from stages.actions import Action, Kind, chain, dependencies
 from tests.strategies_plans import arbitrary_plans, wired_plans
 

@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 
 from pipeline.errors import PlanError, ScheduleError
-from pipeline.plan import Plan, validate
-from pipeline.schedules import SCHEDULES, build_plan, forward_only, gpipe, one_f_one_b, schedule_named
-from pipeline.simulator import Cost, simulate
+from pipeline.plan.plan import Plan, validate
+from pipeline.plan.schedules import SCHEDULES, build_plan, forward_only, gpipe, one_f_one_b, schedule_named
+from pipeline.plan.simulator import Cost, simulate
 from stages.actions import Action, Kind, chain
 
 STAGES, MICROBATCHES, WINDOWS = range(1, 7), range(1, 9), range(1, 4)

@@ -5,7 +5,7 @@ import io
 import re
 from itertools import pairwise
 
-from pipeline.rules import RULES
+from pipeline.plan.rules import RULES
 from tests.sources import ROOT
 
 PAGE = (ROOT / "docs" / "schedules.md").read_text()
@@ -42,7 +42,7 @@ def test_every_drawing_is_what_the_code_prints(tmp_path, monkeypatch):
 
 
 def test_the_drawings_in_the_schedules_own_modules_are_their_text():
-    from pipeline.schedules import forward_only, gpipe, one_f_one_b
+    from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
 
     for name, schedule in {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "forward_only": forward_only}.items():
         source = (ROOT / "pipeline" / "schedules" / f"{name}.py").read_text()

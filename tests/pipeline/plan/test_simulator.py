@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import PlanError, TimelineError
-from pipeline.plan import Plan
-from pipeline.schedules import forward_only, gpipe, one_f_one_b
-from pipeline.simulator import Cost, simulate
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
+from pipeline.plan.simulator import Cost, simulate
 from stages.actions import Action, Kind
 from tests.strategies_plans import arbitrary_plans, costs, wired_plans
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.errors import TimelineError
-from pipeline.timeline import Span, Timeline
+from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Action, Kind
 
 F, B, I, W = Kind  # noqa: E741

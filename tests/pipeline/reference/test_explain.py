@@ -11,16 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from pipeline import Pipeline
-from pipeline.cli import main
+from pipeline.commands.cli import main
+from pipeline.cutting.splitter import split_model
 from pipeline.errors import PipelineError
-from pipeline.explain import beside, explain_joined, status_of_array
-from pipeline.graph import read_graph
-from pipeline.splitter import split_model
+from pipeline.model.call_graph import read_graph
+from pipeline.reference.explain import explain_joined
+from pipeline.verify.explain import beside, status_of_array
 from stages import Explanation, LearnedState
-from stages.explain_rows import Row
+from stages.explanation.rows import Row
 from tests.levels import examples
-from tests.pipeline import blocking_layers as blocking
-from tests.pipeline.witnessing import bits, stages_of, whole
+from tests.pipeline.reference.witnessing import bits, stages_of, whole
+from tests.pipeline.runtime import blocking_layers as blocking
 from tests.random_graphs import LOSSES, OUTPUTS
 from tests.strategies_graphs import sketches
 
@@ -255,7 +256,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
 MODULE = """
 import keras, numpy as np, tensorflow as tf
 from pipeline import Pipeline
-from tests.pipeline.blocking_layers import Stop
+from tests.pipeline.runtime.blocking_layers import Stop
 
 w = tf.Variable([1.0, 2.0], name="w")
 x, y = np.ones((4, 3), "float32"), np.zeros((4, 1), "float32")

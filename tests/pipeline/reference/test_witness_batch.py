@@ -10,13 +10,13 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.single_tape import SingleTape
-from pipeline.verify_tape import Observed
-from pipeline.witness_batch import batch_at_once
-from pipeline.witness_results import Gradients
-from pipeline.witnesses import by_gradients
-from stages.loss import Head
-from tests.pipeline.witnessing import NEAR, Case, bits, by_tape, case, case_of
+from pipeline.reference.one_tape.single_tape import SingleTape
+from pipeline.reference.witness.results import Gradients
+from pipeline.reference.witness.whole_batch import batch_at_once
+from pipeline.verify.by_witnesses import by_gradients
+from pipeline.verify.tape import Observed
+from stages.loss.head import Head
+from tests.pipeline.reference.witnessing import NEAR, Case, bits, by_tape, case, case_of
 
 layers = keras.layers
 REFUSED = {"convolution": "layer 'normal'", "dropout": "layer 'drop'", "truncated": "truncated"}

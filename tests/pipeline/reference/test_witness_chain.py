@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from pipeline.verify_tape import Observed
-from pipeline.witness_chain import chain
-from pipeline.witness_results import Gradients
-from pipeline.witnesses import by_gradients
-from tests.pipeline.witnessing import NEAR, bits, case, case_of
+from pipeline.reference.witness.chain import chain
+from pipeline.reference.witness.results import Gradients
+from pipeline.verify.by_witnesses import by_gradients
+from pipeline.verify.tape import Observed
+from tests.pipeline.reference.witnessing import NEAR, bits, case, case_of
 
 
 @cache

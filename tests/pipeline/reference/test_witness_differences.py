@@ -10,12 +10,12 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.verify_tape import Observed
-from pipeline.witness_differences import derivative, differences
-from pipeline.witness_results import Differences, Size
-from pipeline.witness_twin import wide_floats, widened
-from pipeline.witnesses import Yardstick, by_differences
-from tests.pipeline.witnessing import NEAR, Case, bits, case, case_of
+from pipeline.reference.witness.differences import derivative, differences
+from pipeline.reference.witness.float64_twin import wide_floats, widened
+from pipeline.reference.witness.results import Differences, Size
+from pipeline.verify.by_witnesses import Yardstick, by_differences
+from pipeline.verify.tape import Observed
+from tests.pipeline.reference.witnessing import NEAR, Case, bits, case, case_of
 
 layers = keras.layers
 

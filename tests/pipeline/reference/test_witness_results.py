@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.witness_results import Cut, Differences, Direction, Gradients, Size, direction
+from pipeline.reference.witness.results import Cut, Differences, Direction, Gradients, Size, direction
 
 
 def test_gradients_survive_the_wire() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.tolerance import Tolerance, eps
+from pipeline.compare.tolerance import Tolerance, eps
 
 
 @pytest.mark.parametrize("terms", [3, 100, 10_000])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from stages import program
-from stages.loss import Head
-from tests.pipeline.witness_kinds import KINDS, made
+from stages.loss.head import Head
+from stages.worker import step_program
+from tests.pipeline.reference.witness_kinds import KINDS, made
 
 ALL = ("chain", "differences", "batch")
 REFUSED = {
@@ -42,40 +42,40 @@ def test_every_witness_agrees_or_says_why_it_cannot(kind: str) -> None:
 
 
 def scaled(monkeypatch):
-    right = program.Program._output_gradients
+    right = step_program.Program._output_gradients
 
     def wrong(self, hosted, action):
         return [None if g is None else g / 2 for g in right(self, hosted, action)]
 
-    monkeypatch.setattr(program.Program, "_output_gradients", wrong)
+    monkeypatch.setattr(step_program.Program, "_output_gradients", wrong)
 
 
 def dropped(monkeypatch):
-    right = program.Program._output_gradients
+    right = step_program.Program._output_gradients
 
     def wrong(self, hosted, action):
         found = right(self, hosted, action)
         return [None for _ in found] if action.microbatch == 1 else found
 
-    monkeypatch.setattr(program.Program, "_output_gradients", wrong)
+    monkeypatch.setattr(step_program.Program, "_output_gradients", wrong)
 
 
 def unweighted(monkeypatch):
-    monkeypatch.setattr(program.Program, "_weight_of", lambda self, one, unit: None)
+    monkeypatch.setattr(step_program.Program, "_weight_of", lambda self, one, unit: None)
 
 
 def alike(monkeypatch):
-    right = program.Program._objective
+    right = step_program.Program._objective
 
     def wrong(self, hosted, unit):
         found = right(self, hosted, unit)
         return found and replace(found, weights=tuple(1 / len(self.grid.sizes) for _ in found.weights))
 
-    monkeypatch.setattr(program.Program, "_objective", wrong)
+    monkeypatch.setattr(step_program.Program, "_objective", wrong)
 
 
 def repeated_regulariser(monkeypatch):
-    right = program.Program._forward
+    right = step_program.Program._forward
 
     class Alone:
         def __init__(self, grid):
@@ -91,7 +91,7 @@ def repeated_regulariser(monkeypatch):
         right(self, action)
         self.grid = grid
 
-    monkeypatch.setattr(program.Program, "_forward", wrong)
+    monkeypatch.setattr(step_program.Program, "_forward", wrong)
 
 
 @pytest.mark.parametrize(

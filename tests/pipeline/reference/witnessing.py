@@ -11,17 +11,17 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.microbatch import microbatch_sizes
-from pipeline.reference_batch import Whole
-from pipeline.single_tape import SingleTape
-from pipeline.step import StepResult
-from pipeline.verify_tape import Allowance, Names, Observed
-from pipeline.witnesses import Yardstick
-from stages import snapshot
+from pipeline.batch.microbatch import microbatch_sizes
+from pipeline.batch.step import StepResult
+from pipeline.reference.one_tape.batch import Whole
+from pipeline.reference.one_tape.single_tape import SingleTape
+from pipeline.verify.by_witnesses import Yardstick
+from pipeline.verify.tape import Allowance, Names, Observed
 from stages.grid import Grid
-from stages.hosted import HostedStage
-from stages.observing import Sight, Values
-from tests.pipeline.witness_kinds import made
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage
+from stages.worker.observers import Sight, Values
+from tests.pipeline.reference.witness_kinds import made
 
 NEAR = ("dense", "convolution", "dropout", "tied", "windows")
 """Kinds that each witness is asked about on its own; `test_witnesses` asks all of all, through `Pipeline.verify`."""

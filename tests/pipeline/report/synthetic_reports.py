@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
-from pipeline.report import Check, Deviation, Edge, Flow, Report, Row
-from pipeline.schedules import build_plan
-from pipeline.simulator import Cost, simulate
-from pipeline.tolerance import Tolerance
+from pipeline.compare.rows import Check, Deviation, Edge, Flow, Row
+from pipeline.compare.tolerance import Tolerance
+from pipeline.plan.schedules import build_plan
+from pipeline.plan.simulator import Cost, simulate
+from pipeline.report.report import Report
 
 STAGES = ("bottom", "middle", "top")
 BITS = Tolerance.bits()

@@ -10,11 +10,11 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from pipeline.errors import TimelineError
-from pipeline.plan import Plan
-from pipeline.plots import save_timeline, timeline_figure
-from pipeline.schedules import build_plan, forward_only
-from pipeline.simulator import Cost, simulate
-from pipeline.timeline import Timeline
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import build_plan, forward_only
+from pipeline.plan.simulator import Cost, simulate
+from pipeline.plan.timeline import Timeline
+from pipeline.report.timeline_figure import save_timeline, timeline_figure
 from stages.actions import Action, Kind
 
 F, B, I, W = Kind  # noqa: E741
@@ -136,9 +136,9 @@ def test_an_empty_timeline_is_an_empty_picture(tmp_path):
 def test_drawing_leaves_pyplot_and_the_users_backend_alone(tmp_path):
     code = f"""
 import sys
-from pipeline.plots import save_timeline
-from pipeline.schedules import build_plan
-from pipeline.simulator import Cost, simulate
+from pipeline.report.timeline_figure import save_timeline
+from pipeline.plan.schedules import build_plan
+from pipeline.plan.simulator import Cost, simulate
 assert "matplotlib" not in sys.modules
 save_timeline(simulate(build_plan("1f1b", 2, 2), Cost(1, 1)), {str(tmp_path / "a.png")!r})
 assert "matplotlib" in sys.modules

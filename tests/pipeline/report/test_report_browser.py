@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.browser import DOWN, ENTER, RIGHT, browsing, missing
-from tests.pipeline import synthetic_reports as reports
+from tests.pipeline.report import synthetic_reports as reports
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser")
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 from matplotlib.colors import to_hex
 
-from pipeline.report import Flow, Report
-from pipeline.report_figure import COLOURS, figure
-from pipeline.report_layout import picture
-from tests.pipeline import synthetic_reports as reports
+from pipeline.compare.rows import Flow
+from pipeline.report.figure import COLOURS, figure
+from pipeline.report.layout import picture
+from pipeline.report.report import Report
+from tests.pipeline.report import synthetic_reports as reports
 from tests.sources import ROOT
 
 
@@ -118,7 +119,7 @@ def test_any_report_can_be_drawn(tmp_path, report):
 def test_drawing_leaves_pyplot_alone_and_needs_no_tensorflow(tmp_path):
     code = f"""
 import sys
-from tests.pipeline import synthetic_reports as reports
+from tests.pipeline.report import synthetic_reports as reports
 for suffix in ("png", "html", "json", "txt"):
     reports.failing().save({str(tmp_path)!r} + "/report." + suffix)
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules

@@ -6,8 +6,8 @@ from itertools import combinations, pairwise, product
 
 import pytest
 
-from pipeline.report import CHECKS, KINDS, Edge, Flow
-from pipeline.report_layout import (
+from pipeline.compare.rows import CHECKS, KINDS, Edge, Flow
+from pipeline.report.layout import (
     BOX,
     PHASES,
     STATES,
@@ -17,8 +17,8 @@ from pipeline.report_layout import (
     shortened,
     state_of,
 )  # fmt: skip
-from tests.pipeline import synthetic_reports as reports
-from tests.pipeline.synthetic_reports import row
+from tests.pipeline.report import synthetic_reports as reports
+from tests.pipeline.report.synthetic_reports import row
 
 
 def ladder(stages=9):

@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipeline.report import Flow, Report
-from tests.pipeline import synthetic_reports as reports
+from pipeline.compare.rows import Flow
+from pipeline.report.report import Report
+from tests.pipeline.report import synthetic_reports as reports
 from tests.sources import ROOT
 
 VOID = {"meta", "link", "input", "br"}
@@ -167,7 +168,9 @@ def test_without_edges_and_timeline_the_stages_are_shown():
 
 def test_the_pages_pieces_are_installed_with_the_package():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipeline"]
-    pieces = [path.relative_to(ROOT / "pipeline").as_posix() for path in (ROOT / "pipeline" / "report_page").iterdir()]
+    pieces = [
+        path.relative_to(ROOT / "pipeline").as_posix() for path in (ROOT / "pipeline" / "report" / "page").iterdir()
+    ]
     assert len(pieces) == 3
     for piece in pieces:
         assert any(fnmatch(piece, pattern) for pattern in data), piece

@@ -11,10 +11,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from pipeline.compare.rows import CHECKS
 from pipeline.errors import VerificationError
-from pipeline.report import CHECKS, Report
-from pipeline.report_text import LONG, MOST, text
-from tests.pipeline import synthetic_reports as reports
+from pipeline.report.report import Report
+from pipeline.report.text import LONG, MOST, text
+from tests.pipeline.report import synthetic_reports as reports
 
 
 def test_a_failed_report_begins_with_the_first_deviation():

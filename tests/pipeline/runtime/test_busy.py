@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 
-import pipeline.crew
 from pipeline import Pipeline
+from pipeline.runtime import crew
 from tests import failing_parts
 
 
@@ -18,8 +18,8 @@ def test_a_slow_update_is_no_stall(monkeypatch):
             failing_parts.LOOKED_OFTEN.set()
         return right(boards)
 
-    right = pipeline.crew.stalled
-    monkeypatch.setattr(pipeline.crew, "stalled", counting)
+    right = crew.stalled
+    monkeypatch.setattr(crew, "stalled", counting)
     failing_parts.LOOKED_OFTEN.clear()
     bottom = keras.Sequential([keras.Input((1,)), keras.layers.Dense(3, use_bias=False)])
     top = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pipeline.interrupts import deferred_interrupts
+from pipeline.runtime.interrupts import deferred_interrupts
 from tests.failures import DEADLINE
 
 PROGRAM = """

@@ -12,11 +12,12 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import Pipeline, checkpoint
+from pipeline import Pipeline
 from pipeline.errors import CheckpointError, PipelineClosedError, VerificationError, WorkerDiedError
-from pipeline.launch.shared import shared_server
+from pipeline.runtime.launch.shared import shared_server
+from pipeline.saving import checkpoint
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
-from tests.pipeline.launch.processes import DEADLINE, children
+from tests.pipeline.runtime.launch.processes import DEADLINE, children
 
 WAITING_AT = {"do": "wait", "call_number": 4}
 """Microbatch 1 of step 2."""

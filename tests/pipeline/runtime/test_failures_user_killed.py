@@ -9,7 +9,7 @@ from tests.failures import GONE_SECONDS
 PROGRAM = """
 import functools, os
 import numpy as np
-import pipeline.session
+from pipeline.runtime import session
 from pipeline import Pipeline, Segment
 from tests.failing_parts import part, say, waiting_builder
 from tests.failures import X, Y, tripping
@@ -19,8 +19,8 @@ if moment == "starting the server":
     say(line)
     pipe.train_on_batch(X, Y)
 elif moment == "connecting":
-    late = functools.partial(pipeline.session.Driver, entry="tests.failing_parts:late")
-    pipeline.session.Driver = late
+    late = functools.partial(session.Driver, entry="tests.failing_parts:late")
+    session.Driver = late
     os.environ |= {"LINE": line, "GATE": gate}
     pipe = tripping({}, {})
 elif moment == "building":

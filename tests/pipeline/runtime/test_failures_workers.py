@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 
-import pipeline.session
 from pipeline import Pipeline, Segment
-from pipeline.driver import Driver
 from pipeline.errors import PipelineClosedError, StalledError, WiringError, WorkerDiedError, WorkerError
+from pipeline.runtime import session
+from pipeline.runtime.driver import Driver
 from tests import failing_parts
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
 from tests.sources import ROOT
@@ -112,7 +112,7 @@ def test_terminate_on_nan_stops_at_the_step():
 def test_run_in_which_everybody_waits_says_who_waits_for_whom(monkeypatch):
     """Workers that lose every gradient: the top is done, the others wait for gradients that never come."""
     entry = "tests.failing_parts:forgetful"
-    monkeypatch.setattr(pipeline.session, "Driver", functools.partial(Driver, entry=entry, look_seconds=0.3))
+    monkeypatch.setattr(session, "Driver", functools.partial(Driver, entry=entry, look_seconds=0.3))
     pipe = tripping({}, {}, {}, schedule="gpipe")
     with pytest.raises(StalledError) as caught:
         pipe.train_on_batch(X, Y)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline import CheckpointError, CompileError, Pipeline, Segment, SplitError
-from pipeline import checkpoint as module
+from pipeline.saving import checkpoint as module
 from tests.pipeline import parts
-from tests.pipeline.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor
 
 X, Y = classes(12)
 XN, YN = numbers(12)

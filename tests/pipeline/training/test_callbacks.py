@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CompileError, Pipeline, PipelineCheckpoint
-from tests.pipeline.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor, twins
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor, twins
 
 # Keras 3.15 itself reads variables in a way that NumPy 2 warns about, in its callbacks and when it saves.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -215,7 +215,7 @@ def test_tensorboard_writes_the_same_scalars(tmp_path):
     ids=["histograms", "embeddings", "profile", "swap"],
 )
 def test_a_callback_that_cannot_work_is_refused_before_the_first_step(make, match, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.callbacks.find_spec", lambda name: name)
+    monkeypatch.setattr("pipeline.training.callbacks.find_spec", lambda name: name)
     with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         before = pipe.get_weights()
@@ -227,7 +227,7 @@ def test_a_callback_that_cannot_work_is_refused_before_the_first_step(make, matc
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.callbacks.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.training.callbacks.find_spec", lambda name: None)
     with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         with pytest.raises(CompileError, match="pip install tensorboard"):

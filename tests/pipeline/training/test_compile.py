@@ -9,7 +9,15 @@ import pytest
 from pipeline import CompileError, Pipeline
 from stages.errors import RecipeError
 from tests.pipeline import parts
-from tests.pipeline.twins import assert_same_arrays, assert_same_logs, classes, classifier, numbers, regressor, twins
+from tests.pipeline.reference.twins import (
+    assert_same_arrays,
+    assert_same_logs,
+    classes,
+    classifier,
+    numbers,
+    regressor,
+    twins,
+)
 
 X, Y = classes(20)
 ONE_HOT = keras.utils.to_categorical(Y, 3).astype("float32")

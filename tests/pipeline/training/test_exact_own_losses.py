@@ -15,7 +15,7 @@ import pytest
 from pipeline import Pipeline
 from tests.models import Spread, cross_entropy, grouped, part, stack
 from tests.one_tape import OneTape, assert_same_bits, difference
-from tests.pipeline.test_whole_batch import full_batch
+from tests.pipeline.batch.test_whole_batch import full_batch
 
 layers = keras.layers
 SAMPLES, MICROBATCHES = 11, 4

@@ -15,7 +15,15 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CompileError, DataError, Pipeline, PipelineClosedError
-from tests.pipeline.twins import assert_same_arrays, assert_same_logs, classes, classifier, numbers, regressor, twins
+from tests.pipeline.reference.twins import (
+    assert_same_arrays,
+    assert_same_logs,
+    classes,
+    classifier,
+    numbers,
+    regressor,
+    twins,
+)
 
 
 def crossentropy():

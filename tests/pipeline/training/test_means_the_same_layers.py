@@ -15,8 +15,8 @@ import pytest
 from pipeline import Pipeline
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
-from tests.pipeline.same_models import CASES
-from tests.pipeline.twins import SEED, assert_same_arrays, twins
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
+from tests.pipeline.training.same_models import CASES
 
 MICROBATCHES = 3
 

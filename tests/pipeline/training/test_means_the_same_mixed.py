@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from tests.pipeline.same_models import chain
-from tests.pipeline.test_callbacks import callback_model
-from tests.pipeline.twins import assert_same_arrays, numbers, twins
+from tests.pipeline.reference.twins import assert_same_arrays, numbers, twins
+from tests.pipeline.training.same_models import chain
+from tests.pipeline.training.test_callbacks import callback_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from pipeline.compare.rows import Check
 from pipeline.errors import VerificationError
-from pipeline.report import Check
 from pipeline.testing import SingleTapeError, assert_matches_single_tape
-from tests.pipeline import synthetic_reports as reports
+from tests.pipeline.report import synthetic_reports as reports
 from tests.sources import ROOT
 
 pytest_plugins = ["pytester"]
@@ -120,7 +120,7 @@ def test_a_real_pipeline_matches_and_its_report_can_be_shown_in_every_form(real,
 
 
 def test_every_row_of_a_real_report_is_in_its_picture_unless_it_belongs_to_no_stage(real):
-    from pipeline.report_layout import picture
+    from pipeline.report.layout import picture
 
     pipe, x, y = real
     report = pipe.verify(x, y, checks=("tape", "steps"))
@@ -134,8 +134,8 @@ def test_every_row_of_a_real_report_is_in_its_picture_unless_it_belongs_to_no_st
 
 TESTS = """
     import pytest
-    from tests.pipeline import synthetic_reports as reports
-    from tests.pipeline.test_testing import Fake
+    from tests.pipeline.report import synthetic_reports as reports
+    from tests.pipeline.verify.test_testing import Fake
 
     made = []
 

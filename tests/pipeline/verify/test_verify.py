@@ -10,11 +10,12 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import Pipeline, VerificationError, verify
-from pipeline.compare import Part, judge, largest, ulp_distance
-from pipeline.tolerance import Tolerance
-from stages import keeping, program
+from pipeline import Pipeline, VerificationError
+from pipeline.compare.compare import Part, judge, largest, ulp_distance
+from pipeline.compare.tolerance import Tolerance
+from pipeline.verify import verification
 from stages.grid import Grid
+from stages.worker import kept_values, step_program
 
 layers = keras.layers
 EXACT = Tolerance(0.0, "test")
@@ -153,22 +154,22 @@ def test_json_says_what_the_table_says(eager):
 
 
 def wrong_weight(monkeypatch):
-    right = program.Program._objective
+    right = step_program.Program._objective
 
     def divided(self, hosted, unit):
         return replace(right(self, hosted, unit), weights=(1 / len(self.grid.sizes),))
 
-    monkeypatch.setattr(program.Program, "_objective", divided)
+    monkeypatch.setattr(step_program.Program, "_objective", divided)
 
 
 def dropped_gradient(monkeypatch):
-    right = program.Program._output_gradients
+    right = step_program.Program._output_gradients
 
     def dropped(self, hosted, action):
         gradients = right(self, hosted, action)
         return [None for _ in gradients] if action.microbatch == 1 else gradients
 
-    monkeypatch.setattr(program.Program, "_output_gradients", dropped)
+    monkeypatch.setattr(step_program.Program, "_output_gradients", dropped)
 
 
 class AllInOne(Grid):
@@ -184,14 +185,14 @@ class AllInOne(Grid):
 
 
 def doubled_regulariser(monkeypatch):
-    right = program.Program._forward
+    right = step_program.Program._forward
 
     def every_time(self, action):
         grid, self.grid = self.grid, AllInOne(self.grid.sizes, action.microbatch)
         right(self, action)
         self.grid = grid
 
-    monkeypatch.setattr(program.Program, "_forward", every_time)
+    monkeypatch.setattr(step_program.Program, "_forward", every_time)
 
 
 @pytest.mark.parametrize("sabotage", [wrong_weight, dropped_gradient, doubled_regulariser])
@@ -225,7 +226,7 @@ def test_all_checks_leave_every_bit(eager):
 
 
 def test_a_verification_that_leaves_something_changed_says_so(monkeypatch):
-    right = keeping.Kept.put_back
+    right = kept_values.Kept.put_back
 
     def forgetful(self):
         right(self)
@@ -233,7 +234,7 @@ def test_a_verification_that_leaves_something_changed_says_so(monkeypatch):
             variable = next(v for v in self._hosted.variables("model") if "kernel" in v.path)
             variable.assign(variable + 1)
 
-    monkeypatch.setattr(keeping.Kept, "put_back", forgetful)
+    monkeypatch.setattr(kept_values.Kept, "put_back", forgetful)
     with running(True) as pipe:
         pipe.train_on_batch(*batch())
         report = pipe.verify(*batch())
@@ -243,7 +244,7 @@ def test_a_verification_that_leaves_something_changed_says_so(monkeypatch):
 
 
 def test_values_are_put_back_when_a_check_breaks_off(monkeypatch):
-    monkeypatch.setattr(verify, "gradients", lambda *_: 1 / 0)
+    monkeypatch.setattr(verification, "gradients", lambda *_: 1 / 0)
     with running(True) as pipe:
         pipe.train_on_batch(*batch())
         before = everything(pipe)
@@ -271,14 +272,14 @@ def three_stages():
 
 def sent(monkeypatch, kind, stage, source, change):
     """Let what a stage sends be changed, before it is seen or after."""
-    right = program.Program._post
+    right = step_program.Program._post
 
     def post(self, which, to, by, tensor, number, value, mark=None):
         if (which, to, by) == (kind, stage, source) and number[0] == 1:
             value = change(value)
         right(self, which, to, by, tensor, number, value, mark)
 
-    monkeypatch.setattr(program.Program, "_post", post)
+    monkeypatch.setattr(step_program.Program, "_post", post)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ def test_the_first_deviation_names_stage_cut_and_microbatch(kind, to, by, stage,
 
 
 def test_what_changes_on_the_way_is_found_by_its_two_ends_alone(monkeypatch):
-    right = program.Program._message
+    right = step_program.Program._message
 
     def flipped(self, kind, stage, source, tensor="", microbatch=0, window=0):
         message = right(self, kind, stage, source, tensor, microbatch, window)
@@ -309,7 +310,7 @@ def test_what_changes_on_the_way_is_found_by_its_two_ends_alone(monkeypatch):
             array.view(np.uint32).flat[0] ^= 1
         return message
 
-    monkeypatch.setattr(program.Program, "_message", flipped)
+    monkeypatch.setattr(step_program.Program, "_message", flipped)
     with three_stages() as pipe:
         report = pipe.verify(batch()[0], np.zeros((11, 2)), checks="steps")
         assert {row.check for row in report.failed} == {"hand-off"}

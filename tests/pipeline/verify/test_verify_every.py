@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, Pipeline, VerificationError
-from pipeline.report import SingleTapeError
-from pipeline.verify_every import VerifyEvery
-from stages import program
-from tests.pipeline.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier, numbers, regressor
+from pipeline.report.report import SingleTapeError
+from pipeline.verify.every import VerifyEvery
+from stages.worker import step_program
+from tests.pipeline.reference.twins import (
+    SEED,
+    assert_same_arrays,
+    assert_same_logs,
+    classes,
+    classifier,
+    numbers,
+    regressor,
+)
 
 X, Y = classes(20)
 XN, YN = numbers(20)
@@ -106,7 +114,7 @@ def test_reports_of_long_runs_are_forgotten_but_for_the_latest(shared):
 
 def wrong_from(monkeypatch, step):
     """From a training step on stage 0 gets its gradients halved."""
-    right, seen = program.Program._output_gradients, set()
+    right, seen = step_program.Program._output_gradients, set()
 
     def halved(self, hosted, action):
         if self.order.mode == "train":
@@ -116,7 +124,7 @@ def wrong_from(monkeypatch, step):
             return gradients
         return [gradient / 2 for gradient in gradients]
 
-    monkeypatch.setattr(program.Program, "_output_gradients", halved)
+    monkeypatch.setattr(step_program.Program, "_output_gradients", halved)
 
 
 def test_a_hand_off_that_goes_wrong_ends_fit_at_its_step(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from stages.worker import Worker
+from stages.worker.worker import Worker
 
 layers = keras.layers
 

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline, Segment
-from stages.ragged import NormAbove, RaggedSteps
-from stages.ragged_layout import elements_first, steps_per_sample
+from stages.layers.ragged.layout import elements_first, steps_per_sample
+from stages.layers.ragged.steps import NormAbove, RaggedSteps
 from tests.natural_steps import CELLS, loop, masked_mean_square, one_by_one, pad
 
 layers = keras.layers

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from tests.stages.test_vanilla_rnn import SIZES, assert_all_close, module, problem
+from tests.test_rnn_by_hand import SIZES, assert_all_close, module, problem
 
 
 @pytest.fixture

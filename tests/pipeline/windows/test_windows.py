@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import CompileError, DataError, Pipeline, SplitError, recurrent
-from stages.initial_states import LearnedState
-from tests.pipeline.twins import SEED, assert_same_arrays
+from pipeline import CompileError, DataError, Pipeline, SplitError
+from pipeline.model import stateful
+from stages.layers.initial_states import LearnedState
+from tests.pipeline.reference.twins import SEED, assert_same_arrays
 
 layers = keras.layers
 STEPS = 12
@@ -252,7 +253,7 @@ def test_a_loss_that_couples_samples_is_refused():
 def test_a_stateful_keras_layer_is_handed_over_and_says_so():
     model = keras.Sequential([keras.Input((6, 3), batch_size=2), layers.GRU(2, stateful=True, name="keeps")])
     with pytest.warns(UserWarning, match="'keeps' is stateful: its state is a variable, which no gradient passes"):
-        part = recurrent.stateful(model)
+        part = stateful.stateful(model)
     assert part.states == ("keeps",)
     assert [v is w for v, w in zip(part.model.trainable_variables, model.trainable_variables, strict=True)] == [
         True
@@ -260,7 +261,7 @@ def test_a_stateful_keras_layer_is_handed_over_and_says_so():
     with pytest.warns(UserWarning, match=r"'keeps' is stateful: it keeps.*gradients do not.*windows="):
         Pipeline([model], microbatches=1, transport="inproc").close()
     with pytest.raises(SplitError, match="no recurrent layer"):
-        recurrent.stateful(keras.Sequential([keras.Input((6, 3)), layers.Dense(2)]))
+        stateful.stateful(keras.Sequential([keras.Input((6, 3)), layers.Dense(2)]))
 
 
 def given_start():

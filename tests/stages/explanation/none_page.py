@@ -1,4 +1,4 @@
-"""Writes docs/why-is-my-gradient-none.md from the cases: python -m tests.stages.none_page."""
+"""Writes docs/why-is-my-gradient-none.md from the cases: python -m tests.stages.explanation.none_page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from stages import Explanation, explain, explaining
-from stages.explain_reasons import ADVICE
-from tests.pipeline.blocking_layers import Grades
+from stages.explanation.reasons import ADVICE
+from tests.pipeline.runtime.blocking_layers import Grades
 from tests.sources import ROOT
-from tests.stages.cases_of_none import CASES, Case
+from tests.stages.explanation.cases_of_none import CASES, Case
 
 PAGE = ROOT / "docs" / "why-is-my-gradient-none.md"
 
@@ -63,7 +63,7 @@ How it knows, and what it cannot know:
 - All tensors of the run stay in memory, as on a tape. Look at one step of a small batch.
 - `explain` puts random states back, but not those of `tf.random` operations that are given a seed of their own.
 
-This page is written by `python -m tests.stages.none_page`, and a test sees that it is what the code prints.
+This page is written by `python -m tests.stages.explanation.none_page`, and a test sees that it is what the code prints.
 """
 
 STAGES = """\

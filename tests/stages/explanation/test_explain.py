@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import Stage, explain, explaining
-from tests.pipeline import blocking_layers as blocking
+from tests.pipeline.runtime import blocking_layers as blocking
 
 layers = keras.layers
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")

@@ -13,9 +13,9 @@ import pytest
 import tensorflow as tf
 
 from stages import Explanation, explaining
-from stages.explain_reasons import ADVICE
-from tests.stages import none_page
-from tests.stages.cases_of_none import CASES, Case
+from stages.explanation.reasons import ADVICE
+from tests.stages.explanation import none_page
+from tests.stages.explanation.cases_of_none import CASES, Case
 
 layers = keras.layers
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

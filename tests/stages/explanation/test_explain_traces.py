@@ -17,9 +17,9 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops import script_ops
 
 from stages import Explanation, HandoffError, explain, explaining
-from stages.explain_rows import Blocker, Row
-from tests.pipeline import blocking_layers as blocking
-from tests.stages.test_explain import X, Y, around, faulty, seeded  # noqa: F401
+from stages.explanation.rows import Blocker, Row
+from tests.pipeline.runtime import blocking_layers as blocking
+from tests.stages.explanation.test_explain import X, Y, around, faulty, seeded  # noqa: F401
 
 layers = keras.layers
 

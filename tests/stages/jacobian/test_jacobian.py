@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.jacobian import ChainRule, chain_rule
+from stages.jacobian.chain_rule import ChainRule, chain_rule
 
 layers = keras.layers
 

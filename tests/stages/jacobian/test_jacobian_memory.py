@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from stages import jacobian_rows
 from stages.errors import StageError
-from stages.jacobian import MemoryLimitExceeded, chain_rule, jacobian_bytes
-from stages.jacobian_memory import BUILD_FACTOR, readable_bytes, row_bytes
+from stages.jacobian import rows
+from stages.jacobian.chain_rule import MemoryLimitExceeded, chain_rule, jacobian_bytes
+from stages.jacobian.memory import BUILD_FACTOR, readable_bytes, row_bytes
 
 layers = keras.layers
 MIB = 1 << 20
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -157,21 +157,21 @@ def test_a_limit_below_one_row_is_refused_with_the_figure_that_would_do() -> Non
     assert max(segment.blocks for segment in result.segments) > 10
 
 
-def recorded_dense(rows: int) -> jacobian_rows.Contraction:
+def recorded_dense(rows: int) -> rows.Contraction:
     w = tf.Variable(np.random.normal(size=(40, 30)).astype("float32"))
     x = tf.constant(np.random.normal(size=(rows // 30, 40)).astype("float32"))
     with tf.GradientTape(persistent=True) as tape:
         y = tf.tanh(x @ w)
-    return jacobian_rows.Contraction(tape, y, tf.ones_like(y), [w], False, "here")
+    return rows.Contraction(tape, y, tf.ones_like(y), [w], False, "here")
 
 
 @pytest.mark.parametrize("limit", [1 << 17, 1 << 19, 1 << 22])
 def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
     """Every tensor in the graph of a block, and the block's Jacobian among them."""
     work = recorded_dense(600)
-    row = jacobian_rows._row_function(work)
-    length = jacobian_rows.rows_that_fit(work, row, limit)
-    block = tf.function(jacobian_rows._block_function(work, row), autograph=False)
+    row = rows._row_function(work)
+    length = rows.rows_that_fit(work, row, limit)
+    block = tf.function(rows._block_function(work, row), autograph=False)
     graph = block.get_concrete_function(tf.TensorSpec((length,), tf.int32)).graph
     sizes = [
         t.shape.num_elements() * t.dtype.size
@@ -187,15 +187,15 @@ def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
 def test_the_limit_counts_the_row_three_times_and_the_sum_twice() -> None:
     """A row, stacked with others, and turned for the product; the running sum and the block's contribution to it."""
     work = recorded_dense(600)
-    row = jacobian_rows._row_function(work)
+    row = rows._row_function(work)
     with pytest.raises(MemoryLimitExceeded) as refused:
-        jacobian_rows.rows_that_fit(work, row, 1)
+        rows.rows_that_fit(work, row, 1)
     needed = refused.value.needed
     width = 40 * 30 * 4
     one = row_bytes(tf.function(row).get_concrete_function(tf.TensorSpec((), tf.int32)).graph)
     assert one > width and needed == one + 4 * width
-    assert jacobian_rows.rows_that_fit(work, row, needed) == 1
-    assert jacobian_rows.rows_that_fit(work, row, needed + one + 2 * width) == 2
+    assert rows.rows_that_fit(work, row, needed) == 1
+    assert rows.rows_that_fit(work, row, needed + one + 2 * width) == 2
 
 
 def test_tensors_inside_called_functions_are_counted() -> None:
@@ -215,7 +215,7 @@ import re
 import keras
 import numpy as np
 import tensorflow as tf
-from stages.jacobian import chain_rule, jacobian_bytes
+from stages.jacobian.chain_rule import chain_rule, jacobian_bytes
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import HandoffError
-from stages.jacobian import chain_rule
-from stages.sample_independence import samples_are_independent
+from stages.jacobian.chain_rule import chain_rule
+from stages.jacobian.sample_independence import samples_are_independent
 
 layers = keras.layers
 

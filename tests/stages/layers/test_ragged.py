@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from stages import Stage
 from stages.errors import HandoffError
-from stages.ragged import NormAbove, RaggedSteps
-from stages.ragged_layout import as_ragged, batch_first, elements_first, row_lengths, steps_per_sample
-from stages.recipes import create, describe
+from stages.layers.ragged.layout import as_ragged, batch_first, elements_first, row_lengths, steps_per_sample
+from stages.layers.ragged.steps import NormAbove, RaggedSteps
+from stages.recipe.describe import create, describe
 from tests import natural_steps
 from tests.natural_steps import CELLS, loop, one_by_one, pad
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from stages import Stage
 from stages.errors import HandoffError, SegmentError
-from stages.ragged import NormAbove, RaggedSteps
+from stages.layers.ragged.steps import NormAbove, RaggedSteps
 
 layers = keras.layers
 

@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.loss import Head, check_targets
-from stages.recipes import create, describe
+from stages.loss.head import Head, check_targets
+from stages.recipe.describe import create, describe
 
 losses = keras.losses
 SIZES = (3, 2)

@@ -10,7 +10,7 @@ from stages.origin import ROOT
 
 
 def run(parent: str) -> int:
-    code = f"import os; from stages.lifetime import die_with_parent; die_with_parent({parent}); os._exit(3)"
+    code = f"import os; from stages.process.lifetime import die_with_parent; die_with_parent({parent}); os._exit(3)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
 
 

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 
-from stages import custom
 from stages.errors import RecipeError
-from stages.recipes import create, describe
+from stages.recipe import custom_objects
+from stages.recipe.describe import create, describe
 
 
 class Unregistered(keras.layers.Layer):
@@ -56,13 +56,13 @@ def test_models_of_keras_alone_have_none():
 def test_only_what_keras_does_not_find_is_handed_to_it():
     here = Unregistered.__module__
     homes = {"Unregistered": f"{here}:Unregistered", "test_custom>Registered": f"{here}:Registered"}
-    assert custom.find(homes) == {"Unregistered": Unregistered}
+    assert custom_objects.find(homes) == {"Unregistered": Unregistered}
 
 
 @pytest.mark.parametrize("home", ["no_such_module:Layer", f"{__name__}:NoSuchLayer"])
 def test_what_is_not_there_is_named(home):
     with pytest.raises(RecipeError, match=f"cannot import '{home.partition(':')[2]}' from '{home.partition(':')[0]}'"):
-        custom.find({"Layer": home})
+        custom_objects.find({"Layer": home})
 
 
 def test_unregistered_function_is_refused_with_the_decorator():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.errors import RecipeError
-from stages.recipes import create, describe, function_name, import_function
+from stages.recipe.describe import create, describe, function_name, import_function
 from tests.pipeline import parts
 
 

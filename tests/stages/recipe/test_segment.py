@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import Pipeline
 from stages.errors import RecipeError, SegmentError
-from stages.segment import Segment, build_model, names_of
+from stages.recipe.segment import Segment, build_model, names_of
 from tests.pipeline import parts
 
 PARTS = "tests.pipeline.parts"

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import stages
-from stages import MemoryLimitExceeded, influence, influencing
+from stages import MemoryLimitExceeded, influence
+from stages.step_influence import influence as influence_module
 
 layers = keras.layers
 
@@ -25,9 +26,9 @@ def seeded() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way in which rows are evaluated."""
     if request.param != "row by row":
-        monkeypatch.setattr(influencing, "_FEW_ROWS", 0)
+        monkeypatch.setattr(influence_module, "_FEW_ROWS", 0)
     if request.param == "in blocks":
-        monkeypatch.setattr(influencing._Derivatives, "_rows_that_fit", lambda _: 5)
+        monkeypatch.setattr(influence_module._Derivatives, "_rows_that_fit", lambda _: 5)
     return request.param
 
 
@@ -372,9 +373,9 @@ def test_integers_are_no_default_source_or_output() -> None:
 def test_above_the_limit_the_figure_is_said_and_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = keras.Sequential([keras.Input((64,)), layers.Dense(32, name="wide")])
     x = np.ones((2, 64), "float32")
-    needed = 64 * 32 * 4 + 64 * 32 * influencing._NORM_BYTES
+    needed = 64 * 32 * 4 + 64 * 32 * influence_module._NORM_BYTES
     with monkeypatch.context() as patch:
-        patch.setattr(influencing._Derivatives, "__call__", lambda *_: pytest.fail("evaluated"))
+        patch.setattr(influence_module._Derivatives, "__call__", lambda *_: pytest.fail("evaluated"))
         with pytest.raises(
             MemoryLimitExceeded, match=rf"takes 72.0 KiB, more than .* at least {needed} bytes"
         ) as error:
@@ -386,7 +387,7 @@ def test_above_the_limit_the_figure_is_said_and_nothing_is_evaluated(monkeypatch
 
 
 def test_blocks_of_rows_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influencing, "_FEW_ROWS", 0)
+    monkeypatch.setattr(influence_module, "_FEW_ROWS", 0)
     lengths: list[int] = []
     real = tf.vectorized_map
     monkeypatch.setattr(tf, "vectorized_map", lambda f, i: lengths.append(int(i.shape[0])) or real(f, i))
@@ -401,4 +402,4 @@ def test_blocks_of_rows_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_function_is_exported_and_is_no_module() -> None:
-    assert stages.influence is influence is influencing.influence
+    assert stages.influence is influence is influence_module.influence

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.image import imread
 
 from stages import InfluenceMap, influence
-from tests.stages.test_influence import recurrent
-from tests.stages.test_jacobian_examples import example
+from tests.stages.jacobian.test_jacobian_examples import example
+from tests.stages.step_influence.test_influence import recurrent
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.accumulate import OrderedSum, dense
+from stages.tape.accumulate import OrderedSum, dense
 
 # Sums of these depend on the order: float32 has 24 bits.
 SUMMANDS = (1e8, 1.0, -1e8, 3.0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 NAME = "docs/gradients.md"
-PAGE = (Path(__file__).parents[2] / NAME).read_text()
+PAGE = (Path(__file__).parents[3] / NAME).read_text()
 BLOCKS = [(match[1], match[2]) for match in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)]
 
 

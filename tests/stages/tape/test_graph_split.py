@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.graph_split import SplitFunctions, Traced, split_functions
+from stages.tape.graph_split import SplitFunctions, Traced, split_functions
 
 X = tf.TensorSpec((None, 3), tf.float32)
 

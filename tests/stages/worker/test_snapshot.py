@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from stages import snapshot
 from stages.errors import HandoffError
-from stages.snapshot import Slot
+from stages.worker import snapshot
+from stages.worker.snapshot import Slot
 
 OPTIMIZERS = {
     "SGD": {"momentum": 0.9},

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.forkserver import ForkServer
-from pipeline.launch.local import LocalLauncher
-from tests.pipeline.launch.processes import DEADLINE, Line, Watched
+from pipeline.runtime.launch.forkserver import ForkServer
+from pipeline.runtime.launch.local import LocalLauncher
+from tests.pipeline.runtime.launch.processes import DEADLINE, Line, Watched
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[3]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def new_server():
 @pytest.fixture
 def shared(monkeypatch):
     """The module of the shared server, with a server that preloads little."""
-    from pipeline.launch import shared
+    from pipeline.runtime.launch import shared
 
     shared.shutdown()
     monkeypatch.setattr(shared, "ForkServer", lambda: ForkServer(preload=("stages",)))
@@ -81,8 +81,8 @@ def shared(monkeypatch):
 PRELUDE = f"""
 import json, os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(HERE / "entries")!r}]
-from pipeline.launch import LocalLauncher, prestart, shared, shutdown
-from pipeline.launch.forkserver import ForkServer
+from pipeline.runtime.launch import LocalLauncher, prestart, shared, shutdown
+from pipeline.runtime.launch.forkserver import ForkServer
 LIGHT = ForkServer
 def light(): return ForkServer(preload=("stages",))
 shared.ForkServer = light

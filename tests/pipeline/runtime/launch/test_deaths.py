@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launch.processes import Session
+from tests.pipeline.runtime.launch.processes import Session
 
 
 @pytest.mark.parametrize("how", ["file", "stdin", "argument"])
@@ -65,7 +65,7 @@ def test_stopped_processes_die_with_the_driver_too(driver, line, watched):
 def test_driver_killed_between_fork_and_start_leaves_nothing(driver, line, watched):
     script = driver(
         """
-        from pipeline.launch.local import describe_job
+        from pipeline.runtime.launch.local import describe_job
         server = shared.shared_server()
         held = server.launch(describe_job("w", "launch_entries:waits", {"line": line}, 1))
         tell(server=server.pid, worker=held.pid)

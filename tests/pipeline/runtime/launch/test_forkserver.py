@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from pipeline.launch import LaunchError, LocalLauncher, forkserver
-from pipeline.launch.errors import ServerGoneError
-from pipeline.launch.local import describe_job
-from tests.pipeline.launch.processes import DEADLINE, children, open_files, tasks
+from pipeline.runtime.launch import LaunchError, LocalLauncher, forkserver
+from pipeline.runtime.launch.errors import ServerGoneError
+from pipeline.runtime.launch.local import describe_job
+from tests.pipeline.runtime.launch.processes import DEADLINE, children, open_files, tasks
 
 
 def module(tmp_path, monkeypatch, name, text):

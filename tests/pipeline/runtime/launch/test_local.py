@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.launch import LaunchError
-from pipeline.launch.base import describe_exit
-from stages.board import MAX_WORDS
-from tests.pipeline.launch.processes import children, open_files
+from pipeline.runtime.launch import LaunchError
+from pipeline.runtime.launch.base import describe_exit
+from stages.process.status_board import MAX_WORDS
+from tests.pipeline.runtime.launch.processes import children, open_files
 
 
 def run(launcher, function, **spec):

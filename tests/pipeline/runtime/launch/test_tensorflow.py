@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from pipeline.launch import LaunchError
+from pipeline.runtime.launch import LaunchError
 
 
 def test_workers_train_while_the_driver_does(driver, finish, line):
@@ -37,7 +37,7 @@ def test_workers_train_while_the_driver_does(driver, finish, line):
 
 
 def test_what_keras_does_not_need_is_left_out_but_can_be_imported(new_server, line):
-    from pipeline.launch import LocalLauncher
+    from pipeline.runtime.launch import LocalLauncher
 
     server = new_server("keras", "stages")
     server.start()

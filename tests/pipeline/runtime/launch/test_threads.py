@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from pipeline.launch import LaunchError, ThreadLauncher
-from tests.pipeline.launch.processes import open_files
+from pipeline.runtime.launch import LaunchError, ThreadLauncher
+from tests.pipeline.runtime.launch.processes import open_files
 
 
 @pytest.fixture

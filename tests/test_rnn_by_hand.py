@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from examples.rnn_by_hand import Weights, closed_form, inputs_for_states, published
 from stages import Stage
-from stages.vanilla_rnn import Weights, closed_form, inputs_for_states, published
-from tests.stages.test_jacobian_examples import example
+from tests.stages.jacobian.test_jacobian_examples import example
 
 TOLERANCES = {"float32": 1e-6, "float64": 1e-12}
 SIZES = {  # steps, samples, features, units, classes

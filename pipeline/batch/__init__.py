@@ -1,0 +1,1 @@
+"""A batch and what it means: data as it comes, microbatches, targets and outputs, one step's orders."""

@@ -1,0 +1,1 @@
+"""A Keras model as a graph of calls: reading it, playing parts of it, wiring and merging them."""

@@ -1,0 +1,1 @@
+"""Norms of activations and gradients at the cuts, over time."""

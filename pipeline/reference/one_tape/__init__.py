@@ -1,0 +1,1 @@
+"""One tape over the joined model, on the same microbatches, with Keras's own optimizer."""

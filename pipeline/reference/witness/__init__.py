@@ -1,0 +1,1 @@
+"""Witnesses that share less with the pipeline than one tape does."""

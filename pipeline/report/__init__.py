@@ -1,0 +1,1 @@
+"""The report of a verification: as data, text, figure and page."""

@@ -1,0 +1,1 @@
+"""A running pipeline: the driver, its workers, their life and their end."""

@@ -1,0 +1,1 @@
+"""Checkpoints and Keras's files."""

@@ -1,0 +1,1 @@
+"""Keras's training loop over a pipeline, and its callbacks."""

@@ -1,0 +1,1 @@
+"""Verification: which questions are asked, what is compared, what is said."""

@@ -1,0 +1,1 @@
+"""The chain rule with full Jacobians, and the memory that it takes."""

@@ -1,0 +1,1 @@
+"""A cell that runs a different number of times on every element."""

@@ -1,0 +1,1 @@
+"""The loss at a stage's output: heads, targets, weights."""

@@ -1,0 +1,1 @@
+"""Which step of a sequence influences which: maps of gradients between steps."""
