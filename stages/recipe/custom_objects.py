@@ -15,6 +15,12 @@ from stages.errors import RecipeError
 
 __all__ = ["find", "homes"]
 
+_MOVED = {
+    "stages.ragged": "stages.layers.ragged.steps",
+    "stages.initial_states": "stages.layers.initial_states",
+}
+"""{module that a checkpoint of version 0.1 names: where its classes are now}."""
+
 
 def homes(config: Any, what: str) -> dict[str, str]:
     """Where a configuration's custom objects live.
@@ -52,7 +58,7 @@ def find(homes: Mapping[str, str]) -> dict[str, Any]:
     for registered, home in homes.items():
         module, _, name = home.partition(":")
         try:
-            place = importlib.import_module(module)
+            place = importlib.import_module(_MOVED.get(module, module))
             if keras.saving.get_registered_object(registered) is None:
                 custom[registered] = getattr(place, name)
         except (ImportError, AttributeError) as error:

@@ -38,13 +38,13 @@ from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_o
 
 from stages.errors import HandoffError
 from stages.explanation.flow.graph import Graph, Line, Node
+from stages.origin import ROOT
 from stages.tape.eagerly import eagerly
 
-_OURS = Path(__file__).resolve().parents[2]
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _LIBRARIES = (
     *(str(Path(str(module.__file__)).parent) for module in (tf, keras, np)),
-    *(str(_OURS / name) for name in ("stages", "pipeline", "transport")),
+    *(str(ROOT / name) for name in ("stages", "pipeline", "transport")),
 )
 _SITE = ("site-packages", "dist-packages")
 _PLUMBING = ("optree", "wrapt", "tree", "absl")
@@ -326,7 +326,7 @@ def is_users(file: str) -> bool:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith(str(_OURS / "stages"))
+    return file.startswith(str(ROOT / "stages"))
 
 
 def writer() -> str:

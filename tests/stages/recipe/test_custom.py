@@ -101,3 +101,9 @@ def test_two_classes_of_one_name_are_refused(monkeypatch):
 def test_lambda_is_refused():
     with pytest.raises(RecipeError, match="a lambda, which cannot be sent to a worker without sending code"):
         describe(model(keras.layers.Lambda(lambda x: x)), "the model")
+
+
+@pytest.mark.parametrize(("old", "name"), [("stages.ragged", "RaggedSteps"), ("stages.initial_states", "LearnedState")])
+def test_layers_of_ours_are_found_under_the_modules_that_old_checkpoints_name(old, name):
+    custom_objects.find({f"tapeline>{name}": f"{old}:{name}"})
+    assert keras.saving.get_registered_object(f"tapeline>{name}").__name__ == name
