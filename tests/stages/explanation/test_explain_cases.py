@@ -68,7 +68,7 @@ def test_at_least_the_twelve_most_asked_are_there() -> None:
 
 def test_every_reason_is_asked_about_somewhere() -> None:
     elsewhere = {"integer result", "not differentiable"}  # test_explain
-    pipelines = {"truncation"}  # tests/pipeline/test_explain
+    pipelines = {"truncation"}  # tests/pipeline/reference/test_explain
     assert set(ADVICE) == {case.reason for case in CASES} | elsewhere | pipelines | {"unknown"}
 
 
