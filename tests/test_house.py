@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.private_names import ADAPTERS, names_of_the_house, private_faults
 from tests.sources import PACKAGES, ROOT, imported, modules, name_of, repository_files
 
 # Who may import which of the three packages; everything else outside the package itself is free.
@@ -239,6 +240,63 @@ def test_what_only_looks_unsafe_is_no_fault() -> None:
 
 def test_no_source_turns_bytes_into_code_or_objects() -> None:
     assert_kept(unsafe_faults, SOURCES)
+
+
+# -- what libraries do not promise is touched in two files -------------------------------------------------------
+
+OURS, FOREIGN = {"_own", "_shared", "_variables"}, {"_variables", "_fn_kwargs"}
+PRIVATE = [
+    ("from keras.src import backend",),
+    ("import tensorflow.python.eager.context",),
+    ("def late():\n    from tensorflow.python import pywrap_tfe",),
+    ("context = sys.modules.get('tensorflow.python.eager.context')",),
+    ("module = keras.src.backend.random",),
+    ("layers = model._flatten_layers()",),
+    ("tensor._keras_mask = mask",),
+    ("function, more = loss.fn, loss._fn_kwargs",),
+    ("layer.submodule._variables.append(1)",),  # ours in another file, and of Keras
+    ("class A(keras.Layer):\n    def f(self):\n        return self._losses",),
+    ("class A(keras.Layer):\n    def f(self):\n        return super()._call()",),
+    ("mask = getattr(tensor, '_keras_mask', None)",),
+    ("if hasattr(model, '_nodes_by_depth'): pass",),
+    ("object.__setattr__(layer, 'call', call)",),
+    ("setattr(module, name, draw)",),
+    ("names = vars(layer)",),
+    ("layer.__dict__[name] = value",),
+    ("model.compute_mask = lambda inputs, mask: None",),
+    ("def call(x): ...\nlayer.call = call",),
+    ("recorder.replace_while_open(keras.Model, 'predict', make)",),
+]
+
+
+def test_a_private_name_is_seen() -> None:
+    assert without_one_fault(lambda source: private_faults(source, "pipeline", OURS, FOREIGN), PRIVATE) == []
+
+
+def test_what_only_looks_private_is_no_fault() -> None:
+    source = textwrap.dedent("""
+        import keras, tensorflow
+        from stages.keras_internals import layers_of
+        class A:
+            def __init__(self, other):
+                self._here, self.play = other._own, None
+                object.__setattr__(self, "_here", vars(self), self.__dict__, super()._shared)
+        def f(a):
+            a.play = lambda: a._here
+            os._exit(sys._getframe(0)._replace(x=1)._fields)
+            return a.__class__, a._shared
+        with replaced(*layer_call(), make):
+            axes.add_patch(Rectangle(1))
+            print("see keras.src and tensorflow.python for that")
+    """)
+    assert list(private_faults(source, "pipeline", OURS, FOREIGN)) == []
+
+
+def test_private_names_of_keras_and_tensorflow_are_touched_in_the_adapters_only() -> None:
+    ours, foreign = names_of_the_house(ROOT)
+    assert "_keras_mask" in foreign and "_push_tape" in foreign
+    sources = [path for path in [*SOURCES, ROOT / "tapeline_pytest.py"] if name_of(path) not in ADAPTERS]
+    assert_kept(lambda source, package: private_faults(source, package, ours, foreign), sources)
 
 
 # -- files -------------------------------------------------------------------------------------------------------

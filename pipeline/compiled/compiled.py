@@ -19,6 +19,7 @@ from pipeline.compiled.loss_scaling import LossScaling, unscaled
 from pipeline.compiled.optimizer_slots import Slots
 from pipeline.errors import CompileError
 from pipeline.plan.schedules import gpipe
+from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
 from stages.recipe.describe import describe
 from stages.worker.hosted_stage import HeadSpec
@@ -150,9 +151,7 @@ class Compiled:
 
     def undecayed(self, stage: int, variables: Sequence[Any]) -> list[int]:
         """Which variable objects, by place, the user's optimizer leaves out of weight decay in a stage."""
-        optimizer = self._inner_of(stage)
-        excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
-        return [i for i, variable in enumerate(variables) if excluded and optimizer._var_key(variable) in excluded]
+        return excluded_from_decay(self._inner_of(stage), variables)
 
     def check_undecayed(self, variables: Sequence[Sequence[Any]]) -> None:
         """Refuse an optimizer that leaves out variable objects which are in no stage.
@@ -161,13 +160,11 @@ class Compiled:
             variables: For each stage its trainable variables, as far as they are known here.
         """
         for stage, optimizer in enumerate(self.optimizers):
-            inner = unscaled(optimizer)
-            wanted = set(getattr(inner, "_exclude_from_weight_decay", None) or ())
             parts = variables if len(self.optimizers) == 1 else variables[stage : stage + 1]
-            found = {inner._var_key(variable) for part in parts for variable in part} if wanted else set()
-            if wanted - found:
+            lost = excluded_from_decay_elsewhere(unscaled(optimizer), [variable for part in parts for variable in part])
+            if lost:
                 raise CompileError(
-                    f"the optimizer excludes {len(wanted - found)} variable object(s) from weight decay that are no "
+                    f"the optimizer excludes {lost} variable object(s) from weight decay that are no "
                     "trainable variable of these stages; exclude those of the model that was split, or by name: "
                     "optimizer.exclude_from_weight_decay(var_names=['bias'])"
                 )

@@ -24,6 +24,7 @@ from pipeline.errors import SplitError
 from pipeline.model.call_graph import Graph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
 from pipeline.model.stateful import converted
+from stages.keras_internals import graph_model, output_structure
 from stages.recipe.segment import Segment
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -56,8 +57,7 @@ class Split:
 
     def pack(self, outputs: Sequence[Any]) -> Any:
         """Flat outputs in the nesting in which the model gives them."""
-        functional = getattr(self.model, "_functional", None) or self.model
-        return keras.tree.pack_sequence_as(functional._outputs_struct, list(outputs))
+        return keras.tree.pack_sequence_as(output_structure(graph_model(self.model)), list(outputs))
 
 
 def split_model(

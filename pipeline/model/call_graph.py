@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from pipeline.errors import SplitError
+from stages.keras_internals import graph_model, maker_of, nodes_in_order, output_structure
 from stages.recipe.running_order import order_of, run_in_order
 
 
@@ -82,7 +83,7 @@ class Graph:
 
         Inputs too are called as their layers, as Keras does: a symbolic tensor's own name differs in every copy.
         """
-        names = {tensor: str(self.symbols[tensor]._keras_history.operation.name) for tensor in self.inputs}
+        names = {tensor: str(maker_of(self.symbols[tensor]).name) for tensor in self.inputs}
         seen: dict[str, int] = dict.fromkeys(names.values(), 1)
         for call in self.calls:
             for tensor in call.makes:
@@ -139,7 +140,7 @@ def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Se
 
 def _output_labels(functional: Any) -> tuple[str, ...]:
     """The outputs' names as Keras's `compile` knows them: the keys of a dict, else the layers' names; made unique."""
-    structure = functional._outputs_struct
+    structure = output_structure(functional)
     names = sorted(structure) if isinstance(structure, dict) else list(functional.output_names)
     if len(names) != len(functional.outputs):  # nested deeper than one level
         names = list(functional.output_names)
@@ -168,11 +169,9 @@ class _Reader:
 
     def read(self, functional: Any, numbers: dict[int, int]) -> list[int]:
         """Add the calls of one model whose inputs have these numbers; return the numbers of its outputs."""
-        by_depth: Mapping[int, Sequence[Any]] = functional._nodes_by_depth
-        for depth in sorted(by_depth, reverse=True):
-            for node in by_depth[depth]:
-                if node.operation is not None and not node.is_input:
-                    self._read_node(node, numbers)
+        for node in nodes_in_order(functional):
+            if not node.is_input:
+                self._read_node(node, numbers)
         return [numbers[id(tensor)] for tensor in functional.outputs]
 
     def _read_node(self, node: Any, numbers: dict[int, int]) -> None:
@@ -205,12 +204,8 @@ def _slots(arguments: Any, numbers: Mapping[int, int]) -> Any:
 def _functional(model: Any) -> Any | None:
     """The Functional inside a Sequential, a Functional itself, or None for anything else."""
     if isinstance(model, keras.Sequential):
-        if not model.built:
-            return None
-        return getattr(model, "_functional", None)
-    if isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth") and _plain(model):
-        return model
-    return None
+        return graph_model(model) if model.built else None
+    return graph_model(model) if isinstance(model, keras.Model) and _plain(model) else None
 
 
 def _plain(model: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stages.keras_internals import layers_of, own_other_variables, own_seed_generators, replace_in
 from stages.recipe.segment import Segment
 from stages.worker.hosted_stage import Tie
 
@@ -50,17 +51,8 @@ def share(models: Sequence[Any], places: Sequence[Sequence[Sequence[int]]]) -> N
 
 def _replace(model: Any, old: Any, new: Any) -> None:
     """Let every layer of a model that has one variable have another in its place."""
-    for layer in model._flatten_layers():
+    for layer in layers_of(model):
         replace_in(layer, old, new)
-
-
-def replace_in(layer: Any, old: Any, new: Any) -> None:
-    """Let a layer have one object (a variable, a seed generator) wherever it has another now."""
-    for name, value in vars(layer).items():
-        if value is old:
-            layer.__dict__[name] = new
-        elif isinstance(value, list) and any(item is old for item in value):
-            value[:] = [new if item is old else item for item in value]
 
 
 def changes_by_itself(layer: Any) -> bool:
@@ -72,7 +64,7 @@ def state_in_two_stages(models: Mapping[int, Any]) -> tuple[str, int, int] | Non
     """A layer that changes its own variables in two of these models: (name, stage, stage); None if there is none."""
     home: dict[int, int] = {}
     for i, model in models.items():
-        for layer in model._flatten_layers(include_self=False):
+        for layer in layers_of(model, include_self=False):
             for variable in _own_states(layer):
                 if home.setdefault(id(variable), i) != i:
                     return layer.name, home[id(variable)], i
@@ -80,13 +72,13 @@ def state_in_two_stages(models: Mapping[int, Any]) -> tuple[str, int, int] | Non
 
 
 def _states(layer: Any) -> Iterator[Any]:
-    for inner in layer._flatten_layers():
+    for inner in layers_of(layer):
         yield from _own_states(inner)
 
 
 def _own_states(layer: Any) -> Iterator[Any]:
     """Variables that were made to be changed by calls, not by an optimizer; a frozen weight is none."""
-    yield from getattr(layer, "_non_trainable_variables", ())
+    yield from own_other_variables(layer)
     draws = getattr(layer, "dropout", None) != 0 or getattr(layer, "recurrent_dropout", 0)
-    for generator in getattr(layer, "_seed_generators", ()) if draws else ():  # recurrent cells always have one
+    for generator in own_seed_generators(layer) if draws else ():  # recurrent cells always have one
         yield generator.state

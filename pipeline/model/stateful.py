@@ -18,7 +18,7 @@ import keras
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, Graph, Slot, read_graph
-from pipeline.model.shared_variables import replace_in
+from stages.keras_internals import layers_of, own_trainable_variables, replace_in, seed_generators_by_attribute
 from stages.layers.initial_states import BeginWith, Begun, LearnedState
 from stages.recipe.running_order import order_of, run_in_order
 from stages.tape.tensors import is_differentiable
@@ -169,12 +169,11 @@ def giving_its_state(layer: Any, shape: Sequence[int | None]) -> Any:
         )
     copy = type(layer).from_config(config)
     copy.build(tuple(shape))
-    for ours, theirs in zip(copy._flatten_layers(), layer._flatten_layers(), strict=True):
-        for new, old in zip(list(ours._trainable_variables), theirs._trainable_variables, strict=True):
+    for ours, theirs in zip(layers_of(copy), layers_of(layer), strict=True):
+        for new, old in zip(own_trainable_variables(ours), own_trainable_variables(theirs), strict=True):
             replace_in(ours, new, old)
-        for name, value in vars(theirs).items():
-            if isinstance(value, keras.random.SeedGenerator):
-                replace_in(ours, getattr(ours, name), value)
+        for name, generator in seed_generators_by_attribute(theirs).items():
+            replace_in(ours, getattr(ours, name), generator)
         ours.trainable = theirs.trainable
     return copy
 
@@ -302,7 +301,7 @@ def _refuse_what_mixes_time(call: Call, graph: Graph) -> None:
 def warn_of_stateful_layers(models: Iterable[Any]) -> None:
     """Warn of layers that keep their state in a variable: no gradient passes from one call of them to the next."""
     for model in models:
-        for layer in model._flatten_layers(include_self=False):
+        for layer in layers_of(model, include_self=False):
             if isinstance(layer, RNN) and layer.stateful:
                 warnings.warn(
                     f"the layer {layer.name!r} is stateful: it keeps its state in a variable, so values pass from one "

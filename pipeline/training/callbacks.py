@@ -16,6 +16,7 @@ import keras
 from pipeline.errors import CompileError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
+from stages.keras_internals import profiles
 
 
 class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
@@ -92,7 +93,7 @@ def _tensorboard(callback: Any) -> str:
     for name in ("histogram_freq", "embeddings_freq"):
         if getattr(callback, name, 0):
             return f"{name} reads layers, which live in the workers; leave it at 0, scalars are written all the same"
-    if getattr(callback, "_start_batch", 0):
+    if profiles(callback):
         return "profile_batch would trace this process, where nothing is computed; see Pipeline.timeline(x, y)"
     return ""
 

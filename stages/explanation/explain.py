@@ -21,7 +21,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.eager import backprop
 
 from stages.errors import HandoffError
 from stages.explanation.flow.conversions import watch_conversions
@@ -32,6 +31,7 @@ from stages.explanation.flow.user_tapes import Asked, TapeLog, handle_of, make_s
 from stages.explanation.rows import Explanation, Row
 from stages.explanation.runs import run_of
 from stages.explanation.verdicts import real_gradients, rows_of
+from stages.keras_internals import layers_of, own_trainable_variables
 from stages.stage import Stage
 
 Variables = Iterable[Any] | Mapping[str, Any]
@@ -116,7 +116,7 @@ def explaining() -> Iterator[Explanation]:
         'rounding'
     """
     explanation = Explanation("explained")
-    with backprop.GradientTape(persistent=True) as shadow:
+    with tf.GradientTape(persistent=True) as shadow:
         recorder = Recorder()
         log = None
         try:
@@ -171,7 +171,7 @@ def run_and_explain(
     given = None if variables is None else [handle_of(one) for one in variables.values()]
     with random_states():
         try:
-            with recorder, backprop.GradientTape(persistent=True) as tape:
+            with recorder, tf.GradientTape(persistent=True) as tape:
                 watch_conversions(recorder)
                 for one in given or ():
                     if one.dtype != tf.resource and one.dtype.is_floating:
@@ -226,8 +226,7 @@ def _named(variables: Variables) -> dict[str, Any]:
 
 def trained_weights(model: Any) -> dict[str, Any]:
     """A model's weights that are, or could be, trained; by path."""
-    layers = model._flatten_layers()
-    found = {id(v): v for layer in layers for v in layer._trainable_variables}
+    found = {id(v) for layer in layers_of(model) for v in own_trainable_variables(layer)}
     weights = [v for v in model.weights if id(v) in found or v.trainable]
     return dict(zip(unique([v.path for v in weights]), weights, strict=True))
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
-from tensorflow.python.eager import backprop_util
 
 from stages.explanation.flow.edges import Edges
 from stages.explanation.flow.graph import PYTHON, Graph, Node
 from stages.explanation.flow.user_tapes import Asked, Source, is_tracked
 from stages.explanation.rows import Blocker
+from stages.tensorflow_internals import is_trainable
 
 ADVICE = {
     # the target does not depend on it
@@ -117,7 +117,7 @@ def reason(way: Way, source: Source) -> Finding:
     """Why a tape gave None for one of its sources."""
     graph, asked = way.graph, way.asked
     dtype = _dtype(source)
-    if not backprop_util.IsTrainable(dtype):
+    if not is_trainable(dtype):
         why = f"it is of dtype {dtype.name}, and only floating and complex tensors have gradients"
         return Finding("integer source", why, _made(graph, source))
     if source.value not in way.ancestors:
@@ -273,7 +273,7 @@ def _words(reason: str, node: Node) -> str:
 def _what(reason: str, node: Node, graph: Graph) -> str:
     """What a blocker does, where its name does not say it."""
     given = [tensor.dtype for value in node.outputs if (tensor := graph.values[value]) is not None]
-    dtypes = [dtype.name for dtype in given if not backprop_util.IsTrainable(dtype)]
+    dtypes = [dtype.name for dtype in given if not is_trainable(dtype)]
     if reason in ("cast", "integer result", "argmax", "comparison") and dtypes:
         return f"gives {dtypes[0]}"
     if node.kind == "write":

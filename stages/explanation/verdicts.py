@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python import pywrap_tfe
-from tensorflow.python.eager import backprop, record
 
 from stages.explanation.flow.graph import Graph
 from stages.explanation.flow.user_tapes import Asked, Source, handle_of
 from stages.explanation.reasons import ADVICE, Finding, Way, reason
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, Row
 from stages.explanation.zero_or_not_finite import Gradients, status_of, where_not_finite, where_zero
+from stages.tensorflow_internals import GradientFunction, replaced_gradient_function, stop_recording
 
 
 def real_gradients(tape: Any, target: Any, sources: Sequence[Source]) -> tuple[list[Any], str]:
@@ -36,26 +35,25 @@ def _forgiving() -> Iterator[set[str]]:
     """Operations without a registered gradient send none back; yields their names."""
     missing: set[str] = set()
 
-    def gradient(name: str, attributes: Any, count: int, *rest: Any) -> Any:
-        try:
-            found = backprop._gradient_function(name, attributes, count, *rest)
-        except LookupError:
-            missing.add(name)
-            return [None] * count
-        # For "no gradient" a tf.py_function gives the number 0, and what takes that for a tensor may fail.
-        return fitting(found, rest[0]) if name == "EagerPyFunc" else found
+    def forgiving(original: GradientFunction) -> GradientFunction:
+        def gradient(name: str, attributes: Any, count: int, *rest: Any) -> Any:
+            try:
+                found = original(name, attributes, count, *rest)
+            except LookupError:
+                missing.add(name)
+                return [None] * count
+            # For "no gradient" a tf.py_function gives the number 0, and what takes that for a tensor may fail.
+            return fitting(found, rest[0]) if name == "EagerPyFunc" else found
+
+        return gradient
 
     def fitting(found: Any, inputs: Any) -> list[Any]:
         gradients = list(found) if isinstance(found, list | tuple) else [found]
         pairs = zip(gradients, inputs, strict=True)
         return [g if g is None or g.shape == given.shape else tf.zeros_like(given) for g, given in pairs]
 
-    pywrap_tfe.TFE_Py_RegisterGradientFunction(gradient)
-    try:
-        with record.stop_recording():
-            yield missing
-    finally:
-        pywrap_tfe.TFE_Py_RegisterGradientFunction(backprop._gradient_function)
+    with replaced_gradient_function(forgiving), stop_recording():
+        yield missing
 
 
 def rows_of(graph: Graph, asked: Asked, tape: Any) -> list[Row]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import backprop_util
 
 from stages.explanation.flow.graph import Graph, Node
 from stages.explanation.reasons import place
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker
 from stages.tape.accumulate import dense
+from stages.tensorflow_internals import is_trainable
 
 Gradients = Callable[[list[Any]], Sequence[Any]]
 """Tensors -> dTarget/d(each), or None for each."""
@@ -92,7 +92,7 @@ def _turning(
     ancestors, nodes = graph.ancestors(targets)
     after = sorted(graph.descendants([source], nodes) & ancestors)
     tensors = {v: graph.values[v] for v in after if graph.values[v] is not None}
-    tensors = {v: t for v, t in tensors.items() if t.dtype != tf.resource and backprop_util.IsTrainable(t)}
+    tensors = {v: t for v, t in tensors.items() if t.dtype != tf.resource and is_trainable(t)}
     found = ask(list(tensors.values())) if tensors else []
     gradients = {v: _array(g) for v, g in zip(tensors, found, strict=True) if g is not None}
     turning: dict[Node, None] = {}

@@ -35,6 +35,7 @@ from stages.jacobian.memory import (
 from stages.jacobian.record import Recorded, SegmentLike, record, segment_name
 from stages.jacobian.rows import Contraction, connected, contract_blocked, contract_whole, dense
 from stages.jacobian.sample_independence import samples_are_independent
+from stages.keras_internals import logits_of
 
 __all__ = ["ChainRule", "JacobianEstimate", "MemoryLimitExceeded", "SegmentGradients", "chain_rule", "jacobian_bytes"]
 
@@ -191,7 +192,7 @@ def _loss_gradients(loss: Callable[[Any], Any], top: Recorded) -> tuple[Any, Rec
     """
     # Keras's cross-entropies look behind a softmax or sigmoid and use its argument, which Keras keeps on the output
     # tensor. To the chain rule that argument is simply another output of the last segment.
-    behind = [(i, out._keras_logits) for i, out in enumerate(top.outputs) if hasattr(out, "_keras_logits")]
+    behind = [(i, logits) for i, out in enumerate(top.outputs) if (logits := logits_of(out)) is not None]
     outputs = [*top.outputs, *(logits for _, logits in behind)]
     floating = [out for out in outputs if out.dtype.is_floating]
     with tf.GradientTape() as tape:

@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from stages.errors import StageError
 from stages.jacobian.record import SegmentLike, record, segment_name
+from stages.tensorflow_internals import called_graph
 
 BUILD_FACTOR = 2
 """Bytes in use while a Jacobian is built, as a multiple of the bytes of the Jacobian."""
@@ -259,6 +260,6 @@ def _made_by(graph: Any) -> Iterator[Any]:
         if operation.type != "Placeholder":
             yield from operation.outputs
         if operation.type in ("PartitionedCall", "StatefulPartitionedCall"):
-            called = graph._get_function(operation.get_attr("f").name)
-            if called is not None and getattr(called, "graph", None) is not None:
-                yield from _made_by(called.graph)
+            called = called_graph(graph, operation.get_attr("f").name)
+            if called is not None:
+                yield from _made_by(called)

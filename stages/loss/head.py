@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.keras_internals import function_arguments
 from stages.recipe.describe import Recipe, create, describe
 
 _SUMS = ("sum", "none", None)
@@ -80,7 +81,7 @@ class Head:
         """Whether the loss of a sample depends on other samples, so that it needs the whole batch at once."""
         if getattr(self.loss, "__name__", None) in _COUPLED_FUNCTIONS or isinstance(self.loss, keras.losses.Circle):
             return True
-        axis = getattr(self.loss, "_fn_kwargs", {}).get("axis", -1)
+        axis = function_arguments(self.loss).get("axis", -1)
         return axis is None or 0 in (axis if isinstance(axis, list | tuple) else (axis,))
 
     def build(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:

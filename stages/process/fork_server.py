@@ -138,9 +138,11 @@ def _absent(names: Sequence[str]) -> Iterator[None]:
 
 
 def _check_no_op_ran() -> None:
-    context = sys.modules.get("tensorflow.python.eager.context")
-    current = context.context_safe() if context is not None else None
-    if current is not None and current._initialized:
+    if "tensorflow" not in sys.modules:
+        return
+    from stages.tensorflow_internals import has_op_run
+
+    if has_op_run():
         raise PreloadError(
             "a TensorFlow op ran in the fork server while it imported modules, and a process forked after that hangs "
             "in its first tf.function; find the import that creates a tensor or a variable at module level"

@@ -10,6 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stages.keras_internals import (
+    function_arguments,
+    has_layers,
+    layers_of,
+    loss_dtype,
+    names_excluded_from_decay,
+    own_trainable_variables,
+    set_function_arguments,
+    set_loss_dtype,
+)
+
 Forgotten = dict[str, Any]
 
 
@@ -31,9 +42,9 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
         found["arguments"] = arguments
     if (dtype := _loss_dtype(thing)) is not None:
         found["dtype"] = dtype
-    if (pattern := getattr(thing, "_exclude_from_weight_decay_pattern", None)) is not None:
-        found["without_decay"] = pattern.pattern
-    if hasattr(thing, "_flatten_layers") and (frozen := _frozen(thing)):
+    if (names := names_excluded_from_decay(thing)) is not None:
+        found["without_decay"] = names
+    if has_layers(thing) and (frozen := _frozen(thing)):
         found["frozen"] = frozen
     return found
 
@@ -41,12 +52,9 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
 def restore(thing: Any, found: Mapping[str, Any]) -> None:
     """Give an object that was made from its configuration what the configuration left out."""
     if "arguments" in found:
-        thing._fn_kwargs.update(found["arguments"])
+        set_function_arguments(thing, found["arguments"])
     if "dtype" in found:
-        import keras
-
-        thing._dtype_policy = keras.dtype_policies.get(found["dtype"])
-        thing._dtype = thing._dtype_policy.compute_dtype
+        set_loss_dtype(thing, found["dtype"])
     if "without_decay" in found:
         thing.exclude_from_weight_decay(var_names=[found["without_decay"]])
     for place in found.get("frozen", ()):
@@ -57,15 +65,15 @@ def _loss_dtype(thing: Any) -> str | None:
     """What a loss computes in: no Keras loss says it in its configuration, and a worker's default may be another."""
     import keras
 
-    return str(thing._dtype_policy.name) if isinstance(thing, keras.losses.Loss) else None
+    return loss_dtype(thing) if isinstance(thing, keras.losses.Loss) else None
 
 
 def _frozen(model: Any) -> list[int]:
     """Which variables of a model are frozen by themselves (``layer.bias.trainable = False``), not with their layer."""
     alone = {
         id(variable)
-        for layer in model._flatten_layers()
-        for variable in (layer._trainable_variables if layer.trainable else ())
+        for layer in layers_of(model)
+        for variable in (own_trainable_variables(layer) if layer.trainable else ())
         if not variable.trainable
     }
     return [place for place, variable in enumerate(model.variables) if id(variable) in alone]
@@ -75,10 +83,10 @@ def _arguments(thing: Any, config: Any) -> dict[str, Any]:
     """Arguments of the function inside a loss or metric that differ in a copy made from the configuration."""
     import keras
 
-    ours = {name: value for name, value in getattr(thing, "_fn_kwargs", {}).items() if _is_plain(value)}
+    ours = {name: value for name, value in function_arguments(thing).items() if _is_plain(value)}
     if not ours:
         return {}
-    copy = getattr(keras.saving.deserialize_keras_object(config), "_fn_kwargs", {})
+    copy = function_arguments(keras.saving.deserialize_keras_object(config))
     return {name: value for name, value in ours.items() if name not in copy or copy[name] != value}
 
 

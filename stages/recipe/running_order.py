@@ -8,10 +8,11 @@ walk from its outputs; a copy, or a part with other outputs, may run them in ano
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from stages.errors import RecipeError
+from stages.keras_internals import calls_of, is_functional, nodes_in_order, run_nodes_in_order
 
 Order = Sequence[Sequence[Any]]
 """(operation's name, which of its calls in the model, from 0) in the order of running."""
@@ -19,10 +20,10 @@ Order = Sequence[Sequence[Any]]
 
 def running_order(model: Any) -> list[list[Any]] | None:
     """The order in which a Functional model makes its calls; None for other models."""
-    if not hasattr(model, "_nodes_by_depth"):
+    if not is_functional(model):
         return None
     number = {id(node): [name, i] for name, some in _calls(model).items() for i, node in enumerate(some)}
-    return [number[id(node)] for node in _nodes(model) if not node.is_input]
+    return [number[id(node)] for node in nodes_in_order(model) if not node.is_input]
 
 
 def run_in_order(model: Any, order: Order) -> None:
@@ -38,8 +39,8 @@ def run_in_order(model: Any, order: Order) -> None:
     calls = _calls(model)
     if Counter(name for name, _ in order) != Counter({name: len(some) for name, some in calls.items()}):
         raise RecipeError(f"the order in which the model {model.name!r} runs its layers is that of another model")
-    wanted = [node for node in _nodes(model) if node.is_input] + [calls[name][i] for name, i in order]
-    model._nodes_by_depth = {len(wanted) - i: [node] for i, node in enumerate(wanted)}
+    wanted = [node for node in nodes_in_order(model) if node.is_input] + [calls[name][i] for name, i in order]
+    run_nodes_in_order(model, wanted)
 
 
 def order_of(names: Sequence[str]) -> list[list[Any]]:
@@ -55,19 +56,12 @@ def order_of(names: Sequence[str]) -> list[list[Any]]:
 def _calls(model: Any) -> dict[str, list[Any]]:
     """{operation's name: its calls in the model, in the order in which they were made}."""
     calls: dict[str, list[Any]] = {}
-    for node in _nodes(model):
+    for node in nodes_in_order(model):
         if not node.is_input:
             calls.setdefault(node.operation.name, []).append(node)
     return {name: sorted(some, key=_place) for name, some in calls.items()}
 
 
-def _nodes(model: Any) -> Iterator[Any]:
-    for depth in sorted(model._nodes_by_depth, reverse=True):
-        for node in model._nodes_by_depth[depth]:
-            if node.operation is not None:
-                yield node
-
-
 def _place(node: Any) -> int:
     """Which of its operation's calls a node is."""
-    return next(i for i, other in enumerate(node.operation._inbound_nodes) if other is node)
+    return next(i for i, other in enumerate(calls_of(node.operation)) if other is node)

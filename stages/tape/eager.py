@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
+from stages.keras_internals import update_nothing
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, OrderedSum, dense
 from stages.tape.model_call import Part, States, spread, watch
@@ -321,8 +322,7 @@ def update(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -
     if gradients:
         optimizer.apply(gradients, variables)
     else:
-        optimizer._backend_apply_gradients([], [])
-        optimizer._iterations.assign_add(1)
+        update_nothing(optimizer)
 
 
 def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -> list[Any]:

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.keras_internals import graph_model, maker_of, node_arguments, nodes_in_order, takes_training
 from stages.tape.model_call import States
 from stages.tape.tensors import describe_tensor, flatten
 
@@ -54,40 +55,38 @@ def misfit(model: Any, inputs: Sequence[Any], training: bool) -> str | None:
 
     What a call changes by itself (statistics, random generators) is as before afterwards.
     """
-    if isinstance(model, keras.Sequential):
-        model = model._functional
-    if not hasattr(model, "_nodes_by_depth"):
+    functional = graph_model(model)
+    if functional is None:
         return None
-    states = States(model)
+    states = States(functional)
     before = states.read()
     try:
-        return _replayed(model, inputs, training)
+        return _replayed(functional, inputs, training)
     finally:
         states.write(before)
 
 
 def _replayed(model: Any, inputs: Sequence[Any], training: bool) -> str | None:
     tensors = {id(symbol): value for symbol, value in zip(model.inputs, inputs, strict=True)}
-    for depth in sorted(model._nodes_by_depth, reverse=True):
-        for node in model._nodes_by_depth[depth]:
-            if node.is_input or any(id(symbol) not in tensors for symbol in node.input_tensors):
-                continue
-            given = [tensors[id(symbol)] for symbol in node.input_tensors]
-            args, kwargs = node.arguments.fill_in(tensors)
-            if "training" in kwargs or getattr(node.operation, "_call_has_training_arg", False):
-                kwargs.setdefault("training", training)
-            try:
-                results = node.operation(*args, **kwargs)
-            except Exception:
-                inner = misfit(node.operation, given, training) if isinstance(node.operation, keras.Model) else None
-                return inner or _described(node, given)
-            tensors |= {id(symbol): value for symbol, value in zip(node.outputs, flatten(results), strict=True)}
+    for node in nodes_in_order(model):
+        if node.is_input or any(id(symbol) not in tensors for symbol in node.input_tensors):
+            continue
+        given = [tensors[id(symbol)] for symbol in node.input_tensors]
+        args, kwargs = node_arguments(node, tensors)
+        if "training" in kwargs or takes_training(node.operation):
+            kwargs.setdefault("training", training)
+        try:
+            results = node.operation(*args, **kwargs)
+        except Exception:
+            inner = misfit(node.operation, given, training) if isinstance(node.operation, keras.Model) else None
+            return inner or _described(node, given)
+        tensors |= {id(symbol): value for symbol, value in zip(node.outputs, flatten(results), strict=True)}
     return None
 
 
 def _described(node: Any, given: Sequence[Any]) -> str:
     taken = [
-        f"{describe_tensor(value)} from {symbol._keras_history.operation.name!r}"
+        f"{describe_tensor(value)} from {maker_of(symbol).name!r}"
         for symbol, value in zip(node.input_tensors, given, strict=True)
     ]
     kind, together = type(node.operation).__name__, " together" if len(taken) > 1 else ""

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.keras_internals import input_structure, layers_of, let_inner_layers_mask
 from stages.masks import mask_of, with_mask
 from stages.tape.tensors import compatible, describe_tensor, flatten, is_differentiable
 
@@ -135,14 +136,13 @@ class Part:
 
 def _let_inner_layers_mask(model: Any) -> None:
     """The layers inside a model hand masks on by themselves; tell Keras, which would warn that the model does not."""
-    if isinstance(model, keras.Model) and not model.supports_masking:
-        model.supports_masking = True
-        model.compute_mask = lambda inputs, previous_mask: None
+    if isinstance(model, keras.Model):
+        let_inner_layers_mask(model)
 
 
 def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:
     """A function from flat tensors to the nesting that the model is called with."""
-    structure = getattr(model, "_inputs_struct", None)
+    structure = input_structure(model)
     if structure is None:
         return lambda tensors: tensors[0] if len(tensors) == 1 else list(tensors)
     return lambda tensors: keras.tree.pack_sequence_as(structure, list(tensors))
@@ -169,7 +169,7 @@ def changed_by_calls(model: Any) -> list[Any]:
     Among them trainable ones: SpectralNormalization divides its kernel by its norm on the spot, in every call.
     """
     found = {id(variable): variable for variable in model.non_trainable_variables}
-    for layer in model._flatten_layers():
+    for layer in layers_of(model):
         if isinstance(layer, keras.layers.SpectralNormalization):
             found.setdefault(id(layer.kernel), layer.kernel)
     return list(found.values())

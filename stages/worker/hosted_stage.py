@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from stages.errors import SegmentError
 from stages.grid import is_over_time
+from stages.keras_internals import layers_of, names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
 from stages.recipe.describe import Recipe, create
@@ -271,13 +272,13 @@ class HostedStage:
 
 def leave_undecayed(optimizer: Any, variables: Sequence[Any]) -> None:
     """Exclude variables from weight decay, besides those that the optimizer's pattern of names excludes."""
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    optimizer.exclude_from_weight_decay(list(variables), None if pattern is None else [pattern.pattern])
+    names = names_excluded_from_decay(optimizer)
+    optimizer.exclude_from_weight_decay(list(variables), None if names is None else [names])
 
 
 def makes_masks(model: Any) -> bool:
     """Whether a model may begin a mask (most layers only pass one on)."""
-    return any(_begins_mask(layer) for layer in model._flatten_layers())
+    return any(_begins_mask(layer) for layer in layers_of(model))
 
 
 def _begins_mask(layer: Any) -> bool:

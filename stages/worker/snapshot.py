@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stages.errors import HandoffError
+from stages.keras_internals import slots_of
 
 
 class Slot(NamedTuple):
@@ -37,23 +38,15 @@ def unique_names(variables: Sequence[Any]) -> list[str]:
 
 
 def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
-    """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`.
-
-    Keras's optimizers keep a slot in a list with one entry per trainable variable, and what belongs to no variable in
-    an attribute; the attribute's name is the slot's. (The slots' own names do not always tell: Adafactor's are like the
-    variables', Nadam numbers one anew in every process, and two layers may have one name.)
-    """
+    """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`."""
     of: dict[int, Slot] = {}
-    for attribute, slots in vars(optimizer).items():
-        if isinstance(slots, list) and len(slots) == len(trainable) and attribute not in _NO_SLOTS:
-            of |= {id(slot): Slot(i, attribute.strip("_")) for i, slot in enumerate(slots) if slot is not None}
+    for attribute, place, variable in slots_of(optimizer, len(trainable)):
+        slot = Slot(place, attribute.strip("_"))
+        if place >= 0:
+            of[id(variable)] = slot
         else:
-            of.setdefault(id(slots), Slot(-1, attribute.strip("_")))
+            of.setdefault(id(variable), slot)
     return [of.get(id(variable), Slot(-1, str(variable.name))) for variable in optimizer.variables]
-
-
-_NO_SLOTS = ("_variables", "_trainable_variables")
-"""Lists of an optimizer that are not a slot: all its own variables, and the model's."""
 
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,20 +52,6 @@ class Whole:
     def begins_block(self, window: int) -> bool:
         """Whether no gradient goes back from a window to the one before it."""
         return self.truncate is not None and window % self.truncate == 0
-
-
-@contextmanager
-def standing_in(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-    """Let Keras variables be read as other tensors for a while; (variable, tensor) pairs."""
-    before = []
-    try:
-        for variable, tensor in values:
-            before.append((variable, variable._value))
-            variable._value = tensor
-        yield
-    finally:
-        for variable, value in before:
-            variable._value = value
 
 
 def owned(hosted: HostedStage) -> list[Any]:

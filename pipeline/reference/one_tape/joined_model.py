@@ -13,7 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from pipeline.reference.one_tape.batch import Weights, Whole, owner, scaled_sum, standing_in, state_names, weight_part
+from pipeline.reference.one_tape.batch import Weights, Whole, owner, scaled_sum, state_names, weight_part
+from stages.keras_internals import set_mask, standing_in
 from stages.loss.heads import Objective
 from stages.masks import mask_of, with_mask
 from stages.tape.eager import joint
@@ -201,7 +202,7 @@ class JoinedModel:
         outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=training)
         for tensor, copy in zip(given, taken, strict=True):
             if mask_of(tensor) is not None and mask_of(copy) is None:
-                tensor._keras_mask = None
+                set_mask(tensor, None)
         return tuple(tf.nest.flatten(outputs))
 
     def _shared_values(self) -> dict[int, list[tuple[Any, Any]]]:

@@ -22,13 +22,13 @@ from pipeline.reference.one_tape.batch import (
     owned,
     owner,
     reported,
-    standing_in,
     state_names,
     summed,
     weight_part,
 )
 from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
+from stages.keras_internals import standing_in
 from stages.masks import mask_of
 from stages.tape.accumulate import dense, plus
 from stages.tape.model_call import States

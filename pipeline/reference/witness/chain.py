@@ -47,6 +47,7 @@ from pipeline.reference.witness.results import Array, Cut, Gradients
 from pipeline.reference.witness.rows import contract_by_rows
 from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes
 from stages.jacobian.rows import Contraction, connected, dense
+from stages.keras_internals import logits_of
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import plus
 from stages.tape.tensors import is_differentiable
@@ -206,7 +207,7 @@ class _Chain:
         self, i: int, objective: Objective, predictions: Any, tensors: Sequence[Any]
     ) -> list[tuple[Any, Any]]:
         """(tensor, dL/dtensor) of tensors that the heads' losses read, or of the logits behind them."""
-        logits = [t._keras_logits for t in tensors if getattr(t, "_keras_logits", None) is not None]
+        logits = [logits for t in tensors if (logits := logits_of(t)) is not None]
         sources = [t for t in [*tensors, *logits] if is_differentiable(t.dtype)]
         with named(self.hosted[i], "its loss"), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.reference.witness.flow import RefusedError, dtype_of, heads_of, named
+from stages.keras_internals import layers_of, own_seed_generators, replaced_draws, set_loss_dtype, wrap_call
 from stages.loss.head import Head
 from stages.recipe.describe import create, describe
 from stages.recipe.segment import build_model
@@ -56,17 +57,13 @@ def drawing(narrow: str) -> Iterator[None]:
     Args:
         narrow: What the model draws in.
     """
-    module, outer = keras.src.backend.random, getattr(_DRAWN_IN, "dtype", None)
-    before = {name: getattr(module, name) for name in (*_DRAWING, "dropout")} if outer is None else {}
+    outer = getattr(_DRAWN_IN, "dtype", None)
     _DRAWN_IN.dtype = narrow
     try:
-        for name, draw in before.items():
-            setattr(module, name, _dropout(draw) if name == "dropout" else _drawn(draw))
-        yield
+        with nullcontext() if outer is not None else replaced_draws(_NARROWED):
+            yield
     finally:
         _DRAWN_IN.dtype = outer
-        for name, draw in before.items():
-            setattr(module, name, draw)
 
 
 _DRAWN_IN = threading.local()
@@ -95,11 +92,14 @@ def _dropout(draw: Callable[..., Any]) -> Callable[..., Any]:
     return dropout
 
 
+_NARROWED = {**dict.fromkeys(_DRAWING, _drawn), "dropout": _dropout}
+
+
 def _draw_as(ours: Any, twin: Any) -> None:
     """Let every layer of a twin draw in the dtype of the layer that it stands for."""
-    for layer, copy in zip(ours._flatten_layers(), twin._flatten_layers(), strict=True):
-        if getattr(copy, "_seed_generators", ()) and layer.compute_dtype in FLOATS:
-            object.__setattr__(copy, "call", _drawing_in(copy.call, layer.compute_dtype))
+    for layer, copy in zip(layers_of(ours), layers_of(twin), strict=True):
+        if own_seed_generators(copy) and layer.compute_dtype in FLOATS:
+            wrap_call(copy, partial(_drawing_in, narrow=layer.compute_dtype))
 
 
 def _drawing_in(call: Callable[..., Any], narrow: str) -> Callable[..., Any]:
@@ -135,8 +135,7 @@ class Twin:
             _draw_as(hosted.stage.model, self.model)
         for head in self.heads:
             if isinstance(head.loss, keras.losses.Loss):
-                head.loss._dtype_policy = keras.dtype_policies.get(WIDE)
-                head.loss._dtype = WIDE
+                set_loss_dtype(head.loss, WIDE)
         for tie in hosted.ties:
             if tie.stages[0] != hosted.spec.index:
                 self.model.trainable_variables[tie.place].regularizer = None

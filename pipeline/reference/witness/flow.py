@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from pipeline.reference.one_tape.batch import Whole, owner, state_names
 from pipeline.reference.witness.results import Array, Size
+from stages.keras_internals import layers_of, logits_of, set_logits, set_mask
 from stages.loss.head import Head
 from stages.masks import mask_of, with_mask
 from stages.recipe.describe import create
@@ -88,7 +89,7 @@ def run_flow(hosted: Sequence[HostedStage], call: Call, given: Mapping[str, Any]
         outputs = call(i, taken)
         for name, copy in zip(takes, taken, strict=True):
             if mask_of(tensors[name]) is not None and mask_of(copy) is None:
-                tensors[name]._keras_mask = None
+                set_mask(tensors[name], None)
         states = set(state_names(stage))
         for name, output in zip(gives, outputs, strict=True):
             (behind if name in states else tensors)[name] = output
@@ -150,10 +151,10 @@ def joined(parts: Sequence[Any], axis: int) -> Any:
 def riding(parts: Sequence[Any], make: Callable[[Sequence[Any]], Any]) -> Any:
     """A tensor made of others, with what rides on them: masks, and the logits that Keras's losses look for."""
     masks = [mask_of(part) for part in parts]
-    logits = [getattr(part, "_keras_logits", None) for part in parts]
+    logits = [logits_of(part) for part in parts]
     found = with_mask(make(parts), None if masks[0] is None else make(masks))
     if logits[0] is not None:
-        found._keras_logits = make(logits)
+        set_logits(found, make(logits))
     return found
 
 
@@ -232,7 +233,7 @@ def shared_sums(
 
 def dtype_of(model: Any) -> str:
     """The floating dtype with the fewest digits that a model computes in."""
-    found = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
+    found = {layer.compute_dtype for layer in layers_of(model) if layer.compute_dtype is not None}
     floating = [name for name in found if tf.as_dtype(name).is_floating]
     return str(min(floating, key=lambda name: _DIGITS.get(name, 0), default=keras.config.floatx()))
 

@@ -17,7 +17,8 @@ Cost: one tape over the whole batch, so the activations of all samples at once, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -45,6 +46,7 @@ from pipeline.reference.witness.flow import (
 )
 from pipeline.reference.witness.results import Gradients, Size
 from stages.jacobian.rows import dense
+from stages.keras_internals import layers_of, own_added_losses, own_seed_generators, wrap_call
 from stages.tape.model_call import changed_by_calls
 from stages.tape.tensors import flatten, is_differentiable
 from stages.worker.hosted_stage import HostedStage
@@ -129,14 +131,14 @@ def _layer_of(model: Any, variable: Any) -> str:
     """The innermost layer that has a variable."""
     having = [
         layer
-        for layer in model._flatten_layers()
+        for layer in layers_of(model)
         if any(v is variable for v in layer.variables) or any(v is variable for v in _seeds(layer))
     ]
     return str(having[-1].name) if having else str(model.name)
 
 
 def _seeds(layer: Any) -> list[Any]:
-    return [generator.state for generator in getattr(layer, "_seed_generators", ())]
+    return [generator.state for generator in own_seed_generators(layer)]
 
 
 def _check_independence(
@@ -178,7 +180,7 @@ def _check_independence(
         total = float(sum(terms))
         allowed = Tolerance.reordered(size.dtype, size.terms).relative * max(abs(total), abs(part))
         if abs(total - part) > allowed:
-            layer = next((layer.name for layer in stage.stage.model._flatten_layers() if layer._losses), "?")
+            layer = next((layer.name for layer in layers_of(stage.stage.model) if own_added_losses(layer)), "?")
             raise RefusedError(
                 f"stage {stage.spec.name!r}, layer {layer!r} adds a loss that is no mean over samples: {total:.6g} of "
                 f"the whole batch, {part:.6g} of its microbatches; divide it by the number of samples"
@@ -223,7 +225,6 @@ def _first_to_differ(model: Any, inputs: Sequence[Any], rows: slice, size: Size)
 def _watched(model: Any) -> Iterator[Seen]:
     """Note what every layer inside a model takes and gives."""
     seen: Seen = []
-    layers = [layer for layer in model._flatten_layers() if layer is not model]
 
     def watching(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -234,17 +235,10 @@ def _watched(model: Any) -> Iterator[Seen]:
 
         return watched
 
-    before = [layer.__dict__.get("call") for layer in layers]
-    try:
-        for layer in layers:
-            object.__setattr__(layer, "call", watching(layer, layer.call))
+    with ExitStack() as stack:
+        for layer in layers_of(model, include_self=False):
+            stack.callback(wrap_call(layer, partial(watching, layer)))
         yield seen
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            if call is None:
-                layer.__dict__.pop("call", None)
-            else:
-                object.__setattr__(layer, "call", call)
 
 
 __all__ = ["batch_at_once"]

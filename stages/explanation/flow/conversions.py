@@ -17,28 +17,32 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework import ops
-from tensorflow.python.ops import script_ops
 
 from stages.explanation.flow.recorder import Recorder, user_line
+from stages.keras_internals import predictions
+from stages.tensorflow_internals import (
+    CONVERSIONS,
+    NUMPY_DISPATCH,
+    NUMPY_FUNCTIONS,
+    PY_FUNCTION,
+    EagerTensor,
+    numpy_itself,
+)
 
-_METHODS = ("numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__format__")
-_FUNCTIONS = ("array", "asarray", "asanyarray", "ascontiguousarray")
-_TRANSPARENT = frozenset({*_METHODS, "convert_to_numpy", "_numpy", "numpy_text"})
+_TRANSPARENT = frozenset({*(name for _, name in CONVERSIONS), "convert_to_numpy", "_numpy", "numpy_text"})
 _NUMPY = np.__file__.rpartition("/")[0]
 
 
 def watch_conversions(recorder: Recorder) -> None:
     """See conversions until the recorder closes."""
-    base = ops._EagerTensorBase
-    for name in _METHODS:
-        recorder.add_patch(base, name, partial(_method, recorder, name))
-    for name in _FUNCTIONS:
-        recorder.add_patch(np, name, partial(_function, recorder, name))
-    recorder.add_patch(base, "__array_function__", lambda _: _dispatched(recorder))
-    recorder.add_patch(script_ops, "py_func_common", partial(_numpy_function, recorder))
-    for name in ("predict", "predict_on_batch"):
-        recorder.add_patch(keras.Model, name, partial(_predict, recorder, name))
+    for place in CONVERSIONS:
+        recorder.replace_while_open(*place, partial(_method, recorder, place[1]))
+    for place in NUMPY_FUNCTIONS:
+        recorder.replace_while_open(*place, partial(_function, recorder, place[1]))
+    recorder.replace_while_open(*NUMPY_DISPATCH, lambda _: _dispatched(recorder))
+    recorder.replace_while_open(*PY_FUNCTION, partial(_numpy_function, recorder))
+    for place in predictions():
+        recorder.replace_while_open(*place, partial(_predict, recorder, place[1]))
 
 
 def _asked_by_user(place: str) -> bool:
@@ -83,7 +87,7 @@ def _dispatched(recorder: Recorder) -> Any:
     def convert(_: Any, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         given = [one for one in tf.nest.flatten([args, kwargs]) if _is_tensor(one)]
         name = f"np.{function.__name__}"
-        return _converted(recorder, name, given, lambda: function._implementation(*args, **kwargs))
+        return _converted(recorder, name, given, lambda: numpy_itself(function)(*args, **kwargs))
 
     return convert
 
@@ -110,7 +114,7 @@ def _predict(recorder: Recorder, name: str, original: Any) -> Any:
         if recorder.here:
             inside = recorder.graph.nodes[start:]
             given = dict.fromkeys(value for node in inside for value in node.outputs)
-            layer = "/".join(part for part in (recorder._layer_path(), model.name) if part)
+            layer = "/".join(part for part in (recorder.layer_path(), model.name) if part)
             recorder.node("conversion", f"Model.{name}", given, [recorder.graph.pseudo()], layer=layer)
         return result
 
@@ -131,11 +135,11 @@ def _said(name: str) -> str:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, ops.EagerTensor | tf.Variable | keras.Variable)
+    return isinstance(value, EagerTensor | tf.Variable | keras.Variable)
 
 
 def _tensor(value: Any) -> Any:
-    return value if isinstance(value, ops.EagerTensor) else tf.convert_to_tensor(value)
+    return value if isinstance(value, EagerTensor) else tf.convert_to_tensor(value)
 
 
 __all__ = ["watch_conversions"]

@@ -8,13 +8,11 @@ ones, for those operations only that stand between a source and a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.eager import backprop, backprop_util, record
-from tensorflow.python.framework import ops
 
 from stages.explanation.flow.graph import Graph, Node, tensors_of
+from stages.tensorflow_internals import gradients_of_operation, has_gradient, is_trainable, stop_recording
 
 NEVER_ASKED = frozenset({"EagerPyFunc", "PartitionedCall", "StatefulPartitionedCall", "While", "If", "Case"})
 """Operations whose gradient function cannot be called apart from a tape; they pass a gradient."""
@@ -61,7 +59,7 @@ class Edges:
             return "outside"
         if not self._trainable(node.inputs[position]):
             return "source"
-        if not any(backprop_util.IsTrainable(out) for out in tensors_of(self.graph, node.outputs)):
+        if not any(is_trainable(out) for out in tensors_of(self.graph, node.outputs)):
             return "result"
         if node.kind == "custom":
             return PASSES if self._ask(node)[position] else "none"
@@ -102,7 +100,7 @@ class Edges:
 
     def _trainable(self, value: int) -> bool:
         tensor = self.graph.values[value]
-        return tensor is not None and bool(backprop_util.IsTrainable(tensor))
+        return tensor is not None and bool(is_trainable(tensor))
 
     def _ask(self, node: Node) -> list[bool]:
         if node not in self._asked:
@@ -116,15 +114,13 @@ class Edges:
             return yes
         outputs = tensors_of(self.graph, node.outputs)
         inputs = tensors_of(self.graph, node.inputs)
-        ones = [tf.ones_like(out) if backprop_util.IsTrainable(out) else None for out in outputs]
+        ones = [tf.ones_like(out) if is_trainable(out) else None for out in outputs]
         try:
-            with record.stop_recording():
+            with stop_recording():
                 if node.kind == "custom":
                     found = node.backward(*ones)
                 else:
-                    found = backprop._gradient_function(
-                        node.operation, node.attributes, len(inputs), inputs, outputs, ones, (), None
-                    )
+                    found = gradients_of_operation(node.operation, node.attributes, inputs, outputs, ones)
         except Exception:
             return yes
         found = list(found) if isinstance(found, list | tuple) else [found]
@@ -134,11 +130,7 @@ class Edges:
 
 def registration(operation: str) -> str:
     """Whether TensorFlow knows a gradient of an operation: empty, ``unregistered`` or ``not differentiable``."""
-    try:
-        function: Any = ops._gradient_registry.lookup(operation)
-    except LookupError:
-        return "unregistered"
-    return "not differentiable" if function is None else PASSES
+    return {None: "unregistered", False: "not differentiable", True: PASSES}[has_gradient(operation)]
 
 
 __all__ = ["PASSES", "Edges", "registration"]

@@ -31,15 +31,26 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.python import pywrap_tfe
-from tensorflow.python.eager import context, record
-from tensorflow.python.framework import op_callbacks, ops
-from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
 from stages.errors import HandoffError
 from stages.explanation.flow.graph import Graph, Line, Node
+from stages.keras_internals import layer_call
 from stages.origin import ROOT
 from stages.tape.eagerly import eagerly
+from stages.tensorflow_internals import (
+    FAST_PATH,
+    RECORD_OPERATION,
+    EagerTensor,
+    TensorFlowVariable,
+    drawing_seeds_from,
+    dtype_behind,
+    read_behind,
+    recording_is_stopped,
+    replaced,
+    seen_operations,
+    stop_recording,
+    write_behind,
+)
 
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _LIBRARIES = (
@@ -89,11 +100,10 @@ class Recorder:
             stack.enter_context(eagerly())
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Even though the `tf.config.experimental_run_functions_eagerly")
-            self._patch(stack, pywrap_tfe, "TFE_Py_FastPathExecute", self._fast_path)
-            self._patch(stack, record, "record_operation", self._custom)
-            self._patch(stack, keras.Layer, "__call__", self._layer_call)
-            op_callbacks.add_op_callback(self._operation)
-            stack.callback(op_callbacks.remove_op_callback, self._operation)
+            stack.enter_context(replaced(*FAST_PATH, self._fast_path))
+            stack.enter_context(replaced(*RECORD_OPERATION, self._custom))
+            stack.enter_context(replaced(*layer_call(), self._layer_call))
+            stack.enter_context(seen_operations(self._operation))
             self._closing = stack.pop_all()
         return self
 
@@ -105,9 +115,9 @@ class Recorder:
         """Whether what happens now is to be recorded."""
         return not self._paused and threading.get_ident() == self._thread
 
-    def add_patch(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    def replace_while_open(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         """Replace an attribute until the recorder closes; `make` gets the original."""
-        self._patch(self._closing, owner, name, make)
+        self._closing.enter_context(replaced(owner, name, make))
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -137,14 +147,14 @@ class Recorder:
 
     def restore(self) -> None:
         """Give every variable that was written the value it had."""
-        with record.stop_recording():
+        with stop_recording():
             for handle, value in self.kept.values():
-                gen_resource_variable_ops.assign_variable_op(handle, value)
+                write_behind(handle, value)
 
     def node(self, kind: str, operation: str, inputs: Any, outputs: Any, **more: Any) -> Node:
         """Append what just happened, with where it happened."""
         line, literals = user_line()
-        more.setdefault("layer", self._layer_path())
+        more.setdefault("layer", self.layer_path())
         return self.graph.add(
             Node(
                 len(self.graph.nodes),
@@ -157,13 +167,14 @@ class Recorder:
                 literals=literals,
                 tapes=frozenset(self._tapes),
                 muted=frozenset(self._muted),
-                stopped=bool(pywrap_tfe.TFE_Py_TapeSetIsStopped()),
+                stopped=recording_is_stopped(),
                 stateful=any(getattr(layer, "stateful", False) for layer in self._layers),
                 **more,
             )
         )
 
-    def _layer_path(self) -> str:
+    def layer_path(self) -> str:
+        """Names of the layers that are being called, outermost first, those of stages left out: ``block/dense``."""
         return "/".join(layer.name for layer in self._layers if id(layer) not in self._stages)
 
     def _operation(
@@ -192,7 +203,7 @@ class Recorder:
         ) -> None:
             original(op_type, output_tensors, input_tensors, backward_function, forward_function)
             inputs, outputs = list(input_tensors), list(output_tensors)
-            if self.here and all(isinstance(tensor, ops.EagerTensor) for tensor in (*outputs, *inputs)):
+            if self.here and all(isinstance(tensor, EagerTensor) for tensor in (*outputs, *inputs)):
                 seen = self.graph.seen
                 self.node("custom", str(op_type), map(seen, inputs), map(seen, outputs), backward=backward_function)
 
@@ -227,18 +238,10 @@ class Recorder:
 
     def _keep(self, handle: Any) -> None:
         """Remember a variable's value before it is written; one that was made just now has none."""
-        if id(handle) in self.kept or id(handle) in self._new or getattr(handle, "_handle_data", None) is None:
+        if id(handle) in self.kept or id(handle) in self._new or (dtype := dtype_behind(handle)) is None:
             return
-        with self.pause(), record.stop_recording():
-            dtype = tf.as_dtype(handle._handle_data.shape_and_type[0].dtype)
-            value = gen_resource_variable_ops.read_variable_op(handle, dtype)
-            self.kept[id(handle)] = (handle, tf.identity(value))
-
-    def _patch(self, stack: ExitStack, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-        there = name in vars(owner)
-        original = vars(owner)[name] if there else getattr(owner, name, None)
-        setattr(owner, name, make(original))
-        stack.callback(setattr, owner, name, original) if there else stack.callback(delattr, owner, name)
+        with self.pause(), stop_recording():
+            self.kept[id(handle)] = (handle, tf.identity(read_behind(handle, dtype)))
 
 
 @contextmanager
@@ -249,18 +252,13 @@ def random_states() -> Iterator[None]:
     another generator: those that the user's code would draw next must not have been used. (Operations with a seed of
     their own do go on.)
     """
-    eager = context.context()
-    seeds = getattr(eager, "_rng", None)
     before = (random.getstate(), np.random.get_state())
-    if seeds is not None:
-        eager._rng = random.Random(_OTHER_SEEDS)
     try:
-        yield
+        with drawing_seeds_from(_OTHER_SEEDS):
+            yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-        if seeds is not None:
-            eager._rng = seeds
 
 
 def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, tuple[Any, ...]]:
@@ -344,11 +342,9 @@ def writer() -> str:
 
 def _read(argument: Any) -> Any:
     """A variable's value in its place, read in a way that can be seen."""
-    if isinstance(argument, resource_variable_ops.BaseResourceVariable):
+    if isinstance(argument, TensorFlowVariable):
         return argument.value()
-    if isinstance(argument, list | tuple) and any(
-        isinstance(one, resource_variable_ops.BaseResourceVariable) for one in argument
-    ):
+    if isinstance(argument, list | tuple) and any(isinstance(one, TensorFlowVariable) for one in argument):
         return [_read(one) for one in argument]
     return argument
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import record
-from tensorflow.python.ops import gen_resource_variable_ops
 
 from stages.explanation.flow.graph import PYTHON, Graph, Node
 from stages.explanation.flow.user_tapes import Source
+from stages.tensorflow_internals import read_behind, stop_recording, write_behind
 
 Again = Callable[[], tuple[Graph, int]]
 """Runs the code again: what happened, and the target's number."""
@@ -138,13 +137,13 @@ def _is_result(graph: Graph, value: int, conversion: Node) -> bool:
 
 
 def _read(source: Source, handle: Any) -> Any:
-    with record.stop_recording():
-        return tf.identity(gen_resource_variable_ops.read_variable_op(handle, tf.as_dtype(source.given.dtype)))
+    with stop_recording():
+        return tf.identity(read_behind(handle, source.given.dtype))
 
 
 def _write(handle: Any, value: Any) -> None:
-    with record.stop_recording():
-        gen_resource_variable_ops.assign_variable_op(handle, value)
+    with stop_recording():
+        write_behind(handle, value)
 
 
 __all__ = ["link_by_change", "link_by_value"]

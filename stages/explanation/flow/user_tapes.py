@@ -9,12 +9,19 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.eager import backprop
-from tensorflow.python.ops import resource_variable_ops
 
 from stages.explanation.flow.edges import Edges
 from stages.explanation.flow.graph import Graph, Line
 from stages.explanation.flow.recorder import Recorder, user_frame, user_line
+from stages.tensorflow_internals import (
+    TAPE_ASKED,
+    TAPE_CLOSED,
+    TAPE_OPENED,
+    TAPE_STOPPED,
+    TAPE_WATCHES,
+    TensorFlowVariable,
+    watches_accessed_variables,
+)
 
 _NONE = tf.UnconnectedGradients.NONE
 
@@ -79,11 +86,13 @@ class TapeLog:
         self._watched: dict[int, dict[int, int]] = {}
         self._alive: list[Any] = []
         self._used: dict[int, str] = {}
-        for name in ("_push_tape", "_pop_tape", "watch", "gradient", "stop_recording"):
-            make = getattr(self, f"_{name.strip('_')}")
-            recorder.add_patch(backprop.GradientTape, name, make)
+        recorder.replace_while_open(*TAPE_OPENED, self._opened)
+        recorder.replace_while_open(*TAPE_CLOSED, self._closed)
+        recorder.replace_while_open(*TAPE_WATCHES, self._watch)
+        recorder.replace_while_open(*TAPE_ASKED, self._gradient)
+        recorder.replace_while_open(*TAPE_STOPPED, self._stop_recording)
 
-    def _push_tape(self, original: Any) -> Any:
+    def _opened(self, original: Any) -> Any:
         def push(tape: Any) -> Any:
             if self._recorder.here and tape is not self._shadow:
                 self._alive.append(tape)  # ids of tapes must not be used twice
@@ -92,7 +101,7 @@ class TapeLog:
 
         return push
 
-    def _pop_tape(self, original: Any) -> Any:
+    def _closed(self, original: Any) -> Any:
         def pop(tape: Any) -> Any:
             self._recorder.tape_closed(tape)
             return original(tape)
@@ -177,7 +186,7 @@ class TapeLog:
                 make_sources(graph, dict(zip(names_of(sources, "source"), flat, strict=True))),
                 gradients,
                 watched,
-                tape._watch_accessed_variables,
+                watches_accessed_variables(tape),
                 line,
                 when,
             )
@@ -221,7 +230,7 @@ def handle_of(source: Any) -> Any:
 
 def is_variable(source: Any) -> bool:
     """Whether it is a variable of TensorFlow's or Keras's."""
-    return isinstance(source, keras.Variable | resource_variable_ops.BaseResourceVariable)
+    return isinstance(source, keras.Variable | TensorFlowVariable)
 
 
 def names_of(structure: Any, otherwise: str) -> list[str]:

@@ -27,6 +27,7 @@ import keras
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.keras_internals import set_mask
 from stages.layers.ragged.cells import (
     draw_dropout,
     output_units,
@@ -156,7 +157,7 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
         finally:
             reset_dropout(self.cell)
         padded = tf.reshape(steps, (tf.shape(series)[0], series.shape[1], self.max_steps, self._units()))
-        padded._keras_mask = tf.sequence_mask(made, self.max_steps)
+        set_mask(padded, tf.sequence_mask(made, self.max_steps))
         return [padded, made] if self.return_lengths else padded
 
     def rows(self, inputs: Any, mask: Any = None, training: bool = False) -> list[list[Any]]:
