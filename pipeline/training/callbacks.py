@@ -104,7 +104,8 @@ _CANNOT: dict[type, Callable[[Any], str]] = {
         "it swaps variables of the optimizer, which are the workers'. With use_ema=True the weights become their "
         "averages at the end of fit, as in Keras"
     ),
-    keras.callbacks.OrbaxCheckpoint: lambda _: (
-        "it reads the layers' variables itself, and they are the workers'. Use pipeline.PipelineCheckpoint"
-    ),
 }
+if hasattr(keras.callbacks, "OrbaxCheckpoint"):  # older Keras has none
+    _CANNOT[keras.callbacks.OrbaxCheckpoint] = lambda _: (
+        "it reads the layers' variables itself, and they are the workers'. Use pipeline.PipelineCheckpoint"
+    )
