@@ -7,13 +7,14 @@ element). So the rows can be made a block at a time and thrown away:
 
 The whole Jacobian comes from `GradientTape.jacobian` and `batch_jacobian`; the blocks from one row after the other.
 Both give the same numbers up to the order of summation, which makes each a check of the other. Rows are never
-vectorised (`pfor`): that runs other operations than the model does, with one axis more, and oneDNN's batched matrix
-product corrupts the heap on some of them and ends the process (attention with one head on one sample, TensorFlow 2.21).
+vectorised (`pfor`, `tf.vectorized_map`): that runs other operations than the model does, with one axis more, and
+oneDNN's batched matrix product corrupts the heap on some of them and ends the process (attention with one head on one
+sample, TensorFlow 2.21).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +100,13 @@ def contract_blocked(work: Contraction, limit: int | None) -> tuple[list[Any], i
     """
     if work.rows == 0:
         return [tf.zeros_like(source) for source in work.sources], 0
-    row = _row_function(work)
+    row = row_function(work.tape, work.output, work.sources, work.per_sample)
     length = work.rows if limit is None else rows_that_fit(work, row, limit)
-    count = -(-work.rows // length)
-    block = tf.function(_block_function(work, row), autograph=False)
-    traced: dict[int, Any] = {}
     totals: list[Any] | None = None
-    # Blocks of nearly equal length: at most two lengths, so at most two traces.
-    for indices in np.array_split(np.arange(work.rows, dtype=np.int32), count):
-        if len(indices) not in traced:
-            traced[len(indices)] = block.get_concrete_function(tf.TensorSpec(indices.shape, tf.int32))
-        parts = traced[len(indices)](tf.constant(indices))
+    count = 0
+    for parts in InBlocks(_block_function(work, row)).over(np.arange(work.rows), length):
         totals = parts if totals is None else [total + part for total, part in zip(totals, parts, strict=True)]
+        count += 1
     assert totals is not None
     return totals, count
 
@@ -135,17 +131,72 @@ def rows_that_fit(work: Contraction, row: Callable[[Any], list[Any]], limit: int
     return min(length, work.rows)
 
 
-def _row_function(work: Contraction) -> Callable[[Any], list[Any]]:
-    """Make the function from a row's index to that row of every source's Jacobian."""
+def row_function(
+    tape: Any, output: Any, sources: Sequence[Any], per_sample: bool = False
+) -> Callable[[Any], list[Any]]:
+    """Make the function from a row's index to that row of every source's Jacobian.
+
+    Args:
+        tape: the persistent tape that recorded `output`.
+        output: any shape; row i of a Jacobian belongs to its element i, in row-major order.
+        sources: tensors or variables that `output` depends on.
+        per_sample: row i is instead that of element i of every sample, summed over samples, which are independent.
+
+    Returns:
+        A function of an int32 scalar; a gradient for each source, of its shape.
+    """
+    elements = int(output.shape.num_elements())
+    batch = int(output.shape[0]) if per_sample else 1
 
     def row(index: Any) -> list[Any]:
-        seed = tf.one_hot(index, work.rows, dtype=work.output.dtype)
-        if work.per_sample:
-            seed = tf.broadcast_to(seed, (int(work.output.shape[0]), work.rows))
-        found = work.tape.gradient(work.output, work.sources, output_gradients=tf.reshape(seed, work.output.shape))
+        seed = tf.one_hot(index, elements // max(batch, 1), dtype=output.dtype)
+        if per_sample:
+            seed = tf.broadcast_to(seed, (batch, elements // batch))
+        found = tape.gradient(output, sources, output_gradients=tf.reshape(seed, output.shape))
         return [dense(gradient) for gradient in found]
 
     return row
+
+
+def stacked_rows(row: Callable[[Any], list[Any]], indices: Any, sources: Sequence[Any]) -> list[Any]:
+    """Rows of every source's Jacobian, one after the other in a loop of the graph; to be called while tracing.
+
+    Args:
+        row: as `row_function` makes it.
+        indices: (rows,), int32.
+        sources: those of `row`.
+
+    Returns:
+        For each source (rows, *its shape).
+    """
+    found = tf.map_fn(row, indices, fn_output_signature=[source.dtype for source in sources])
+    return [
+        tf.ensure_shape(stacked, (indices.shape[0], *source.shape))
+        for stacked, source in zip(found, sources, strict=True)
+    ]
+
+
+class InBlocks:
+    """A function of row indices, called for a block of them at a time and traced once for each length of a block.
+
+    Args:
+        function: of indices (rows,), int32, whose number is known while tracing.
+    """
+
+    def __init__(self, function: Callable[[Any], list[Any]]) -> None:
+        self._function = tf.function(function, autograph=False)
+        self._traced: dict[int, Any] = {}
+
+    def over(self, indices: np.ndarray[Any, Any], most: int) -> Iterator[list[Any]]:
+        """What the function gives for at most so many indices at a time, block by block.
+
+        Blocks are of nearly equal length: at most two lengths, so at most two traces.
+        """
+        for block in np.array_split(indices.astype(np.int32), -(-len(indices) // most)):
+            if len(block) not in self._traced:
+                spec = tf.TensorSpec(block.shape, tf.int32)
+                self._traced[len(block)] = self._function.get_concrete_function(spec)
+            yield self._traced[len(block)](tf.constant(block))
 
 
 def _block_function(work: Contraction, row: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
@@ -157,9 +208,7 @@ def _block_function(work: Contraction, row: Callable[[Any], list[Any]]) -> Calla
         parts = []
         length = int(indices.shape[0])
         chosen = tf.gather(gradient, indices, axis=1)
-        found = tf.map_fn(row, indices, fn_output_signature=[source.dtype for source in work.sources])
-        for stacked, source in zip(found, work.sources, strict=True):
-            rows = tf.ensure_shape(stacked, (length, *source.shape))
+        for rows, source in zip(stacked_rows(row, indices, work.sources), work.sources, strict=True):
             seeds = tf.cast(chosen, rows.dtype)
             product = tf.einsum("br,rbc->bc", seeds, tf.reshape(rows, (length, batch, -1)))
             parts.append(tf.reshape(product, source.shape))

@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes, row_bytes
-from stages.jacobian.rows import dense
+from stages.jacobian.rows import InBlocks, row_function, stacked_rows
 from stages.step_influence.map import InfluenceMap
 from stages.step_influence.places import INPUT, OUTPUT, Piece, Places, Root, elements_of, leaves
 from stages.tape.eagerly import eagerly
@@ -43,10 +43,10 @@ DEFAULT_MEMORY_LIMIT = 2 << 30
 """Bytes that the evaluation may take beside the forward pass unless told otherwise: 2 GiB."""
 
 _FEW_ROWS = 48
-"""Up to so many rows of one output tensor are evaluated one by one: tracing a block of them would take longer."""
+"""Up to so many rows of one output tensor are evaluated eagerly: tracing a loop over them would take longer."""
 
 _BLOCK_BYTES = 64 << 20
-"""A block of rows takes no more than this, whatever the limit: larger ones were slower, as they leave the caches."""
+"""A block of rows takes no more than this, whatever the limit: larger ones leave the caches and gain nothing."""
 
 _NORM_BYTES = 32
 """Bytes per entry while norms are taken in float64: the entries, their order by blocks, and two intermediates."""
@@ -156,7 +156,7 @@ def _evaluate(tape: Any, rows: list[Piece], columns: list[Piece], limit: int | N
         ]
         connected[np.ix_(job.rows, [j for group in blocks for j, _ in group])] = True
         count = sum(len(rows[i].indices) for i in job.rows)
-        derivatives = _Derivatives(tape, job, limit, one_by_one=count <= _FEW_ROWS)
+        derivatives = _Derivatives(tape, job, limit, eager=count <= _FEW_ROWS)
         for i in job.rows:
             for jacobians in derivatives(rows[i].indices):
                 for jacobian, group in zip(jacobians, blocks, strict=True):
@@ -170,41 +170,26 @@ def _evaluate(tape: Any, rows: list[Piece], columns: list[Piece], limit: int | N
 
 
 class _Derivatives:
-    """Rows of one output tensor's Jacobian, in blocks: one by one where they are few, else vectorised."""
+    """Rows of one output tensor's Jacobian, one after the other: eagerly where they are few, else in a traced loop."""
 
-    def __init__(self, tape: Any, job: _Job, limit: int | None, one_by_one: bool) -> None:
-        self._tape, self._job, self._limit, self._one_by_one = tape, job, limit, one_by_one
-        self._size = elements_of(job.tensor)
-        self._traced: dict[int, Any] = {}
+    def __init__(self, tape: Any, job: _Job, limit: int | None, eager: bool) -> None:
+        self._job, self._limit, self._eager = job, limit, eager
+        self._row = row_function(tape, job.tensor, job.sources)
+        self._blocks = InBlocks(lambda indices: stacked_rows(self._row, indices, job.sources))
         self._most: int | None = None
 
     def __call__(self, elements: Array) -> Iterator[list[Array]]:
         """For some elements of the tensor, block by block: for each source (rows of the block, source elements)."""
         if not len(elements) or not self._job.sources:
             return
-        if self._one_by_one:
+        if self._eager:
             for element in elements:
                 yield [np.asarray(row).reshape(1, -1) for row in self._row(tf.constant(element, tf.int32))]
             return
         if self._most is None:
             self._most = self._rows_that_fit()
-        # Blocks of nearly equal length: at most two lengths a piece, so few traces.
-        for block in np.array_split(elements.astype(np.int32), -(-len(elements) // self._most)):
-            if len(block) not in self._traced:
-                spec = tf.TensorSpec(block.shape, tf.int32)
-                function = tf.function(self._block, autograph=False).get_concrete_function(spec)
-                self._traced[len(block)] = function
-            yield [np.asarray(rows).reshape(len(block), -1) for rows in self._traced[len(block)](tf.constant(block))]
-
-    def _row(self, index: Any) -> list[Any]:
-        tensor = self._job.tensor
-        seed = tf.reshape(tf.one_hot(index, self._size, dtype=tensor.dtype), tensor.shape)
-        found = self._tape.gradient(tensor, self._job.sources, output_gradients=seed)
-        return [dense(gradient) for gradient in found]
-
-    def _block(self, indices: Any) -> list[Any]:
-        found: list[Any] = tf.vectorized_map(self._row, indices)
-        return found
+        for block in self._blocks.over(elements, self._most):
+            yield [np.asarray(rows).reshape(rows.shape[0], -1) for rows in block]
 
     def _rows_that_fit(self) -> int:
         allowed = _BLOCK_BYTES if self._limit is None else min(self._limit, _BLOCK_BYTES)

@@ -169,7 +169,7 @@ def recorded_dense(rows: int) -> rows.Contraction:
 def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
     """Every tensor in the graph of a block, and the block's Jacobian among them."""
     work = recorded_dense(600)
-    row = rows._row_function(work)
+    row = rows.row_function(work.tape, work.output, work.sources, work.per_sample)
     length = rows.rows_that_fit(work, row, limit)
     block = tf.function(rows._block_function(work, row), autograph=False)
     graph = block.get_concrete_function(tf.TensorSpec((length,), tf.int32)).graph
@@ -187,7 +187,7 @@ def test_no_tensor_of_a_block_is_larger_than_the_limit(limit: int) -> None:
 def test_the_limit_counts_the_row_three_times_and_the_sum_twice() -> None:
     """A row, stacked with others, and turned for the product; the running sum and the block's contribution to it."""
     work = recorded_dense(600)
-    row = rows._row_function(work)
+    row = rows.row_function(work.tape, work.output, work.sources, work.per_sample)
     with pytest.raises(MemoryLimitExceeded) as refused:
         rows.rows_that_fit(work, row, 1)
     needed = refused.value.needed
