@@ -24,8 +24,6 @@ DATA_KINDS: Final = frozenset(
         "output",
         "sample_weight",
         "shared_gradient",
-        "state",
-        "state_gradient",
         "target",
     }
 )
@@ -33,14 +31,10 @@ DATA_KINDS: Final = frozenset(
 
 KINDS: Final = DATA_KINDS | {
     "plan",
-    "step",
-    "done",
-    "apply",
     "command",
     "variable",
     "reply",
     "hello",
-    "ready",
     "error",
     "stop",
 }

@@ -90,7 +90,7 @@ def arrays() -> Iterator[np.ndarray[Any, Any]]:
 def check_every_field_arrives(open_one: Opener) -> None:
     """The extremes of every field, and a value of every plain type."""
     value: Any = {"text": "grüß", "list": [None, True, 1, -2.5, 2**63, {}], "empty": []}
-    full = Message("state_gradient", 2, 10**9, 4, 3, "lstm/state:0", 7, 5, value, np.ones(2))
+    full = Message("gradient", 2, 10**9, 4, 3, "lstm/state:0", 7, 5, value, np.ones(2))
     with channel(open_one) as (inbox, outbox):
         for message in (full, Message("stop"), Message("reply", stage=DRIVER, value=float("nan"))):
             outbox.send(message, PATIENCE)
@@ -196,16 +196,16 @@ def check_timeouts(open_one: Opener) -> None:
         expect(TransportTimeout, lambda: inbox.receive(0), inbox.address)
         expect(TransportTimeout, lambda: inbox.receive(0.01), "0.01")
         expect(TransportTimeout, lambda: inbox.receive(-1.0))
-        outbox.send(Message("ready"), 0)
-        require(inbox.receive(PATIENCE).kind == "ready")
+        outbox.send(Message("hello"), 0)
+        require(inbox.receive(PATIENCE).kind == "hello")
 
 
 def check_receive_without_timeout_waits(open_one: Opener) -> None:
     """None waits as long as it takes."""
     with channel(open_one) as (inbox, outbox):
-        sender = threading.Thread(target=lambda: outbox.send(Message("ready"), None))
+        sender = threading.Thread(target=lambda: outbox.send(Message("hello"), None))
         sender.start()
-        require(inbox.receive(None).kind == "ready")
+        require(inbox.receive(None).kind == "hello")
         sender.join()
 
 
@@ -238,8 +238,8 @@ def check_an_address_is_used_once(open_one: Opener) -> None:
         expect(AddressInUse, lambda: transport.bind(inbox.address))
         with open_one() as another:
             expect(AddressInUse, lambda: another.bind(inbox.address))
-        outbox.send(Message("ready"), PATIENCE)
-        require(inbox.receive(PATIENCE).kind == "ready")
+        outbox.send(Message("hello"), PATIENCE)
+        require(inbox.receive(PATIENCE).kind == "hello")
         for _ in range(5):
             inbox.close()
             inbox = transport.bind(inbox.address)
@@ -258,7 +258,7 @@ def check_wrong_addresses_are_refused(open_one: Opener) -> None:
 def check_a_lost_peer_is_noticed(open_one: Opener) -> None:
     """After the inbox is gone, sending fails within moments, and from then on always."""
     with channel(open_one) as (inbox, outbox):
-        outbox.send(Message("ready"), PATIENCE)
+        outbox.send(Message("hello"), PATIENCE)
         inbox.receive(PATIENCE)
         inbox.close()
         deadline = time.monotonic() + PATIENCE
@@ -295,8 +295,8 @@ def check_two_gibibytes_are_refused_before_sending(open_one: Opener) -> None:
     """With the default limits a frame of 2 GiB is refused; its memory is never touched."""
     with channel(open_one) as (inbox, outbox):
         expect(MessageTooLarge, lambda: outbox.send(Message("activation", array=np.empty(2**31, np.uint8))))
-        outbox.send(Message("ready"), PATIENCE)
-        require(inbox.receive(PATIENCE).kind == "ready")
+        outbox.send(Message("hello"), PATIENCE)
+        require(inbox.receive(PATIENCE).kind == "hello")
 
 
 def check_unsendable_is_refused(open_one: Opener) -> None:
@@ -329,8 +329,8 @@ def check_unsendable_is_refused(open_one: Opener) -> None:
     with channel(open_one) as (inbox, outbox):
         for message in wrong:
             expect(Unsendable, lambda message=message: outbox.send(message))  # type: ignore[misc]
-        outbox.send(Message("ready"), PATIENCE)
-        require(inbox.receive(PATIENCE).kind == "ready", "something was sent after all")
+        outbox.send(Message("hello"), PATIENCE)
+        require(inbox.receive(PATIENCE).kind == "hello", "something was sent after all")
 
 
 def check_watching_other_descriptors(open_one: Opener) -> None:
@@ -340,8 +340,8 @@ def check_watching_other_descriptors(open_one: Opener) -> None:
         with os.fdopen(reader, "rb") as source, os.fdopen(writer, "wb", 0) as sink:
             watch = (source,)
             expect(TransportTimeout, lambda: inbox.receive(0, watch))
-            outbox.send(Message("ready"), PATIENCE)
-            require(inbox.receive(PATIENCE, watch).kind == "ready")
+            outbox.send(Message("hello"), PATIENCE)
+            require(inbox.receive(PATIENCE, watch).kind == "hello")
             writing = threading.Thread(target=lambda: sink.write(b"!"))
             writing.start()
             try:
@@ -378,10 +378,10 @@ def check_context_managers_close(open_one: Opener) -> None:
     """Leaving the block closes, a transport with everything it made."""
     with open_one() as transport:
         with transport.bind() as inbox, transport.connect(inbox.address, PATIENCE) as outbox:
-            outbox.send(Message("ready"), PATIENCE)
-            require(inbox.receive(PATIENCE).kind == "ready")
+            outbox.send(Message("hello"), PATIENCE)
+            require(inbox.receive(PATIENCE).kind == "hello")
         expect(ChannelClosed, lambda: inbox.receive(0))
-        expect(ChannelClosed, lambda: outbox.send(Message("ready")))
+        expect(ChannelClosed, lambda: outbox.send(Message("hello")))
         left = transport.bind()
     expect(ChannelClosed, lambda: left.receive(0))
 

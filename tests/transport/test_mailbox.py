@@ -69,7 +69,7 @@ def test_equal_keys_come_in_order_of_arrival(post):
 def test_every_field_of_the_key_counts(post):
     inbox, send = post
     mailbox = Mailbox(inbox)
-    key = Key("state", 1, 2, 3, "h", 4, 5)
+    key = Key("gradient", 1, 2, 3, "h", 4, 5)
     near = [
         key._replace(**{name: value}) for name, value in zip(Key._fields, ("mask", 9, 9, 9, "c", 9, 9), strict=True)
     ]
@@ -137,8 +137,8 @@ def test_receive_hands_out_held_messages_first(post):
     send(activation(1))
     send(activation(0))
     mailbox.take([activation(0).key], PATIENCE)
-    send(Message("done"))
-    assert [mailbox.receive(PATIENCE).kind for _ in range(2)] == ["activation", "done"]
+    send(Message("reply"))
+    assert [mailbox.receive(PATIENCE).kind for _ in range(2)] == ["activation", "reply"]
     with pytest.raises(TransportTimeout):
         mailbox.receive(0)
 
@@ -168,8 +168,8 @@ def test_clear_forgets_what_belongs_to_earlier_steps(post):
         send(activation(0, step))
         send(activation(0, step))
     send(Message("command", step=0))
-    send(Message("ready"))
-    mailbox.take([Key("ready")], PATIENCE)
+    send(Message("hello"))
+    mailbox.take([Key("hello")], PATIENCE)
     assert mailbox.clear(before_step=2) == 4
     assert {(key.kind, key.step) for key in mailbox.held()} == {("activation", 2), ("command", 0)}
     assert mailbox.clear() == 3

@@ -94,8 +94,8 @@ def test_a_frame_above_the_limit_costs_the_stranger_its_connection(transport, st
         sender.send_multipart([GOOD[0], bytes(2**21)])
         assert monitor.poll(PATIENCE * 1000)
         sender.disable_monitor()
-    outbox.send(Message("ready"))
-    assert inbox.receive(PATIENCE).kind == "ready"
+    outbox.send(Message("hello"))
+    assert inbox.receive(PATIENCE).kind == "hello"
     with pytest.raises(TransportTimeout):
         inbox.receive(0)
 
@@ -139,17 +139,17 @@ def test_an_interrupted_send_closes_the_outbox_and_delivers_no_half(transport):
     with pytest.raises(KeyboardInterrupt):
         outbox.send(Message("activation", array=np.ones(3)))
     assert outbox.closed
-    transport.connect(inbox.address, PATIENCE).send(Message("ready"))
-    assert inbox.receive(PATIENCE).kind == "ready"
+    transport.connect(inbox.address, PATIENCE).send(Message("hello"))
+    assert inbox.receive(PATIENCE).kind == "hello"
 
 
 def test_messages_come_before_watched_objects(transport):
     inbox = transport.bind()
     outbox = transport.connect(inbox.address, PATIENCE)
     with socket.socket() as listening:  # readable? an unbound TCP socket reports a hang-up: that counts
-        outbox.send(Message("ready"))
+        outbox.send(Message("hello"))
         assert inbox._socket.poll(PATIENCE * 1000)
-        assert inbox.receive(PATIENCE, (listening,)).kind == "ready"
+        assert inbox.receive(PATIENCE, (listening,)).kind == "hello"
         with pytest.raises(Watched):
             inbox.receive(PATIENCE, (listening,))
 
@@ -172,8 +172,8 @@ def test_closing_leaves_alone_what_another_inbox_has_bound_since(tmp_path):
         (tmp_path / "inbox").unlink()
         second = transport.bind(first.address)
         first.close()
-        transport.connect(second.address, PATIENCE).send(Message("ready"))
-        assert second.receive(PATIENCE).kind == "ready"
+        transport.connect(second.address, PATIENCE).send(Message("hello"))
+        assert second.receive(PATIENCE).kind == "hello"
 
 
 def test_the_socket_file_is_for_the_owner_only(tmp_path):
@@ -197,8 +197,8 @@ def test_a_stale_socket_file_is_replaced_and_anything_else_is_not(tmp_path):
     plain.write_text("precious")
     with open_transport("ipc", tmp_path) as transport:
         inbox = transport.bind(f"ipc://{stale}")
-        transport.connect(inbox.address, PATIENCE).send(Message("ready"))
-        assert inbox.receive(PATIENCE).kind == "ready"
+        transport.connect(inbox.address, PATIENCE).send(Message("hello"))
+        assert inbox.receive(PATIENCE).kind == "hello"
         with pytest.raises(AddressInUse):
             transport.bind(f"ipc://{plain}")
     assert plain.read_text() == "precious"
@@ -232,8 +232,8 @@ def test_tcp_stays_on_this_host(host):
 def test_every_form_of_loopback_works(host):
     with open_transport("tcp") as transport:
         inbox = transport.bind(f"tcp://{host}:0")
-        transport.connect(inbox.address, PATIENCE).send(Message("ready"))
-        assert inbox.receive(PATIENCE).kind == "ready"
+        transport.connect(inbox.address, PATIENCE).send(Message("hello"))
+        assert inbox.receive(PATIENCE).kind == "hello"
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1", "tcp://127.0.0.1:x", "tcp://127.0.0.1:70000", "tcp://:"])
@@ -341,7 +341,7 @@ with open_transport("ipc") as transport:
         os._exit(0)
     assert os.wait()[1] == 0
     for sender in (outbox, transport.connect(inbox.address, 10)):
-        sender.send(Message("ready"))
+        sender.send(Message("hello"))
         print(inbox.receive(10).kind)
 print(Path(inbox.address.removeprefix("ipc://")).parent.exists())
 """
