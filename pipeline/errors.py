@@ -49,7 +49,8 @@ class Fault:
     """One thing that is wrong with a plan.
 
     Attributes:
-        rule: the name of the broken rule, one of `pipeline.plan.rules.RULES`.
+        rule: the name of the broken rule, one of `pipeline.plan.rules.RULES`, or ``"runtime"``: see
+            `pipeline.runtime.runnable`.
         message: what was expected, what was found, and where.
     """
 

@@ -23,6 +23,7 @@ from pipeline.plan.timeline import Timeline, measured_timeline
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.interrupts import deferred_interrupts
 from pipeline.runtime.reference_process import ReferenceProcess
+from pipeline.runtime.runnable import check_runnable
 from stages.grid import is_over_time
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
@@ -350,9 +351,10 @@ class Session:
         if key not in self._plans:
             wiring, stages = self.wires.upstream(), len(self.segments)
             if training:
-                self._plans[key] = build_plan(
+                plan = build_plan(
                     self.schedule, stages, microbatches, windows=windows, truncate=self.truncate, wiring=wiring
                 )
+                self._plans[key] = check_runnable(plan)
             else:
                 self._plans[key] = forward_only(stages, microbatches, windows=windows).validate(wiring)
         return self._plans[key]

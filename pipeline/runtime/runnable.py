@@ -1,0 +1,64 @@
+"""Which of the plans that keep all rules the workers can carry out as yet.
+
+`pipeline.plan.rules` says what a plan may mean at all; simulation, drawings and comparisons of schedules need no more.
+The workers know less: every stage has a worker of its own, of the same number, and a backward is whole. Whatever else a
+plan asks for is refused here, in words and before anything is started. Who teaches the workers more takes a rule away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.errors import Fault, PlanError
+from pipeline.plan.plan import Plan
+from stages.actions import Kind
+
+__all__ = ["check_runnable", "runnable"]
+
+RULE = "runtime"
+_HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+
+
+def runnable(plan: Plan, *, training: bool = True) -> tuple[Fault, ...]:
+    """Why a valid plan cannot run as yet.
+
+    Args:
+        plan: A plan that `pipeline.plan.plan.validate` accepts.
+        training: Whether the step needs gradients.
+
+    Returns:
+        One fault per kind of thing that the workers cannot do, under the rule ``"runtime"``; empty if it can run.
+    """
+    return tuple(Fault(RULE, reason) for reason in _reasons(plan, training))
+
+
+def check_runnable(plan: Plan, *, training: bool = True) -> Plan:
+    """The plan itself, once `runnable` has nothing against it.
+
+    Raises:
+        PlanError: With every reason.
+    """
+    if faults := runnable(plan, training=training):
+        raise PlanError(plan.name, faults)
+    return plan
+
+
+def _reasons(plan: Plan, training: bool) -> Iterator[str]:
+    if training and not plan.training:
+        yield "training needs the backward of every forward, this plan has forwards only; make it with training=True"
+    halves = [action for _, action in plan.actions() if action.kind in _HALVES]
+    if halves:
+        yield (
+            f"workers run whole backwards only, this plan has {len(halves)} half one(s), the first {halves[0]} "
+            f"({halves[0].describe()} of stage {halves[0].stage}); put one BACKWARD in place of each pair of halves"
+        )
+    if plan.placement != tuple(range(plan.stages)):
+        yield (
+            "every stage runs in the worker of its own number, this plan places stages "
+            f"0 to {plan.stages - 1} on workers {', '.join(map(str, plan.placement))}; leave `placement` out"
+        )
+    if plan.workers > plan.stages:
+        yield (
+            f"every worker runs one stage, this plan has programs for {plan.workers} workers and {plan.stages} "
+            "stage(s); leave out those that run none"
+        )
