@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.jacobian.rows import Contraction, dense, rows_that_fit
+from stages.jacobian.rows import Contraction, row_function, rows_that_fit
 
 _SUM = tf.float64
 
@@ -30,12 +30,7 @@ def contract_by_rows(work: Contraction, limit: int | None) -> list[Any]:
     Raises:
         MemoryLimitExceeded: A row does not fit; nothing was evaluated.
     """
-
-    def row(index: Any) -> list[Any]:
-        seed = tf.one_hot(index, work.rows, dtype=work.output.dtype)
-        found = work.tape.gradient(work.output, work.sources, output_gradients=tf.reshape(seed, work.output.shape))
-        return [dense(gradient) for gradient in found]
-
+    row = row_function(work.tape, work.output, work.sources)
     if limit is not None and work.rows:
         rows_that_fit(work, row, limit)
     gradient = tf.cast(tf.reshape(work.output_gradient, (-1,)), _SUM)

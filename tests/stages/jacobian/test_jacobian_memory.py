@@ -157,9 +157,9 @@ def test_a_limit_below_one_row_is_refused_with_the_figure_that_would_do() -> Non
     assert max(segment.blocks for segment in result.segments) > 10
 
 
-def recorded_dense(rows: int) -> rows.Contraction:
+def recorded_dense(elements: int) -> rows.Contraction:
     w = tf.Variable(np.random.normal(size=(40, 30)).astype("float32"))
-    x = tf.constant(np.random.normal(size=(rows // 30, 40)).astype("float32"))
+    x = tf.constant(np.random.normal(size=(elements // 30, 40)).astype("float32"))
     with tf.GradientTape(persistent=True) as tape:
         y = tf.tanh(x @ w)
     return rows.Contraction(tape, y, tf.ones_like(y), [w], False, "here")
