@@ -5,12 +5,13 @@ Names are imported when first used, so that planning and `--help` never load Ten
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from pipeline.origin import check_origins
 
 check_origins()
+
+from transport.lazy import load  # noqa: E402 (not before it is known to be ours)
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.batch.microbatch import microbatch_sizes as microbatch_sizes
@@ -45,10 +46,35 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.plan.simulator import simulate as simulate
     from pipeline.plan.timeline import Span as Span
     from pipeline.plan.timeline import Timeline as Timeline
+    from pipeline.report.report import Report as Report
+    from pipeline.report.report import SingleTapeError as SingleTapeError
     from pipeline.report.timeline_figure import save_timeline as save_timeline
+    from pipeline.runtime.launch.errors import LaunchError as LaunchError
+    from pipeline.runtime.launch.errors import ServerGoneError as ServerGoneError
     from pipeline.training.callbacks import PipelineCheckpoint as PipelineCheckpoint
     from pipeline.verify.every import VerifyEvery as VerifyEvery
+    from stages.errors import HandoffError as HandoffError
+    from stages.errors import RecipeError as RecipeError
+    from stages.errors import SegmentError as SegmentError
+    from stages.errors import StageError as StageError
+    from stages.explanation.rows import Explanation as Explanation
+    from stages.jacobian.memory import MemoryLimitExceeded as MemoryLimitExceeded
     from stages.recipe.segment import Segment as Segment
+    from transport.errors import AddressInUse as AddressInUse
+    from transport.errors import BadAddress as BadAddress
+    from transport.errors import ChannelClosed as ChannelClosed
+    from transport.errors import ClosedError as ClosedError
+    from transport.errors import MalformedMessage as MalformedMessage
+    from transport.errors import MessageTooLarge as MessageTooLarge
+    from transport.errors import MistakeError as MistakeError
+    from transport.errors import NotLoopback as NotLoopback
+    from transport.errors import PeerError as PeerError
+    from transport.errors import PeerLost as PeerLost
+    from transport.errors import TapelineError as TapelineError
+    from transport.errors import TimedOutError as TimedOutError
+    from transport.errors import TransportError as TransportError
+    from transport.errors import TransportTimeout as TransportTimeout
+    from transport.errors import Unsendable as Unsendable
 
 _HOME = {
     # training
@@ -71,6 +97,9 @@ _HOME = {
     # watching training
     "BoundaryNorms": "pipeline.norms.boundary_norms",
     "VerifyEvery": "pipeline.verify.every",
+    # what verify and explain answer
+    "Explanation": "stages.explanation.rows",
+    "Report": "pipeline.report.report",
     # cuts
     "Comparison": "pipeline.cutting.prediction",
     "CutTable": "pipeline.cutting.cut_table",
@@ -92,15 +121,36 @@ _HOME = {
     "WiringError": "pipeline.errors",
     "WorkerDiedError": "pipeline.errors",
     "WorkerError": "pipeline.errors",
+    "TapelineError": "transport.errors",
+    "MistakeError": "transport.errors",
+    "PeerError": "transport.errors",
+    "TimedOutError": "transport.errors",
+    "ClosedError": "transport.errors",
+    "TransportError": "transport.errors",
+    "Unsendable": "transport.errors",
+    "MessageTooLarge": "transport.errors",
+    "BadAddress": "transport.errors",
+    "AddressInUse": "transport.errors",
+    "NotLoopback": "transport.errors",
+    "MalformedMessage": "transport.errors",
+    "PeerLost": "transport.errors",
+    "TransportTimeout": "transport.errors",
+    "ChannelClosed": "transport.errors",
+    "StageError": "stages.errors",
+    "SegmentError": "stages.errors",
+    "HandoffError": "stages.errors",
+    "RecipeError": "stages.errors",
+    "MemoryLimitExceeded": "stages.jacobian.memory",
+    "LaunchError": "pipeline.runtime.launch.errors",
+    "ServerGoneError": "pipeline.runtime.launch.errors",
+    "SingleTapeError": "pipeline.report.report",
 }
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = load("pipeline", _HOME, name)
     globals()[name] = value
     return value
 

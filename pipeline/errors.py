@@ -1,12 +1,14 @@
-"""Every error that the `pipeline` package raises on purpose, under one base.
+"""Every error that the `pipeline` package raises on purpose, under one base; each is of one family, as all our errors.
 
-One family, so that a caller can catch `PipelineError` and be sure that what escapes is a defect of ours.
+The families (`transport.errors`): your mistake, the other side's fault, time, closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from transport.errors import ClosedError, MistakeError, PeerError, TapelineError, TimedOutError
 
 __all__ = [
     "CheckpointError",
@@ -28,19 +30,19 @@ __all__ = [
 ]
 
 
-class PipelineError(Exception):
-    """Base of all errors of this package."""
+class PipelineError(TapelineError):
+    """Base of every error that the package `pipeline` raises on purpose."""
 
 
-class ScheduleError(PipelineError, ValueError):
+class ScheduleError(PipelineError, MistakeError, ValueError):
     """A schedule that does not exist, or one that was asked for an impossible plan."""
 
 
-class MicrobatchError(PipelineError, ValueError):
+class MicrobatchError(PipelineError, MistakeError, ValueError):
     """A batch that cannot be cut into the microbatches asked for."""
 
 
-class TimelineError(PipelineError, ValueError):
+class TimelineError(PipelineError, MistakeError, ValueError):
     """Times that cannot be: an action that ends before it starts, or a cost below zero."""
 
 
@@ -61,7 +63,7 @@ class Fault:
         return self.message
 
 
-class PlanError(PipelineError, ValueError):
+class PlanError(PipelineError, MistakeError, ValueError):
     """A plan that cannot run or would train something else; carries every fault that was found.
 
     Args:
@@ -87,35 +89,35 @@ class PlanError(PipelineError, ValueError):
         return type(self), (self.name, self.faults)
 
 
-class WiringError(PipelineError, ValueError):
+class WiringError(PipelineError, MistakeError, ValueError):
     """Segments whose names or tensors do not fit together."""
 
 
-class SplitError(PipelineError, ValueError):
+class SplitError(PipelineError, MistakeError, ValueError):
     """A model that cannot be cut, or not there."""
 
 
-class CompileError(PipelineError, ValueError):
+class CompileError(PipelineError, MistakeError, ValueError):
     """A call of `compile` that cannot be carried out, or one that is missing."""
 
 
-class DataError(PipelineError, ValueError):
+class DataError(PipelineError, MistakeError, ValueError):
     """A batch that does not fit the model: wrong shapes, wrong dtypes, different lengths."""
 
 
-class CheckpointError(PipelineError, ValueError):
+class CheckpointError(PipelineError, MistakeError, ValueError):
     """A checkpoint that is not there, is not whole, or belongs to another model."""
 
 
-class VerificationError(PipelineError, AssertionError):
+class VerificationError(PipelineError, PeerError, AssertionError):
     """A verification found a difference above its tolerance."""
 
 
-class PipelineClosedError(PipelineError, RuntimeError):
+class PipelineClosedError(PipelineError, ClosedError, RuntimeError):
     """The pipeline's workers are gone; the message says since when and why."""
 
 
-class WorkerError(PipelineError, RuntimeError):
+class WorkerError(PipelineError, PeerError, RuntimeError):
     """Code that ran in a worker raised: a builder, a layer, a loss.
 
     Attributes:
@@ -138,5 +140,5 @@ class WorkerDiedError(WorkerError):
     """A worker's process ended, or was ended, without a word."""
 
 
-class StalledError(PipelineError, TimeoutError):
+class StalledError(PipelineError, TimedOutError, TimeoutError):
     """Every worker waits and nobody runs; the message says who waits for what."""

@@ -5,12 +5,13 @@ Names are imported when first used, so that code which only plans (`stages.actio
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from stages.origin import check_origins
 
 check_origins()
+
+from transport.lazy import load  # noqa: E402 (not before it is known to be ours)
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.actions import Action as Action
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from stages.actions import chain as chain
     from stages.actions import dependencies as dependencies
     from stages.errors import HandoffError as HandoffError
+    from stages.errors import RecipeError as RecipeError
     from stages.errors import SegmentError as SegmentError
     from stages.errors import StageError as StageError
     from stages.explanation.explain import explain as explain
@@ -63,6 +65,7 @@ _HOME = {
     "dependencies": "stages.actions",
     # errors
     "HandoffError": "stages.errors",
+    "RecipeError": "stages.errors",
     "SegmentError": "stages.errors",
     "StageError": "stages.errors",
 }
@@ -71,9 +74,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'stages' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = load("stages", _HOME, name)
     globals()[name] = value
     return value
 

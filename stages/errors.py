@@ -1,23 +1,24 @@
-"""What can go wrong in one segment, named so that a caller can tell the families apart.
+"""What can go wrong in one segment.
 
-`HandoffError` and `SegmentError` are the caller's mistakes; they are raised before anything has changed, so the stage
-can still be used. `StageFailure` wraps an exception that user code (a layer, a loss, a builder) raised.
+All are the caller's mistakes, raised before anything has changed, so the stage can still be used.
 """
 
 from __future__ import annotations
 
-
-class StageError(Exception):
-    """Base of every error that this package raises on purpose."""
+from transport.errors import MistakeError, TapelineError
 
 
-class SegmentError(StageError):
+class StageError(TapelineError):
+    """Base of every error that the package `stages` raises on purpose."""
+
+
+class SegmentError(StageError, MistakeError):
     """A segment's recipe is wrong or cannot be carried out."""
 
 
-class HandoffError(StageError):
+class HandoffError(StageError, MistakeError):
     """A forward or backward was called out of order, or with tensors that do not fit."""
 
 
-class RecipeError(StageError):
+class RecipeError(StageError, MistakeError):
     """An object (model, layer, loss, metric, optimizer) cannot be described so that a worker can make it again."""

@@ -1,23 +1,44 @@
-"""What can go wrong between two processes: one family, so that a caller can tell whose fault it was.
+"""What can go wrong: the ground class of all our errors, the four families, and what the transport raises.
 
-Four kinds of fault, told apart by class:
+    TapelineError
+    ├── MistakeError     your mistake: an argument, a model, a batch, a file that does not fit
+    ├── PeerError        the other side's fault: another process raised, died, sent nonsense, computed something else
+    ├── TimedOutError    nothing happened in time
+    └── ClosedError      it was closed before
 
-=====================  ===========================================================================
-your mistake           `Unsendable`, `MessageTooLarge`, `AddressInUse`, `NotLoopback`, `BadAddress`
-the other side's       `MalformedMessage`, `PeerLost`
-time                   `TransportTimeout`
-closed                 `ChannelClosed`
-=====================  ===========================================================================
+Every error that our packages raise on purpose is of exactly one family, and of the package that raised it
+(`TransportError`, `stages.StageError`, `pipeline.PipelineError`). All can be imported from `pipeline`; docs/errors.md
+lists them. They stand here since every package may import this one.
 """
 
 from __future__ import annotations
 
 
-class TransportError(Exception):
-    """Base of every error that this package raises."""
+class TapelineError(Exception):
+    """Base of every error that our packages raise on purpose."""
 
 
-class Unsendable(TransportError, ValueError):  # noqa: N818 (reads as what it says)
+class MistakeError(TapelineError):
+    """Your mistake: an argument, a model, a batch or a file that does not fit; raised before anything has changed."""
+
+
+class PeerError(TapelineError):
+    """The other side's fault: another process raised, died, sent nonsense, or computed something else."""
+
+
+class TimedOutError(TapelineError):
+    """Nothing happened within the time."""
+
+
+class ClosedError(TapelineError):
+    """What was asked was closed before."""
+
+
+class TransportError(TapelineError):
+    """Base of every error that the package `transport` raises."""
+
+
+class Unsendable(TransportError, MistakeError, ValueError):  # noqa: N818 (reads as what it says)
     """The message holds something that has no place on the wire. Nothing was sent."""
 
 
@@ -25,11 +46,11 @@ class MessageTooLarge(Unsendable):
     """The message is above the channel's limits. Nothing was sent and the channel stays usable."""
 
 
-class BadAddress(TransportError, ValueError):  # noqa: N818
+class BadAddress(TransportError, MistakeError, ValueError):  # noqa: N818
     """The address is not one that this transport understands."""
 
 
-class AddressInUse(TransportError):  # noqa: N818
+class AddressInUse(TransportError, MistakeError):  # noqa: N818
     """Somebody already receives at this address."""
 
 
@@ -37,19 +58,19 @@ class NotLoopback(BadAddress):
     """A tcp address that other hosts can reach; refused, because tcp without keys trusts everybody."""
 
 
-class MalformedMessage(TransportError, ValueError):  # noqa: N818
+class MalformedMessage(TransportError, PeerError, ValueError):  # noqa: N818
     """What arrived is not a message of this protocol. It was dropped whole; the channel stays usable."""
 
 
-class PeerLost(TransportError, ConnectionError):  # noqa: N818
+class PeerLost(TransportError, PeerError, ConnectionError):  # noqa: N818
     """The receiving side is gone. Messages sent just before may be lost too. The outbox stays lost."""
 
 
-class TransportTimeout(TransportError, TimeoutError):  # noqa: N818
+class TransportTimeout(TransportError, TimedOutError, TimeoutError):  # noqa: N818
     """Nothing happened within the given time. The channel stays usable."""
 
 
-class ChannelClosed(TransportError):  # noqa: N818
+class ChannelClosed(TransportError, ClosedError):  # noqa: N818
     """The channel was closed on this side."""
 
 

@@ -24,12 +24,13 @@ import tensorflow as tf
 from stages.errors import StageError
 from stages.jacobian.record import SegmentLike, record, segment_name
 from stages.tensorflow_internals import called_graph
+from transport.errors import MistakeError
 
 BUILD_FACTOR = 2
 """Bytes in use while a Jacobian is built, as a multiple of the bytes of the Jacobian."""
 
 
-class MemoryLimitExceeded(StageError):  # noqa: N818 - the name says what happened, as in the public contract
+class MemoryLimitExceeded(StageError, MistakeError):  # noqa: N818 - the name says what happened, as in the public contract
     """A Jacobian would take more memory than allowed. Nothing of it has been evaluated.
 
     Attributes:

@@ -16,6 +16,7 @@ from transport import (
     ChannelClosed,
     Key,
     Message,
+    TapelineError,
     TransportError,
     aligned_empty,
     errors,
@@ -93,10 +94,14 @@ def test_an_unknown_scheme_lists_the_known_and_the_nearest():
         open_transport("ipcs")
 
 
-def test_errors_are_one_family_and_the_builtin_ones_too():
+FAMILIES = (errors.MistakeError, errors.PeerError, errors.TimedOutError, errors.ClosedError)
+
+
+def test_errors_have_one_ground_and_the_builtin_ones_too():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert TransportError in kinds and len(kinds) > 10
-    assert all(issubclass(kind, TransportError) for kind in kinds)
+    assert all(issubclass(kind, TapelineError) for kind in kinds)
+    assert all(kind is TapelineError or issubclass(kind, (TransportError, *FAMILIES)) for kind in kinds)
     assert issubclass(errors.TransportTimeout, TimeoutError)
     assert issubclass(errors.PeerLost, ConnectionError)
 

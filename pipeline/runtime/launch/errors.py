@@ -6,11 +6,12 @@ What goes wrong after that is not an exception here: it is the worker's `exit_re
 from __future__ import annotations
 
 from pipeline.errors import PipelineError
+from transport.errors import PeerError
 
 __all__ = ["LaunchError", "ServerGoneError"]
 
 
-class LaunchError(PipelineError, RuntimeError):
+class LaunchError(PipelineError, PeerError, RuntimeError):
     """A worker could not be started."""
 
 
