@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import CompileError as CompileError
     from pipeline.errors import DataError as DataError
     from pipeline.errors import Fault as Fault
+    from pipeline.errors import FirstBatchError as FirstBatchError
     from pipeline.errors import MicrobatchError as MicrobatchError
     from pipeline.errors import PipelineClosedError as PipelineClosedError
     from pipeline.errors import PipelineError as PipelineError
@@ -109,6 +110,7 @@ _HOME = {
     "CompileError": "pipeline.errors",
     "DataError": "pipeline.errors",
     "Fault": "pipeline.errors",
+    "FirstBatchError": "pipeline.errors",
     "MicrobatchError": "pipeline.errors",
     "PipelineClosedError": "pipeline.errors",
     "PipelineError": "pipeline.errors",

@@ -15,6 +15,7 @@ __all__ = [
     "CompileError",
     "DataError",
     "Fault",
+    "FirstBatchError",
     "MicrobatchError",
     "PipelineClosedError",
     "PipelineError",
@@ -111,6 +112,10 @@ class CheckpointError(PipelineError, MistakeError, ValueError):
 
 class VerificationError(PipelineError, PeerError, AssertionError):
     """A verification found a difference above its tolerance."""
+
+
+class FirstBatchError(PipelineError, PeerError, ValueError):
+    """The workers compute something else than the user's own model and loss; nothing was trained."""
 
 
 class PipelineClosedError(PipelineError, ClosedError, RuntimeError):

@@ -27,6 +27,7 @@ from pipeline.inspecting import Inspecting
 from pipeline.model.call_graph import read_graph
 from pipeline.model.merge import Merged, merge
 from pipeline.model.wiring import wire
+from pipeline.own.first_batch import FirstBatch
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import schedule_named
 from pipeline.runtime.crew import check_transport
@@ -78,6 +79,7 @@ class Pipeline(Inspecting):
         windows: int = 1,
         truncate: int | None = None,
         keep_state: bool = False,
+        check_first_batch: bool = True,
     ) -> None:
         self._split = segments if isinstance(segments, Split) else None
         if isinstance(segments, Split):
@@ -108,6 +110,8 @@ class Pipeline(Inspecting):
             truncate=truncate,
             keep_state=keep_state,
         )
+        if check_first_batch:
+            self._session.look = FirstBatch(self._session, self._original).look
         if not self.transport.startswith("inproc"):
             prestart()
 

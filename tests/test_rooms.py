@@ -31,7 +31,7 @@ ORDER = {
         ),
     ),
     "pipeline": (
-        *("origin", "errors", "plan", "model", "batch", "compiled", "compare", "cutting", "runtime", "report"),
+        *("origin", "errors", "plan", "model", "batch", "compiled", "compare", "cutting", "runtime", "own", "report"),
         *(
             "reference",
             "verify",

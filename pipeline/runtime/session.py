@@ -52,6 +52,7 @@ class Session:
 
     Attributes:
         compiled: What `compile` was given; None before.
+        look: Is shown every batch that is trained ("train"), evaluated ("test") or predicted, before it is.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Session:
         self.recompute, self.threads = tuple(recompute), threads
         self.windows, self.truncate, self.keep_state = windows, truncate, keep_state
         self.compiled: Compiled | None = None
+        self.look: Callable[[str, Batch], None] = lambda mode, batch: None
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         self._start: State | None = None
         self._driver: Driver | None = None
@@ -174,6 +176,7 @@ class Session:
         compiled = self.needs_compile("training")
         compiled.needs_optimizer()
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        self.look("train", batch)
         return self.step(batch, observe=observe), sum(batch.sizes)
 
     def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
@@ -207,12 +210,14 @@ class Session:
         """Loss and metrics of one batch; the result and the number of samples."""
         compiled = self.needs_compile("evaluation")
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        self.look("test", batch)
         plan = self.plan(batch, training=False)
         return self.driver().run(plan, "test", batch), sum(batch.sizes)
 
     def predict(self, x: Any) -> list[Array]:
         """The outputs (n, ...) of one batch, in the pipeline's order."""
         batch = self.batch(x, None, None, judged=())
+        self.look("predict", batch)
         found = self.driver().run(self.plan(batch, training=False), "predict", batch).outputs
         return [found[name] for name, _ in self.wires.outputs]
 

@@ -1,0 +1,207 @@
+"""A look at the first batch: do the workers compute what the user's own model and loss give?
+
+Before the first update, evaluation or prediction after `compile`, a few samples of the batch go through the pipeline,
+and through the user's own objects in this process. Loss and outputs must agree to within rounding. So a model that
+became another one on its way into the workers is refused before it trains, with the first stage that differs.
+
+What rounding may do is measured where the difference is no plain rounding: the own model is run again with every
+variable changed by at most one rounding of its dtype, and what that changes is what may differ, `MARGIN` times over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.batch.microbatch import microbatch_sizes
+from pipeline.batch.step import Batch, StepResult
+from pipeline.compare.tolerance import eps
+from pipeline.errors import FirstBatchError
+from pipeline.own.model import Found, OwnModel
+from stages.worker.observers import ACTIVATION
+
+if TYPE_CHECKING:
+    from pipeline.runtime.session import Session
+
+__all__ = ["FirstBatch"]
+
+Array = np.ndarray[Any, Any]
+ROWS = 8
+"""Samples per microbatch that are looked at."""
+PLAIN_EPS = 64
+"""A difference of up to so many eps, as a part of the largest |value|, is plain rounding."""
+MARGIN = 32
+"""A larger one must stay below so many times what one rounding of every variable changes, the largest of `TRIES`."""
+TRIES = 3
+LOSS = "the loss"
+
+
+class FirstBatch:
+    """Looks once after each `compile` at the first batch that is trained, evaluated or predicted.
+
+    Args:
+        session: The running pipeline.
+        original: The model that was split; None if the pipeline was put together from models.
+    """
+
+    def __init__(self, session: Session, original: Any | None) -> None:
+        self._session, self._original = session, original
+        self._seen: dict[str, Any] = {}
+
+    def look(self, mode: str, batch: Batch) -> None:
+        """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
+
+        Args:
+            mode: ``train``, ``test`` or ``predict``; each is looked at once.
+            batch: The batch that is about to go through the pipeline.
+
+        Raises:
+            FirstBatchError: They differ by more than rounding; says where first, and what to do.
+        """
+        session = self._session
+        if self._seen.get(mode, self) is session.compiled or self._cannot():
+            return
+        self._seen[mode] = session.compiled
+        own = OwnModel(session.segments, session.wires, self._original, session.compiled)
+        few, training, values = self._few(batch), mode == "train", session.values("model")
+
+        def run(seed: int | None = None) -> Found:
+            own.assign(values)
+            if seed is not None:
+                own.disturb(seed)
+            return own.run(few, training)
+
+        with own.put_back():
+            try:
+                theirs = run()
+            except Exception as error:
+                warnings.warn(
+                    "the first batch could not be compared with the model in this process, where calling it raises "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
+                return
+            ours = self._through_the_pipeline(mode, few)
+            rounding = PLAIN_EPS * max(eps(array.dtype.name) for array in theirs.outputs.values())
+            apart = {what: by for what, by in _apart(ours, theirs).items() if by > rounding}
+            if not apart or any(_apart(run(), theirs).values()):  # or it draws numbers that nobody can repeat
+                return
+            changes = [_apart(run(seed), theirs) for seed in range(TRIES)]
+            for what, by in apart.items():
+                if not by <= MARGIN * max(change[what] for change in changes):
+                    own.assign(values)
+                    raise FirstBatchError(self._sentence(what, ours, theirs, by, own, few, training))
+
+    def _cannot(self) -> bool:
+        """Whether there is nothing in this process to compare with, or something else by design."""
+        session = self._session
+        if any(segment.model is None for segment in session.segments) or session.keep_state:
+            return True
+        return self._original is None and any(segment.states for segment in session.segments)
+
+    def _few(self, batch: Batch) -> Batch:
+        """The first samples of a batch, in as many microbatches; all where the model wants a fixed number."""
+        samples, parts = sum(batch.sizes), len(batch.sizes)
+        rows = min(samples, ROWS * parts)
+        inputs = [symbol for segment in self._session.segments for symbol in segment.model.inputs]
+        if rows == samples or any(symbol.shape[0] is not None for symbol in inputs):
+            return batch
+
+        def first(arrays: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: array[:rows] for name, array in arrays.items()}
+
+        return replace(
+            batch,
+            inputs=first(batch.inputs),
+            targets=first(batch.targets),
+            sample_weights=first(batch.sample_weights),
+            sizes=microbatch_sizes(rows, parts),
+        )
+
+    def _through_the_pipeline(self, mode: str, few: Batch) -> Found:
+        """Loss and outputs, as far as the mode gives them; all values of the workers are put back."""
+        driver = self._session.driver()
+        driver.keep()
+        try:
+            result = self._step(mode, few)
+        finally:
+            if not driver.closed:
+                driver.put_back()
+        return Found(result.loss, result.outputs, {})
+
+    def _step(self, mode: str, few: Batch, observe: str = "") -> StepResult:
+        session = self._session
+        driver, training = session.driver(), mode == "train"
+        scaling = None if session.compiled is None or not training else session.compiled.loss_scaling
+        scale = None if scaling is None else scaling.scale
+        plan = session.plan(few, training=training)
+        try:
+            return driver.run(plan, "gradients" if training else mode, few, loss_scale=scale, observe=observe)
+        finally:
+            if training and not driver.closed:
+                driver.discard()
+
+    def _sentence(
+        self, what: str, ours: Found, theirs: Found, by: float, own: OwnModel, few: Batch, training: bool
+    ) -> str:
+        values = f" ({ours.loss:.7g} there, {theirs.loss:.7g} here)" if what == LOSS else ""
+        return (
+            f"the first batch, looked at before it counts: {what} in the workers differs from that of the model in "
+            f"this process by {by:.1e} of its size{values}, far more than rounding. {self._place(own, few, training)} "
+            "A layer, loss or setting became another one on its way into the workers. What a model does must depend "
+            "only on its layers' own state; if this difference is meant, say Pipeline(..., check_first_batch=False)."
+        )
+
+    def _place(self, own: OwnModel, few: Batch, training: bool) -> str:
+        """Which stage is the first to give something else; nothing of a model that is cut in time as well."""
+        if few.lengths or (self._session.compiled is None and training):
+            return ""
+        driver = self._session.driver()
+        driver.keep()
+        try:
+            self._step("train" if training else "predict", few, observe="values")
+            seen = driver.seen()
+        finally:
+            if not driver.closed:
+                driver.put_back()
+        theirs = own.parts(few, training)
+        pieces: dict[tuple[int, str], dict[int, Array]] = {}
+        for sight, array in seen.items():
+            if sight.what == ACTIVATION and sight.sent and array is not None:
+                pieces.setdefault((sight.producer, sight.tensor), {})[sight.microbatch] = array
+        for (stage, tensor), parts in sorted(pieces.items()):
+            whole = np.concatenate([array for _, array in sorted(parts.items())])
+            by = _distance(whole, theirs[tensor])
+            if by > PLAIN_EPS * eps(whole.dtype.name):
+                name = self._session.wires.names[stage]
+                return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."
+        last = self._session.wires.names[-1]
+        return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
+
+
+def _apart(ours: Found, theirs: Found) -> dict[str, float]:
+    """How far two results are apart, each as a part of the largest |value|; what only one has is left out."""
+    found = {}
+    if ours.loss is not None and theirs.loss is not None:
+        found[LOSS] = _distance(np.asarray(ours.loss), np.asarray(theirs.loss))
+    for name, array in theirs.outputs.items():
+        if name in ours.outputs:
+            found[f"the output {name!r}"] = _distance(ours.outputs[name], array)
+    return found
+
+
+def _distance(ours: Array, theirs: Array) -> float:
+    """The largest |difference| as a part of the largest |value|; places where neither is finite count as equal."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    lost = ~np.isfinite(a) & ~np.isfinite(b)
+    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    difference = float(np.abs(a - b).max(initial=0.0))
+    return difference / float(np.abs(b).max(initial=0.0) or 1.0) if difference else 0.0

@@ -1,0 +1,228 @@
+"""The user's own model and loss on one batch, in the user's process: nothing here is a copy or a recipe.
+
+    values of the stages ──► the user's own variables ──► own model, own loss, one tape ──► own values put back
+
+The model is the object that was split, or the models that the pipeline was put together from. Keras's own trainer
+resolves the loss (a Keras model without layers, compiled with it), on the outputs of the *whole* batch. The model is
+called once per microbatch, as the pipeline calls its stages, so that statistics and random numbers are the same; over
+the whole length, whatever `windows` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from pipeline.batch.step import Batch
+from pipeline.compare.tolerance import eps
+from pipeline.compiled.compiled import Compiled
+from pipeline.model.wiring import Wires
+from stages.masks import mask_of, with_mask
+from stages.recipe.segment import Segment
+from stages.tape.accumulate import dense
+from stages.tape.eagerly import eagerly
+from stages.worker import snapshot
+
+Array = np.ndarray[Any, Any]
+Values = Mapping[int, Sequence[Array]]
+"""{stage: the values of its model's variables, in order}."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the user's own objects give for one batch.
+
+    Attributes:
+        loss: The objective: losses by their weights, and own losses (regularisers, `add_loss`); None without a loss.
+        outputs: {tensor name: array (n, ...)} of the model's outputs.
+        gradients: {id of a trainable variable: its gradient, or None}; empty if none were asked for.
+    """
+
+    loss: float | None
+    outputs: Mapping[str, Array]
+    gradients: Mapping[int, Array | None]
+
+
+class OwnModel:
+    """The user's own model and loss.
+
+    Args:
+        segments: The pipeline's segments; each holds a model whose variables are the user's.
+        wires: How they are connected.
+        original: The model that was split; None if the pipeline was put together from models.
+        compiled: What `compile` was given.
+    """
+
+    def __init__(self, segments: Sequence[Segment], wires: Wires, original: Any | None, compiled: Compiled | None):
+        self._parts = [segment.model for segment in segments]
+        self.wires, self._original, self._compiled = wires, original, compiled
+        self._judge: Any = None
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables that a run may change, each once."""
+        models = self._parts if self._original is None else [self._original, *self._parts]
+        return list({id(v): v for model in models for v in model.variables}.values())
+
+    @property
+    def trainable(self) -> list[list[Any]]:
+        """For each stage its trainable variables, in order: the user's own objects."""
+        return [list(part.trainable_variables) for part in self._parts]
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Give the user's variables their own values back afterwards, whatever they are given meanwhile."""
+        before = [(variable, variable.value.read_value()) for variable in self.variables]
+        try:
+            yield
+        finally:
+            for variable, value in before:
+                variable.value.assign(value)
+
+    def assign(self, values: Values) -> None:
+        """Give the user's variables the values of the stages; see `put_back`."""
+        for stage, part in enumerate(self._parts):
+            snapshot.write(part.variables, values[stage], f"stage {self.wires.names[stage]!r}")
+
+    def disturb(self, seed: int) -> None:
+        """Change every floating variable by at most one rounding of its dtype, at random; see `put_back`.
+
+        What this changes in a result is what rounding may change: the measure of "differs by more than rounding".
+        """
+        draw = np.random.default_rng(seed)
+        for variable in self.variables:
+            value = variable.value.read_value()
+            if value.dtype.is_floating:
+                noise = 1 + eps(value.dtype.name) * draw.uniform(-1, 1, tuple(value.shape))
+                variable.value.assign(tf.cast(tf.cast(value, tf.float64) * noise, value.dtype))
+
+    def run(self, batch: Batch, training: bool, gradients: bool = False) -> Found:
+        """One batch through the user's own objects, eagerly.
+
+        Args:
+            batch: Inputs, targets and sample weights by name, and the sizes of the microbatches.
+            training: Whether layers run as in training.
+            gradients: Whether to differentiate the loss.
+
+        Returns:
+            Loss, outputs and gradients. Variables that the run itself changed (statistics, seeds) stay changed; see
+            `put_back`.
+        """
+        wanted = {id(v): v for part in self.trainable for v in part} if gradients else {}
+        judged = None if self._compiled is None or not batch.targets else self._compiled
+        with eagerly(), tf.GradientTape(watch_accessed_variables=False) as tape:
+            for variable in wanted.values():
+                tape.watch(variable.value)
+            runs = [self._call(rows, training) for rows in _microbatches(batch)]
+            outputs = {name: _joined([run[name] for run, _ in runs]) for name, _ in self.wires.outputs}
+            loss = None
+            if judged is not None:
+                shares = [size / sum(batch.sizes) for size in batch.sizes]
+                loss = self._loss(outputs, batch, judged)
+                for share, (_, own) in zip(shares, runs, strict=True):
+                    for one in own:
+                        loss = loss + tf.cast(tf.reduce_sum(one) * tf.cast(share, one.dtype), loss.dtype)
+        found: dict[int, Array | None] = {}
+        if gradients and loss is not None:
+            values = tape.gradient(loss, [variable.value for variable in wanted.values()])
+            found = {key: None if g is None else np.asarray(dense(g)) for key, g in zip(wanted, values, strict=True)}
+        arrays = {name: np.asarray(tensor) for name, tensor in outputs.items()}
+        return Found(None if loss is None else float(loss), arrays, found)
+
+    def parts(self, batch: Batch, training: bool) -> dict[str, Array]:
+        """What every part of the model gives, {tensor name: array (n, ...)}: where a difference begins."""
+        found: dict[str, list[Any]] = {}
+        with eagerly():
+            for rows in _microbatches(batch):
+                for name, tensor in self._through_parts(rows, training)[0].items():
+                    found.setdefault(name, []).append(tensor)
+        return {name: np.asarray(_joined(tensors)) for name, tensors in found.items()}
+
+    def _call(self, rows: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], list[Any]]:
+        """The outputs by tensor name, and own losses, of one microbatch."""
+        if self._original is None:
+            return self._through_parts(rows, training)
+        tensors = [tf.convert_to_tensor(rows[name]) for name in self.wires.inputs]
+        given = _packed(self._original, tensors)
+        outputs = keras.tree.flatten(self._original(given, training=training))
+        return {name: tensor for (name, _), tensor in zip(self.wires.outputs, outputs, strict=True)}, list(
+            self._original.losses
+        )
+
+    def _through_parts(self, rows: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], list[Any]]:
+        tensors = {name: tf.convert_to_tensor(array) for name, array in rows.items()}
+        losses: list[Any] = []
+        for i, part in enumerate(self._parts):
+            taken = [tensors[name] for name, _ in self.wires.takes[i]]
+            given = _packed(part, taken)
+            outputs = keras.tree.flatten(part(given, training=training))
+            tensors |= {name: tensor for (name, _), tensor in zip(self.wires.gives[i], outputs, strict=True)}
+            losses += part.losses
+        return {name: tensors[name] for gives in self.wires.gives for name, _ in gives}, losses
+
+    def _loss(self, outputs: Mapping[str, Any], batch: Batch, compiled: Compiled) -> Any:
+        """The compiled loss of the whole batch, as Keras's trainer computes it from the user's own loss objects."""
+        names = {label: name for name, label in self.wires.labelled}
+        objectives = [one for one in compiled.objectives if one.loss is not None]
+        if not objectives:
+            return tf.zeros((), keras.config.floatx())
+        labels = [one.label for one in objectives]
+        if self._judge is None:
+            self._judge = _Judge()
+            several = len(labels) > 1
+            weights = {one.label: 1.0 if one.weight is None else one.weight for one in objectives}
+            weighed = any(one.weight is not None for one in objectives)
+            self._judge.compile(
+                optimizer=None,
+                loss={one.label: one.loss for one in objectives} if several else objectives[0].loss,
+                loss_weights=(weights if several else [weights[labels[0]]]) if weighed else None,
+            )
+        predicted = {label: outputs[names[label]] for label in labels}
+        targets = {label: batch.targets[label] for label in labels}
+        weighted = {label: batch.sample_weights[label] for label in labels if label in batch.sample_weights}
+        if len(labels) == 1:
+            (label,) = labels
+            return self._judge.compute_loss(None, targets[label], predicted[label], weighted.get(label))
+        given = {label: weighted.get(label) for label in labels} if weighted else None
+        return self._judge.compute_loss(None, targets, predicted, given)
+
+
+class _Judge(keras.Model):  # type: ignore[misc]
+    """A Keras model without layers, whose trainer resolves and applies the user's losses."""
+
+    def __init__(self) -> None:
+        super().__init__(name="own_objective")
+        self.built = True
+
+    def call(self, prediction: Any) -> Any:
+        return prediction
+
+
+def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
+    begin = 0
+    for size in batch.sizes:
+        yield {name: array[begin : begin + size] for name, array in batch.inputs.items()}
+        begin += size
+
+
+def _packed(model: Any, tensors: Sequence[Any]) -> Any:
+    """Flat inputs in the nesting that the model is called with."""
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None:
+        return tensors[0] if len(tensors) == 1 else list(tensors)
+    return keras.tree.pack_sequence_as(structure, list(tensors))
+
+
+def _joined(tensors: Sequence[Any]) -> Any:
+    """Microbatches as one batch, their masks too."""
+    if len(tensors) == 1:
+        return tensors[0]
+    masks = [mask_of(tensor) for tensor in tensors]
+    whole = tf.concat(tensors, 0)
+    return with_mask(whole, None if masks[0] is None else tf.concat(masks, 0))
