@@ -58,8 +58,12 @@ class Pipeline(Inspecting):
             metric counts every window alike, so windows of unequal length weigh differently in it.
         truncate: Let a state's gradient go back through so many windows only; None: through all.
         keep_state: Begin a batch with the states that the one before it left (values only); see `reset_state`.
+        check_first_batch: Compare the first batch after `compile` that is trained, evaluated or predicted with the
+            user's own model and loss in this process, and refuse to go on if they differ by more than rounding. Takes
+            a few samples of the batch and one call of the model.
 
     Raises:
+        FirstBatchError: Later, by `fit` and others: the workers compute something else than the model in this process.
         SegmentError, WiringError, ScheduleError, MicrobatchError, BadAddress: What was given does not fit together.
 
     Example:

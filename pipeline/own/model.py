@@ -23,6 +23,7 @@ from pipeline.batch.step import Batch
 from pipeline.compare.tolerance import eps
 from pipeline.compiled.compiled import Compiled
 from pipeline.model.wiring import Wires
+from stages.keras_internals import input_structure
 from stages.masks import mask_of, with_mask
 from stages.recipe.segment import Segment
 from stages.tape.accumulate import dense
@@ -213,7 +214,7 @@ def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
 
 def _packed(model: Any, tensors: Sequence[Any]) -> Any:
     """Flat inputs in the nesting that the model is called with."""
-    structure = getattr(model, "_inputs_struct", None)
+    structure = input_structure(model)
     if structure is None:
         return tensors[0] if len(tensors) == 1 else list(tensors)
     return keras.tree.pack_sequence_as(structure, list(tensors))

@@ -1,0 +1,160 @@
+"""The first batch is looked at: what becomes another model in the workers is refused before it trains, what is right is
+left alone, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline import FirstBatchError, Pipeline
+from stages.loss.head import Head
+from tests.one_tape import assert_same_bits
+
+layers = keras.layers
+MAIN = threading.main_thread()
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class ElsewhereDoubled(layers.Layer):
+    """A layer that depends on where it runs: in a worker it doubles."""
+
+    def call(self, x: Any) -> Any:
+        return x if threading.current_thread() is MAIN else 2 * x
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class Noisy(layers.Layer):
+    """A layer that draws from TensorFlow's own generator: no two runs are alike."""
+
+    def call(self, x: Any) -> Any:
+        return x + tf.random.normal(tf.shape(x))
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class OnlyInWorkers(layers.Layer):
+    """A layer that cannot be called with values in the user's process."""
+
+    def call(self, x: Any) -> Any:
+        if threading.current_thread() is MAIN and tf.executing_eagerly():
+            raise RuntimeError("not here")
+        return x
+
+
+def batch(samples: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(3)
+    return draw.normal(size=(samples, 6)).astype("float32"), draw.normal(size=(samples, 1)).astype("float32")
+
+
+def model(*middle: Any) -> Any:
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((6,)), layers.Dense(8, "tanh"), *middle, layers.Dense(1, name="top")])
+
+
+def split(whole: Any, **options: Any) -> Pipeline:
+    pipe = Pipeline.split(whole, at=[whole.layers[-2].name], transport="inproc", **options)
+    pipe.compile("sgd", "mean_squared_error")
+    return pipe
+
+
+def test_a_layer_that_is_another_one_in_the_workers_is_refused_before_anything_is_trained() -> None:
+    with split(model(ElsewhereDoubled(name="doubled")), microbatches=2) as pipe:
+        before = pipe.get_weights()
+        with pytest.raises(FirstBatchError, match="first to differ is stage 'stage0'"):
+            pipe.fit(*batch(), verbose=0)
+        assert_same_bits(before, pipe.get_weights(), "weights")
+
+
+@pytest.mark.parametrize("mode", ["predict", "test_on_batch"])
+def test_prediction_and_evaluation_are_looked_at_too(mode: str) -> None:
+    with split(model(ElsewhereDoubled())) as pipe, pytest.raises(FirstBatchError, match="first to differ"):
+        pipe.predict(batch()[0], verbose=0) if mode == "predict" else pipe.test_on_batch(*batch())
+
+
+def test_a_loss_that_is_another_one_in_the_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Head.value
+    monkeypatch.setattr(Head, "value", lambda self, *given: 1.001 * right(self, *given))
+    with split(model()) as pipe, pytest.raises(FirstBatchError, match=r"in the last stage \('stage1'\) or in a loss"):
+        pipe.train_on_batch(*batch())
+
+
+def test_whoever_means_it_switches_the_look_off() -> None:
+    with split(model(ElsewhereDoubled()), check_first_batch=False) as pipe:
+        pipe.train_on_batch(*batch())
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_what_is_right_trains_to_the_bits_of_a_training_without_the_look(eager: bool) -> None:
+    trained = []
+    for look in (True, False):
+        keras.utils.set_random_seed(2)  # layers draw their seeds when they are made
+        whole = model(
+            layers.BatchNormalization(), layers.Dropout(0.4), layers.Dense(4, "relu", kernel_regularizer="l2")
+        )
+        with Pipeline.split(whole, stages=2, microbatches=3, transport="inproc", check_first_batch=look) as pipe:
+            pipe.compile("adam", "mean_squared_error", metrics=["mae"], run_eagerly=eager)
+            logs = [pipe.train_on_batch(*batch(), return_dict=True) for _ in range(2)]
+            trained.append((pipe.get_weights(), logs))
+    assert_same_bits(trained[0][0], trained[1][0], "weights")
+    assert trained[0][1] == trained[1][1]
+
+
+def test_the_users_own_variables_are_left_as_they_were() -> None:
+    whole = model(layers.BatchNormalization(), layers.Dropout(0.4))
+    before = [variable.numpy() for variable in whole.variables]
+    with split(whole) as pipe:
+        pipe.train_on_batch(*batch())
+        assert_same_bits(before, [variable.numpy() for variable in whole.variables], "variables")
+
+
+def test_several_outputs_weights_and_masks_raise_no_alarm() -> None:
+    words = keras.Input((5,), dtype="int32")
+    read = layers.LSTM(6, return_sequences=True)(layers.Embedding(9, 4, mask_zero=True)(words))
+    whole = keras.Model(words, {"tag": layers.Dense(3, name="tag")(read), "all": layers.Dense(1, name="all")(read)})
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 9, (10, 5))
+    y = {"tag": draw.integers(0, 3, (10, 5)), "all": draw.normal(size=(10, 5, 1)).astype("float32")}
+    weights = {"tag": draw.uniform(size=(10, 5)).astype("float32"), "all": np.ones((10, 5), "float32")}
+    with Pipeline.split(whole, at=["lstm"], microbatches=3, transport="inproc") as pipe:
+        losses = {"tag": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "all": "mae"}
+        pipe.compile("sgd", losses, loss_weights={"tag": 0.3, "all": 2.0})
+        pipe.train_on_batch(x, y, weights)
+
+
+def test_a_deep_model_that_magnifies_rounding_raises_no_alarm() -> None:
+    deep = [layer for _ in range(12) for layer in (layers.Dense(16, "relu"), layers.BatchNormalization())]
+    with split(model(*deep)) as pipe:
+        pipe.train_on_batch(*batch(96))
+
+
+def test_numbers_that_nobody_can_repeat_raise_no_alarm() -> None:
+    with split(model(Noisy())) as pipe:
+        pipe.train_on_batch(*batch())
+
+
+def test_a_model_that_cannot_be_called_here_is_trained_with_a_warning() -> None:
+    with split(model(OnlyInWorkers())) as pipe, pytest.warns(UserWarning, match="RuntimeError"):
+        pipe.train_on_batch(*batch())
+
+
+def test_it_is_looked_once_after_each_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.own.model import OwnModel
+
+    runs: list[bool] = []
+    right = OwnModel.run
+
+    def run(self: OwnModel, few: Any, training: bool) -> Any:
+        runs.append(training)
+        return right(self, few, training)
+
+    monkeypatch.setattr(OwnModel, "run", run)
+    with split(model()) as pipe:
+        pipe.fit(*batch(), batch_size=8, verbose=0, validation_data=batch())
+        assert runs == [True, False]
+        pipe.compile("sgd", "mean_absolute_error")
+        pipe.train_on_batch(*batch())
+        assert runs == [True, False, True]
