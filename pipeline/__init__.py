@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import Fault as Fault
     from pipeline.errors import FirstBatchError as FirstBatchError
     from pipeline.errors import MicrobatchError as MicrobatchError
+    from pipeline.errors import OptionsError as OptionsError
     from pipeline.errors import PipelineClosedError as PipelineClosedError
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.errors import PlanError as PlanError
@@ -112,6 +113,7 @@ _HOME = {
     "Fault": "pipeline.errors",
     "FirstBatchError": "pipeline.errors",
     "MicrobatchError": "pipeline.errors",
+    "OptionsError": "pipeline.errors",
     "PipelineClosedError": "pipeline.errors",
     "PipelineError": "pipeline.errors",
     "PlanError": "pipeline.errors",

@@ -17,6 +17,7 @@ __all__ = [
     "Fault",
     "FirstBatchError",
     "MicrobatchError",
+    "OptionsError",
     "PipelineClosedError",
     "PipelineError",
     "PlanError",
@@ -41,6 +42,22 @@ class ScheduleError(PipelineError, MistakeError, ValueError):
 
 class MicrobatchError(PipelineError, MistakeError, ValueError):
     """A batch that cannot be cut into the microbatches asked for."""
+
+
+class OptionsError(PipelineError, MistakeError, ValueError):
+    """Several options of a pipeline that cannot be; the message has a line for each.
+
+    Attributes:
+        faults: The error that each would be alone.
+    """
+
+    def __init__(self, faults: Iterable[Exception]) -> None:
+        self.faults = tuple(faults)
+        lines = [f"  {number}. {fault}" for number, fault in enumerate(self.faults, 1)]
+        super().__init__("\n".join([f"{len(self.faults)} options of this pipeline cannot be:", *lines]))
+
+    def __reduce__(self) -> tuple[type[OptionsError], tuple[tuple[Exception, ...]]]:
+        return type(self), (self.faults,)
 
 
 class TimelineError(PipelineError, MistakeError, ValueError):

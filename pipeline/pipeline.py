@@ -23,24 +23,23 @@ from pipeline.cutting.cut_table import CutTable, cut_table
 from pipeline.cutting.prediction import Prediction
 from pipeline.cutting.splitter import Cut, Split, can_cut, split_model
 from pipeline.errors import CompileError
-from pipeline.inspecting import Inspecting
 from pipeline.model.call_graph import read_graph
 from pipeline.model.merge import Merged, merge
 from pipeline.model.wiring import wire
 from pipeline.own.first_batch import FirstBatch
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules import schedule_named
-from pipeline.runtime.crew import check_transport
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.launch import prestart
+from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
 from pipeline.saving import checkpoint
 from pipeline.training.trainer import Trainer
+from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
 from stages.recipe.segment import Segment
 
 
-class Pipeline(Inspecting):
+class Pipeline:
     """A model in segments, each in its own worker process.
 
     Args:
@@ -64,7 +63,8 @@ class Pipeline(Inspecting):
 
     Raises:
         FirstBatchError: Later, by `fit` and others: the workers compute something else than the model in this process.
-        SegmentError, WiringError, ScheduleError, MicrobatchError, BadAddress: What was given does not fit together.
+        SegmentError, WiringError, ScheduleError, CompileError, BadAddress: What was given does not fit together.
+        OptionsError: Several options cannot be; it names all of them.
 
     Example:
         >>> pipe = Pipeline([bottom, middle, top], microbatches=8, schedule="1f1b")
@@ -92,28 +92,21 @@ class Pipeline(Inspecting):
         else:
             self.segments = tuple(Segment.of(part) for part in segments)
             self.wires = wire(self.segments, outputs_named=outputs)
-        self.schedule, self.microbatches = schedule, microbatches
-        self.transport = "ipc" if transport == "auto" else transport
-        check_transport(self.transport)
-        schedule_named(schedule)
-        self.recompute = (recompute,) * len(self.segments) if isinstance(recompute, bool) else tuple(recompute)
-        if len(self.recompute) != len(self.segments):
-            given = len(self.recompute)
-            raise CompileError(f"recompute takes one value per stage ({len(self.segments)}), received {given}")
-        self.threads = threads or default_threads(len(self.segments))
-        self._trainer: Trainer | None = None
-        self._session = Session(
-            self.segments,
-            self.wires,
+        options = Options.of(
+            len(self.segments),
             microbatches=microbatches,
             schedule=schedule,
-            transport=self.transport,
-            recompute=self.recompute,
-            threads=self.threads,
+            transport=transport,
+            recompute=recompute,
+            threads=threads,
             windows=windows,
             truncate=truncate,
             keep_state=keep_state,
         )
+        self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
+        self.recompute, self.threads = options.recompute, options.threads
+        self._trainer: Trainer | None = None
+        self._session = Session(self.segments, self.wires, options)
         if check_first_batch:
             self._session.look = FirstBatch(self._session, self._original).look
         if not self.transport.startswith("inproc"):
@@ -164,6 +157,11 @@ class Pipeline(Inspecting):
     def prediction(self) -> Prediction | None:
         """What a step should cost, by what was measured for `split`; ``prediction.beside(timeline)`` compares."""
         return None if self._split is None else self._split.prediction
+
+    @property
+    def session(self) -> Session:
+        """What does the work: workers, steps, values, reference."""
+        return self._session
 
     @property
     def _original(self) -> Any | None:
@@ -224,7 +222,7 @@ class Pipeline(Inspecting):
             stages=self.names,
             mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
         )
-        compiled.check_schedule(self.schedule, self.microbatches, self._session.windows)
+        compiled.check_schedule(self.schedule, self.microbatches, self._session.options.windows)
         compiled.check_undecayed([[] if s.model is None else s.model.trainable_variables for s in self.segments])
         self._session.recompile(compiled)
         self._trainer = None
@@ -341,6 +339,11 @@ class Pipeline(Inspecting):
         if self._split is not None:
             return self._split.pack(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    gradients = questions.gradients
+    verify = questions.verify
+    explain = questions.explain
+    timeline = questions.timeline
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""

@@ -12,29 +12,24 @@ With pytest the fixture ``assert_single_tape`` of `pipeline.pytest_plugin` does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.report.report import SingleTapeError
+from pipeline.verify.question import Asked, Question, named
 
 if TYPE_CHECKING:
-    from pipeline.inspecting import Inspecting
+    from pipeline.pipeline import Pipeline
     from pipeline.report.report import Report
 
 __all__ = ["SingleTapeError", "assert_matches_single_tape"]
 
 
 def assert_matches_single_tape(
-    pipe: Inspecting,
+    pipe: Pipeline,
     x: Any,
     y: Any = None,
     sample_weight: Any = None,
-    *,
-    checks: str | Sequence[str] = ("tape",),
-    steps: int = 1,
-    tolerance: float | None = None,
-    memory_limit: int | None = None,
-    seed: int = 0,
+    **question: Unpack[Asked],
 ) -> Report:
     """Verify a compiled pipeline on one batch; its weights, optimizer, statistics and seeds stay as they are.
 
@@ -44,8 +39,7 @@ def assert_matches_single_tape(
     Args:
         pipe: The pipeline, compiled; it stays open.
         x: As in `Pipeline.train_on_batch`, like `y` and `sample_weight`.
-        checks: As in `Pipeline.verify`, like `steps`, `tolerance` and `seed`.
-        memory_limit: Bytes that a Jacobian may take; None: the default of `Pipeline.verify`.
+        **question: As in `Pipeline.verify`: `checks`, `steps`, `tolerance`, `memory_limit` and `seed`.
 
     Returns:
         The report.
@@ -55,13 +49,13 @@ def assert_matches_single_tape(
         VerificationError: An unknown check.
     """
     __tracebackhide__ = True
-    limit = {} if memory_limit is None else {"memory_limit": memory_limit}
-    report = pipe.verify(x, y, sample_weight, checks=checks, steps=steps, tolerance=tolerance, seed=seed, **limit)
+    report = pipe.verify(x, y, sample_weight, **question)
     if not report.ok:
         raise SingleTapeError(f"the hand-off is not right: {report.summary()}\n\n{report.text(every=False)}", report)
-    named = () if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)
+    checks = question.get("checks", Question.checks)
+    asked = () if checks == "all" else named(checks)
     made = {check.name: check for check in report.checks}
-    missed = [name for name in named if name not in made or not made[name].ran]
+    missed = [name for name in asked if name not in made or not made[name].ran]
     if missed:
         told = "; ".join(f"{name!r}: {made[name].reason if name in made else 'no reason given'}" for name in missed)
         raise SingleTapeError(f"asked for by name, but not checked: {told}\n\n{report.text(every=False)}", report)

@@ -31,14 +31,14 @@ ORDER = {
         ),
     ),
     "pipeline": (
-        *("origin", "errors", "plan", "model", "batch", "compiled", "compare", "cutting", "runtime", "own", "report"),
+        *("origin", "errors", "saying", "plan", "model", "batch", "compiled", "compare", "cutting"),
+        *("runtime", "own", "report"),
         *(
             "reference",
             "verify",
             "saving",
             "norms",
             "training",
-            "inspecting",
             "pipeline",
             "testing",
             "pytest_plugin",
@@ -52,6 +52,7 @@ ORDER = {
 CIRCLES: dict[tuple[str, str], str] = {
     ("saving.checkpoint", "pipeline"): "loading makes a Pipeline, which its caller hands in; named for types only",
     ("saving.keras_files", "pipeline"): "writes the files of a Pipeline that it is handed; named for types only",
+    ("verify.questions", "pipeline"): "its functions are methods of Pipeline; named for types only",
     ("training.trainer", "pipeline"): "trains a Pipeline that it is handed; named for types only",
 }
 """{(module, higher room that it names): why}."""

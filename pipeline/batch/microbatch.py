@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from operator import index
 
 from pipeline.errors import MicrobatchError
+from pipeline.saying import is_whole
 
 __all__ = ["microbatch_sizes", "microbatch_slices"]
 
@@ -52,10 +53,6 @@ def microbatch_slices(batch: int, microbatches: int) -> tuple[slice, ...]:
 
 
 def _at_least_one(name: str, value: int, why: str) -> int:
-    try:
-        number = index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
+    if not is_whole(value):
         raise MicrobatchError(f"`{name}` must be a whole number of at least 1, received {value!r}: {why}")
-    return number
+    return index(value)

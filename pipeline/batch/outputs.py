@@ -6,12 +6,12 @@ metrics={"main": [..]}    outputs that are left out have none
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import CompileError
+from pipeline.saying import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def _each(labels: Sequence[str], given: Any, what: str, complete: bool = False) 
     if isinstance(given, Mapping):
         for name in given:
             if name not in labels:
-                near = difflib.get_close_matches(str(name), labels, n=1, cutoff=0.4)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise CompileError(f"{known}, {what} names {name!r}{hint}")
+                raise CompileError(f"{known}, {what} names {name!r}{did_you_mean(str(name), labels)}")
         if complete and (missing := [label for label in labels if label not in given]):
             unsaid = ", ".join(map(repr, missing))
             raise CompileError(f"{known}, {what} says nothing of {unsaid}; give None for an output without a loss")

@@ -6,7 +6,6 @@ own. What no stage can decide alone is decided here: clipping by a norm over all
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.compiled.loss_scaling import LossScaling, unscaled
 from pipeline.compiled.optimizer_slots import Slots
 from pipeline.errors import CompileError
 from pipeline.plan.schedules import gpipe
+from pipeline.saying import did_you_mean
 from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
 from stages.recipe.describe import describe
@@ -351,10 +351,8 @@ def _known(name: str, module: Any, what: str) -> None:
         module.get(name)
     except ValueError:
         helpers = ("get", "serialize", "deserialize")
-        names = {n.lower(): n for n in dir(module) if not n.startswith("_") and n not in helpers}
-        names |= {n: n for n in _SHORT_NAMES.get(what, ())}
-        near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)]
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        names = [n for n in dir(module) if not n.startswith("_") and n not in helpers]
+        hint = did_you_mean(name, [*names, *_SHORT_NAMES.get(what, ())], most=3)
         raise CompileError(f"Keras knows no {what} called {name!r}{hint}") from None
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from pipeline.cutting.costs import Costs, Transfer
 from pipeline.errors import SplitError
+from pipeline.saying import is_whole
 
 __all__ = ["BALANCES", "Allowed", "balanced_cuts"]
 
@@ -71,7 +72,7 @@ def balanced_cuts(
     if by not in BALANCES:
         raise SplitError(f"balance must be one of {', '.join(map(repr, BALANCES))}, received {by!r}")
     for name, number in (("stages", stages), ("microbatches", microbatches)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if not is_whole(number):
             raise SplitError(f"the number of {name} must be a whole number of at least 1, received {number!r}")
     if stages > calls:
         raise SplitError(

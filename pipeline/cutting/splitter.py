@@ -24,6 +24,7 @@ from pipeline.errors import SplitError
 from pipeline.model.call_graph import Graph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
 from pipeline.model.stateful import converted
+from pipeline.saying import is_whole
 from stages.keras_internals import graph_model, output_structure
 from stages.recipe.segment import Segment
 
@@ -195,7 +196,7 @@ def _balanced(
 ) -> tuple[list[int], Prediction | None]:
     """The stage of every call, the slowest (or largest) stage as small as it can be; what a step should cost."""
     calls = len(graph.calls)
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+    if stages is None or not is_whole(stages):
         raise SplitError(f"the number of stages must be a whole number of at least 1, received {stages!r}")
     if stages > calls:
         raise SplitError(

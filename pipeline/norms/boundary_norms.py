@@ -20,6 +20,7 @@ from pipeline.errors import CompileError
 from pipeline.norms.flags import NOT_FINITE, Boundary, Crossing, Limits, found, in_order, ratios
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
+from pipeline.saying import is_whole
 from stages.worker.observers import ACTIVATION, GRADIENT
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class BoundaryNorms(StepWatcher):
         self, every: int = 10, vanishing: float | None = None, exploding: float | None = None, warn: bool = True
     ) -> None:
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not is_whole(every):
             raise CompileError(f"every expects a whole number of steps, at least 1, received {every!r}")
         if not 0 <= (vanishing or 0.0) < 1 or (exploding or 2.0) <= 1:
             raise CompileError(

@@ -99,7 +99,7 @@ class FirstBatch:
     def _cannot(self) -> bool:
         """Whether there is nothing in this process to compare with, or something else by design."""
         session = self._session
-        if any(segment.model is None for segment in session.segments) or session.keep_state:
+        if any(segment.model is None for segment in session.segments) or session.options.keep_state:
             return True
         return self._original is None and any(segment.states for segment in session.segments)
 

@@ -22,6 +22,7 @@ from pipeline.plan.schedules import build_plan, forward_only
 from pipeline.plan.timeline import Timeline, measured_timeline
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.options import Options
 from pipeline.runtime.reference_process import ReferenceProcess
 from pipeline.runtime.runnable import check_runnable
 from stages.grid import is_over_time
@@ -41,14 +42,7 @@ class Session:
     Args:
         segments: What the stages are built from.
         wires: How they are connected.
-        microbatches: Into how many parts a batch is cut.
-        schedule: Its name, or the function that makes its plans.
-        transport: As `Driver` takes it.
-        recompute: One value per stage.
-        threads: TensorFlow's threads per worker.
-        windows: Into how many windows the time axis is cut.
-        truncate: How many windows a state's gradient goes back through; None: all.
-        keep_state: Whether a batch begins with the states that the one before it left.
+        options: How it runs.
 
     Attributes:
         compiled: What `compile` was given; None before.
@@ -59,20 +53,9 @@ class Session:
         self,
         segments: Sequence[Segment],
         wires: Wires,
-        *,
-        microbatches: int,
-        schedule: str | Callable[..., Plan],
-        transport: str,
-        recompute: Sequence[bool],
-        threads: int,
-        windows: int = 1,
-        truncate: int | None = None,
-        keep_state: bool = False,
+        options: Options,
     ) -> None:
-        self.segments, self.wires = tuple(segments), wires
-        self.microbatches, self.schedule, self.transport = microbatches, schedule, transport
-        self.recompute, self.threads = tuple(recompute), threads
-        self.windows, self.truncate, self.keep_state = windows, truncate, keep_state
+        self.segments, self.wires, self.options = tuple(segments), wires, options
         self.compiled: Compiled | None = None
         self.look: Callable[[str, Batch], None] = lambda mode, batch: None
         self._plans: dict[tuple[int, int, bool], Plan] = {}
@@ -82,8 +65,8 @@ class Session:
         self._closed = False
         # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
         built_here = all(segment.model is not None for segment in self.segments)
-        self._seed = None if built_here or transport.startswith("inproc") else random.getrandbits(31)
-        self._plan(microbatches, windows, training=True)
+        self._seed = None if built_here or options.scheme == "inproc" else random.getrandbits(31)
+        self._plan(options.microbatches, options.windows, training=True)
         models = {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
         warn_of_stateful_layers(models.values())
         if found := state_in_two_stages(models):
@@ -100,7 +83,7 @@ class Session:
             raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
         if self._driver is None:
             specs = [[spec] for spec in self._specs()]
-            driver = Driver(specs, threads=self.threads, transport=self.transport)
+            driver = Driver(specs, threads=self.options.threads, transport=self.options.transport)
             try:
                 check_shapes(self.wires, driver.descriptions)
                 self._fill(driver)
@@ -153,11 +136,6 @@ class Session:
     def start_from(self, state: State) -> None:
         """Let workers that are still to be started begin with these values."""
         self._start = state
-
-    @property
-    def time_options(self) -> dict[str, Any]:
-        """How the time axis is cut, as `Pipeline` takes it."""
-        return {"windows": self.windows, "truncate": self.truncate, "keep_state": self.keep_state}
 
     def stop(self, why: str) -> None:
         """End the workers; they start again when needed."""
@@ -277,10 +255,11 @@ class Session:
     def reference(self) -> Driver:
         """One process with all stages joined, set to the pipeline's present values; it stays for the next question."""
         self.needs_the_trainable_set("verify")
-        scheme = self.transport.partition("://")[0]
-        driver = self._reference.running(lambda: [self._specs(reference=True)], self.threads, scheme)
+        driver = self._reference.running(
+            lambda: [self._specs(reference=True)], self.options.threads, self.options.scheme
+        )
         driver.set("model", self.values("model"))
-        if self.keep_state:
+        if self.options.keep_state:
             driver.set("kept states", self.values("kept states"))
         return driver
 
@@ -357,7 +336,12 @@ class Session:
             wiring, stages = self.wires.upstream(), len(self.segments)
             if training:
                 plan = build_plan(
-                    self.schedule, stages, microbatches, windows=windows, truncate=self.truncate, wiring=wiring
+                    self.options.schedule,
+                    stages,
+                    microbatches,
+                    windows=windows,
+                    truncate=self.options.truncate,
+                    wiring=wiring,
                 )
                 self._plans[key] = check_runnable(plan)
             else:
@@ -371,11 +355,11 @@ class Session:
             y,
             sample_weight,
             inputs=self._input_specs(),
-            microbatches=self.microbatches,
+            microbatches=self.options.microbatches,
             labels=self.wires.labels,
             judged=judged,
-            windows=self.windows,
-            judged_over_time=self._over_time(judged) if self.windows > 1 else (),
+            windows=self.options.windows,
+            judged_over_time=self._over_time(judged) if self.options.windows > 1 else (),
         )
 
     def _over_time(self, labels: Sequence[str]) -> list[str]:
@@ -434,13 +418,13 @@ class Session:
             inputs=self.wires.takes[index],
             outputs=self.wires.gives[index],
             states=segment.states,
-            keeps_state=self.keep_state,
+            keeps_state=self.options.keep_state,
             finals=[name for name, _ in self.wires.outputs if name in given],
             heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
             ties=[tie.plain() for tie in shared],
             optimizer=optimizer,
             undecayed=() if compiled is None else compiled.undecayed(index, variables),
             run_eagerly=compiled is not None and compiled.run_eagerly,
-            recompute=self.recompute[index],
+            recompute=self.options.recompute[index],
             seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,
         )

@@ -54,8 +54,8 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
     if path.exists() and not (path / "manifest.json").exists():
         raise CheckpointError(f"{path} exists and is no checkpoint; choose another name")
     driver = pipe._running()
-    pipe._session.needs_the_trainable_set("save")
-    model, optimizer = pipe._session.values("model"), pipe._session.values("optimizer")
+    pipe.session.needs_the_trainable_set("save")
+    model, optimizer = pipe.session.values("model"), pipe.session.values("optimizer")
     path.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -83,7 +83,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    compiled, split = pipe._session.compiled, pipe._split
+    compiled, split = pipe.session.compiled, pipe._split
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -98,12 +98,7 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for s in pipe.segments
         ],
-        "options": {
-            "microbatches": pipe.microbatches,
-            "schedule": pipe.schedule if isinstance(pipe.schedule, str) else None,
-            "recompute": list(pipe.recompute),
-            **pipe._session.time_options,
-        },
+        "options": pipe.session.options.saved(),
         "compile": None if compiled is None else compiled.recipe(),
         "loss_scaling": None if compiled is None or compiled.loss_scaling is None else compiled.loss_scaling.state(),
         "undecayed": [] if compiled is None else [_undecayed(pipe, i) for i in range(len(pipe.segments))],
@@ -147,14 +142,14 @@ def load(
 def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
     """Let a new pipeline go on from saved values, compiled as the saved one was."""
     if training["compile"] is None:
-        pipe._session.start_from(State(state.model))
+        pipe.session.start_from(State(state.model))
         return
     arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
     if training["undecayed"]:
         leave_undecayed(arguments["optimizer"], training["undecayed"])
     pipe.compile(**arguments, auto_scale_loss=False)  # an optimizer that scales the loss was saved as one
-    pipe._session.start_from(state)
-    compiled = pipe._session.needs_compile("load")
+    pipe.session.start_from(state)
+    compiled = pipe.session.needs_compile("load")
     if pipe.optimizer is not None and state.slots is not None:
         compiled.build_optimizers()
         compiled.go_on_from(state.slots)
@@ -164,7 +159,7 @@ def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
 
 def _undecayed(pipe: Pipeline, stage: int) -> list[int]:
     """Places of a stage's variables that its optimizer was told, as objects, to leave undecayed."""
-    model, compiled = pipe.segments[stage].model, pipe._session.compiled
+    model, compiled = pipe.segments[stage].model, pipe.session.compiled
     return [] if model is None or compiled is None else compiled.undecayed(stage, model.trainable_variables)
 
 

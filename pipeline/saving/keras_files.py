@@ -40,7 +40,7 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     merged = _trained(pipe) if trained and pipe.optimizer is not None else pipe._merged()
     merged.model.load_weights(path, **options)
     driver.set("model", merged.values())
-    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe._session.compiled
+    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe.session.compiled
     if optimizer is not None and compiled is not None:
         places = _slot_places(merged)
         values = read(unscaled(optimizer).variables)
@@ -56,8 +56,8 @@ def _trained(pipe: Pipeline) -> Merged:
 
     Not compiled where each stage has an optimizer of its own.
     """
-    pipe._session.needs_the_trainable_set("a Keras file")
-    merged, compiled = pipe._merged(), pipe._session.compiled
+    pipe.session.needs_the_trainable_set("a Keras file")
+    merged, compiled = pipe._merged(), pipe.session.compiled
     if compiled is None or not compiled.one_optimizer:
         return merged
     arguments = {name: create(recipe) for name, recipe in compiled.recipe().items()}
@@ -65,7 +65,7 @@ def _trained(pipe: Pipeline) -> Merged:
     optimizer = merged.model.optimizer
     if optimizer is not None:
         optimizer.build(merged.model.trainable_variables)
-        values = pipe._session.slots().ordered(_slot_places(merged))
+        values = pipe.session.slots().ordered(_slot_places(merged))
         for variable, value in zip(unscaled(optimizer).variables, values, strict=True):
             variable.assign(value)
         if compiled.constant_rate:

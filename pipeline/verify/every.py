@@ -19,7 +19,9 @@ from pipeline.errors import CompileError, VerificationError
 from pipeline.report.report import Report, SingleTapeError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
-from pipeline.verify.verification import MEMORY_LIMIT, Question, verified
+from pipeline.saying import is_whole
+from pipeline.verify.question import Question
+from pipeline.verify.verification import verified
 
 _ON_FAILURE = ("raise", "warn")
 
@@ -63,19 +65,19 @@ class VerifyEvery(StepWatcher):
     def __init__(
         self,
         every: int | None = 100,
-        checks: str | Sequence[str] = ("tape",),
-        steps: int = 1,
-        tolerance: float | None = None,
+        checks: str | Sequence[str] = Question.checks,
+        steps: int = Question.steps,
+        tolerance: float | None = Question.tolerance,
         on_failure: str = "raise",
         at: Collection[int] | None = None,
         *,
-        memory_limit: int = MEMORY_LIMIT,
-        seed: int = 0,
+        memory_limit: int = Question.memory_limit,
+        seed: int = Question.seed,
         keep: int = 100,
     ) -> None:
         super().__init__()
         asked = [*([] if every is None else [every]), *(at or ())]
-        if not asked or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in asked):
+        if not asked or not all(map(is_whole, asked)):
             raise CompileError(
                 "verify_every expects a whole number of training steps, at least 1 (or every=None and at=[1, ...]), "
                 f"received every={every!r}, at={at!r}"

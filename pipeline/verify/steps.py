@@ -24,7 +24,7 @@ from pipeline.verify.tape import UPDATE, Allowance, Names
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
-    from pipeline.verify.verification import Question
+    from pipeline.verify.question import Question
 
 Array = np.ndarray[Any, Any]
 _KINDS = ("metric", "seed", "statistics", "weight", "optimizer", "prediction")

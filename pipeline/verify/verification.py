@@ -2,7 +2,7 @@
 
     keep all values ─► a step with observers ─► compare with one tape, with witnesses ─► updates ─► put all values back
 
-The report's first deviation walks the flow (`pipeline.verify_tape`), so that it names the culprit and not what only
+The report's first deviation walks the flow (`pipeline.verify.tape`), so that it names the culprit and not what only
 follows from it.
 """
 
@@ -19,11 +19,11 @@ from pipeline.batch.step import Batch
 from pipeline.compare.compare import Judged, Part, judge
 from pipeline.compare.rows import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Row
 from pipeline.compare.tolerance import Tolerance
-from pipeline.errors import VerificationError
 from pipeline.plan.timeline import measured_timeline
 from pipeline.reference.witness.results import Differences, Gradients
 from pipeline.report.report import Report
 from pipeline.verify.by_witnesses import Yardstick, by_differences, by_gradients
+from pipeline.verify.question import Question
 from pipeline.verify.steps import Steps
 from pipeline.verify.tape import UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
 from stages.worker.observers import ACTIVATION
@@ -31,47 +31,8 @@ from stages.worker.observers import ACTIVATION
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
 
-MEMORY_LIMIT = 2 << 30
-"""Bytes that a Jacobian may take in the check "chain" unless told otherwise."""
-
-
 WITNESSES = ("chain", "differences", "batch")
 """The checks whose expectation is not one tape's."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a verification.
-
-    Attributes:
-        checks: Keys of `pipeline.report.report.CHECKS`.
-        steps: How many updates the check "steps" makes.
-        tolerance: What may differ, as a part of the largest |value|; None: by the rules of
-            `pipeline.compare.tolerance`.
-        memory_limit: Bytes that a Jacobian may take.
-        seed: Of random directions.
-    """
-
-    checks: tuple[str, ...] = ("tape",)
-    steps: int = 1
-    tolerance: float | None = None
-    memory_limit: int = MEMORY_LIMIT
-    seed: int = 0
-
-    @classmethod
-    def of(cls, checks: str | Sequence[str], **others: Any) -> Question:
-        """From what `Pipeline.verify` takes.
-
-        Raises:
-            VerificationError: An unknown check, or none.
-        """
-        given = tuple(CHECKS) if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)
-        unknown = [check for check in given if check not in CHECKS]
-        if unknown or not given:
-            raise VerificationError(
-                f"checks must be 'all' or some of {', '.join(map(repr, CHECKS))}; received {checks!r}"
-            )
-        return cls(tuple(check for check in CHECKS if check in given), **others)
 
 
 def verified(session: Session, x: Any, y: Any, sample_weight: Any, question: Question) -> Report:
@@ -197,9 +158,9 @@ class Verification:
 
     def _headline(self) -> str:
         session = self.session
-        parts = [f"{len(session.segments)} stages", f"{session.microbatches} microbatches"]
+        parts = [f"{len(session.segments)} stages", f"{session.options.microbatches} microbatches"]
         parts += [f"{len(self.batch.lengths)} windows"] if self.batch.lengths else []
-        return ", ".join([*parts, str(session.schedule), "eager" if self._eager else "compiled"])
+        return ", ".join([*parts, str(session.options.schedule), "eager" if self._eager else "compiled"])
 
     def _flow(self, ours: Observed) -> Flow:
         names = self.session.wires.names

@@ -7,7 +7,6 @@ A new schedule is a new file here and a row in `SCHEDULES`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from pipeline.plan.plan import Plan, validate
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.plan.schedules.gpipe import gpipe
 from pipeline.plan.schedules.one_f_one_b import one_f_one_b
+from pipeline.saying import did_you_mean
 
 __all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_f_one_b", "schedule_named"]
 
@@ -46,8 +46,7 @@ def schedule_named(schedule: str | Schedule) -> Schedule:
     if isinstance(schedule, str):
         if schedule in SCHEDULES:
             return SCHEDULES[schedule]
-        near = difflib.get_close_matches(schedule.lower(), SCHEDULES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(schedule, SCHEDULES)
         raise ScheduleError(f"there is no schedule {schedule!r}, expected one of {_names()}{hint}")
     if callable(schedule):
         return schedule

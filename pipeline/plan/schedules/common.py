@@ -7,9 +7,8 @@ block F/0 F/1 ... F/W-1 and later the block B/W-1 ... B/0.  Where gradients are 
 
 from __future__ import annotations
 
-from operator import index
-
 from pipeline.errors import ScheduleError
+from pipeline.saying import is_whole
 from stages.actions import Action, Kind
 
 __all__ = ["Block", "backwards", "blocks", "check", "forwards"]
@@ -25,11 +24,7 @@ def check(stages: int, microbatches: int, windows: int) -> None:
         ScheduleError: a number is no whole number of at least 1.
     """
     for name, value in (("stages", stages), ("microbatches", microbatches), ("windows", windows)):
-        try:
-            good = index(value) >= 1 and not isinstance(value, bool)
-        except TypeError:
-            good = False
-        if not good:
+        if not is_whole(value):
             raise ScheduleError(f"`{name}` must be a whole number of at least 1, received {value!r}")
 
 

@@ -91,13 +91,13 @@ def whole(pipe: Pipeline, x: Any, y: Any, weights: Any = None, **options: Any) -
     xs, ys = (value if isinstance(value, list) else [value] for value in (x, y))
     labels = list(session.wires.labels)
     given = weights if isinstance(weights, list) else [weights] * len(labels)
-    lengths = microbatch_sizes(xs[0].shape[1], session.windows) if session.windows > 1 else ()
+    lengths = microbatch_sizes(xs[0].shape[1], session.options.windows) if session.options.windows > 1 else ()
     return Whole(
         dict(zip(session.wires.inputs, xs, strict=True)),
         dict(zip(labels, ys, strict=True)),
         {label: w for label, w in zip(labels, given, strict=True) if w is not None},
-        Grid(microbatch_sizes(len(xs[0]), session.microbatches), lengths),
-        truncate=session.truncate,
+        Grid(microbatch_sizes(len(xs[0]), session.options.microbatches), lengths),
+        truncate=session.options.truncate,
         **options,
     )
 

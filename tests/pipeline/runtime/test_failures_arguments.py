@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import socket
+from dataclasses import fields
 
 import keras
 import numpy as np
 import pytest
 
 from pipeline import Pipeline, Segment
-from pipeline.errors import CompileError, DataError, PipelineClosedError, PipelineError, ScheduleError, SplitError
+from pipeline.errors import (
+    CompileError,
+    DataError,
+    OptionsError,
+    PipelineClosedError,
+    PipelineError,
+    ScheduleError,
+    SplitError,
+)
+from pipeline.runtime.options import Options
 from stages.errors import RecipeError
 from tests import failing_parts
 from tests.failures import X, Y, tripping
@@ -40,6 +52,31 @@ def test_unknown_names_are_refused_with_the_nearest(arguments, names):
     with pytest.raises(CompileError) as caught:
         pipe.compile(**{"optimizer": "sgd", "loss": "mse", **arguments})
     assert all(name in str(caught.value) for name in names), str(caught.value)
+
+
+def test_all_options_that_cannot_be_are_told_together():
+    with pytest.raises(OptionsError) as caught:
+        Pipeline([model()], microbatches=0, schedule="1f1c", transport="ipcc", recompute=[True, False], threads=0)
+    told = str(caught.value)
+    assert [type(fault).__name__ for fault in caught.value.faults] == [
+        *("ScheduleError", "ScheduleError", "ScheduleError", "BadAddress", "CompileError")
+    ]
+    for words in (
+        "5 options",
+        "`microbatches` must be",
+        "`threads` must be",
+        "'1f1c'",
+        "'ipcc'",
+        "one value per stage (1)",
+    ):
+        assert words in told
+    assert str(pickle.loads(pickle.dumps(caught.value))) == told
+
+
+def test_every_option_of_a_pipeline_is_one_of_options():
+    """What `Pipeline` lists for its users and what `Options` checks are the same."""
+    own = {"self", "segments", "outputs", "check_first_batch"}
+    assert set(inspect.signature(Pipeline.__init__).parameters) - own == {field.name for field in fields(Options)}
 
 
 def test_unknown_schedule_is_refused_with_the_nearest():

@@ -1,0 +1,93 @@
+"""The options of a pipeline: what they are, and what they may be, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from pipeline.cutting.cores import default_threads
+from pipeline.errors import CompileError, OptionsError, PipelineError, ScheduleError
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import schedule_named
+from pipeline.runtime.crew import check_transport
+from pipeline.saying import is_whole
+from transport.errors import BadAddress
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pipeline runs, whatever its model; see `pipeline.pipeline.Pipeline` for what each means to a user.
+
+    Attributes:
+        microbatches: Into how many parts a batch is cut, at least 1.
+        schedule: Its name, or the function that makes its plans.
+        transport: As `Driver` takes it: ``"ipc"``, ``"tcp"``, an address, or ``"inproc"``.
+        recompute: One value per stage.
+        threads: TensorFlow's threads per worker, at least 1.
+        windows: Into how many windows the time axis is cut, at least 1.
+        truncate: How many windows a state's gradient goes back through, at least 1; None: all.
+        keep_state: Whether a batch begins with the states that the one before it left.
+    """
+
+    microbatches: int
+    schedule: str | Callable[..., Plan]
+    transport: str
+    recompute: tuple[bool, ...]
+    threads: int
+    windows: int = 1
+    truncate: int | None = None
+    keep_state: bool = False
+
+    @classmethod
+    def of(cls, stages: int, *, recompute: bool | Sequence[bool], threads: int | None, **others: Any) -> Self:
+        """From what `Pipeline` takes, for so many stages.
+
+        Raises:
+            PipelineError, BadAddress: An option cannot be; OptionsError for several, with all of them.
+        """
+        each = (recompute,) * stages if isinstance(recompute, bool) else tuple(recompute)
+        size = default_threads(stages) if threads is None else threads
+        found = cls(recompute=each, threads=size, **others)
+        found = replace(found, transport="ipc" if found.transport == "auto" else found.transport)
+        faults = list(found._faults(stages))
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            raise OptionsError(faults)
+        return found
+
+    def _faults(self, stages: int) -> Iterator[PipelineError | BadAddress]:
+        """Everything that is wrong, each as the error that it is alone."""
+        numbers = {"microbatches": self.microbatches, "windows": self.windows, "threads": self.threads}
+        if self.truncate is not None:
+            numbers["truncate"] = self.truncate
+        for name, number in numbers.items():
+            if not is_whole(number):
+                yield ScheduleError(f"`{name}` must be a whole number of at least 1, received {number!r}")
+        try:
+            schedule_named(self.schedule)
+        except ScheduleError as error:
+            yield error
+        try:
+            check_transport(self.transport)
+        except BadAddress as error:
+            yield error
+        if len(self.recompute) != stages:
+            yield CompileError(f"recompute takes one value per stage ({stages}), received {len(self.recompute)}")
+
+    @property
+    def scheme(self) -> str:
+        """The transport without an address."""
+        return self.transport.partition("://")[0]
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as `Pipeline` takes it: all but what belongs to the machine."""
+        return {
+            "microbatches": self.microbatches,
+            "schedule": self.schedule if isinstance(self.schedule, str) else None,
+            "recompute": list(self.recompute),
+            "windows": self.windows,
+            "truncate": self.truncate,
+            "keep_state": self.keep_state,
+        }

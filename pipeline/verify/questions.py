@@ -1,0 +1,108 @@
+"""What can be asked of a running pipeline and leaves it as it is: gradients, their verification, times.
+
+Each function is a method of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.plan.timeline import Timeline
+from pipeline.report.report import Report
+from pipeline.verify.explain import LOSS, explained
+from pipeline.verify.question import Question
+from pipeline.verify.verification import verified
+from stages.explanation.rows import Explanation
+
+if TYPE_CHECKING:
+    from pipeline.pipeline import Pipeline
+
+
+def gradients(
+    pipe: Pipeline, x: Any, y: Any = None, sample_weight: Any = None
+) -> dict[str, np.ndarray[Any, Any] | None]:
+    """dL/dvariables of one batch in training mode; nothing is applied, and no state is changed.
+
+    Returns:
+        {"<stage>/<variable path>": array of the variable's shape and dtype}; None where the loss does not depend
+        on the variable.
+    """
+    compiled = pipe.session.needs_compile("gradients")
+    return pipe.session.gradients(pipe.session.batch(x, y, sample_weight, compiled.judged))[1]
+
+
+def verify(
+    pipe: Pipeline,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    checks: str | Sequence[str] = Question.checks,
+    steps: int = Question.steps,
+    tolerance: float | None = Question.tolerance,
+    memory_limit: int = Question.memory_limit,
+    seed: int = Question.seed,
+) -> Report:
+    """Check this pipeline on one batch: everything that crosses a cut, all gradients, and whatever else is asked.
+
+    What was sent and what arrived is always compared, and all values are put back and compared bit for bit. The
+    reference runs in a process of its own, with the same values, microbatches and thread count.
+
+    Args:
+        x: As in `train_on_batch`, like `y` and `sample_weight`.
+        checks: ``"all"`` or some of: ``"tape"``, one tape over the joined model; ``"chain"``, the Jacobian chain
+            rule; ``"differences"``, finite differences in float64; ``"batch"``, the whole batch under one tape
+            with Keras's own loss; ``"steps"``, updates of weights, optimizer, statistics, seeds and metrics.
+        steps: How many updates the check ``"steps"`` makes.
+        tolerance: Largest accepted difference as a part of the largest |value|; default: the rules of
+            `pipeline.compare.tolerance`: 0 (bit for bit) when eager, 8 eps or what compiling alone changes when
+            compiled.
+        memory_limit: Bytes that a Jacobian may take in the check ``"chain"``.
+        seed: Of the random directions of the check ``"differences"``.
+
+    Returns:
+        The report: ``report.ok`` is the verdict, ``report.first`` says where the flow first deviates,
+        ``print(report)`` shows a table, ``report.save("report.html")`` writes a page; tests call
+        ``raise_if_failed()``.
+
+    Raises:
+        VerificationError: An unknown check, or a number that cannot be.
+    """
+    question = Question.of(checks, steps=steps, tolerance=tolerance, memory_limit=memory_limit, seed=seed)
+    return verified(pipe.session, x, y, sample_weight, question)
+
+
+def explain(pipe: Pipeline, x: Any, y: Any = None, sample_weight: Any = None, *, target: str = LOSS) -> Explanation:
+    """Why every variable's gradient of one batch is what it is: connected, zero, not finite, or not connected.
+
+    Of those that are not connected it is said which operation, in which layer of which stage, is in the way. The
+    joined model is recorded in a process of its own, so a blockage in one stage explains another. Nothing is
+    applied, and no state is changed.
+
+    Args:
+        x: As in `train_on_batch`, like `y` and `sample_weight`.
+        target: ``"loss"``, the name of a tensor that a stage gives, or ``"<stage>/<state>"`` for a final state.
+
+    Returns:
+        The explanation: ``print(...)`` shows a table, ``.of(name)`` one variable, ``.ok`` whether all is connected.
+
+    Raises:
+        DataError: There is no such target.
+    """
+    return explained(pipe.session, x, y, sample_weight, target)
+
+
+def timeline(pipe: Pipeline, x: Any, y: Any = None, sample_weight: Any = None, *, repeats: int = 5) -> Timeline:
+    """When each worker did what in a step without its update, in seconds; the median of several steps.
+
+    Nothing is applied, and no state is changed. In compiled mode the last stage's forward box holds its loss and
+    backward too: they are one function.
+
+    Args:
+        x: As in `train_on_batch`, like `y` and `sample_weight`.
+        repeats: How many steps to measure, after one that is not counted.
+    """
+    return pipe.session.timeline(x, y, sample_weight, repeats)
