@@ -1,0 +1,67 @@
+"""What the look at the first batch costs: time of the first `train_on_batch` with it and without it, in turns.
+
+    python benchmarks/first_batch.py [--rounds 5]
+
+Each round starts a pipeline of two processes anew, so the first step has its traces in it; medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this file lies a transport.py
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+from pipeline import Pipeline
+
+
+def dense() -> tuple[Any, np.ndarray]:
+    """Six Dense layers of 64 units, 256 samples."""
+    layers = [keras.layers.Dense(64, activation="relu") for _ in range(6)]
+    return keras.Sequential([keras.Input((64,)), *layers]), np.ones((256, 64), "float32")
+
+
+def mobile_net() -> tuple[Any, np.ndarray]:
+    """MobileNetV2 of 10 classes, 64 images of 64 x 64."""
+    model = keras.applications.MobileNetV2(input_shape=(64, 64, 3), weights=None, classes=10)
+    return model, np.random.default_rng(0).uniform(-1, 1, (64, 64, 64, 3)).astype("float32")
+
+
+def first_step(make: Any, look: bool) -> float:
+    """Seconds of the first step of a pipeline whose workers stand already."""
+    keras.utils.set_random_seed(0)
+    model, x = make()
+    y = np.zeros((len(x), *model.output_shape[1:]), "float32")
+    with Pipeline.split(model, stages=2, microbatches=4, check_first_batch=look) as pipe:
+        pipe.compile("sgd", "mean_squared_error")
+        pipe.get_weights()  # the workers are up
+        begin = time.perf_counter()
+        pipe.train_on_batch(x, y)
+        return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    print("| model | first step without, s | with, s | the look takes, s |")
+    print("|---|---|---|---|")
+    for name, make in {"6 x Dense(64)": dense, "MobileNetV2, 64 px": mobile_net}.items():
+        first_step(make, look=True)  # the fork server, imports
+        without, beside = zip(*[(first_step(make, False), first_step(make, True)) for _ in range(rounds)], strict=True)
+        extra = statistics.median(b - a for a, b in zip(without, beside, strict=True))
+        print(f"| {name} | {statistics.median(without):.2f} | {statistics.median(beside):.2f} | {extra:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
