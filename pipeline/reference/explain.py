@@ -115,7 +115,6 @@ def _variables(hosted: Sequence[HostedStage]) -> dict[str, Any]:
     """All variables that are, or could be, trained, as `Pipeline.gradients` names them; shared ones once."""
     from pipeline.reference.one_tape.batch import owned
     from stages.explanation.explain import trained_weights
-    from stages.worker import snapshot
 
     found: dict[str, Any] = {}
     for stage in hosted:
@@ -123,7 +122,7 @@ def _variables(hosted: Sequence[HostedStage]) -> dict[str, Any]:
         trainable = {id(v) for v in stage.stage.trainable_variables}
         mine = {id(v) for v in owned(stage)}
         could = {id(v) for v in trained_weights(model).values()} - trainable
-        named = zip(snapshot.unique_names(model.variables), model.variables, strict=True)
+        named = zip(stage.variable_names(), model.variables, strict=True)
         found |= {f"{stage.spec.name}/{name}": v for name, v in named if id(v) in mine | could}
     return found
 

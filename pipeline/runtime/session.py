@@ -426,5 +426,6 @@ class Session:
             undecayed=() if compiled is None else compiled.undecayed(index, variables),
             run_eagerly=compiled is not None and compiled.run_eagerly,
             recompute=self.options.recompute[index],
+            paths=() if segment.model is None else [variable.path for variable in segment.model.variables],
             seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,
         )

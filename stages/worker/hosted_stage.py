@@ -90,6 +90,8 @@ class StageSpec:
         run_eagerly: Eager tapes or compiled functions.
         recompute: Keep inputs only, compute the forward pass again in backward.
         seed: For the builder's initialisers; None leaves the process's own.
+        paths: The paths of the model's variables, in order, as they are in the user's own model, which may hold this
+            one's layers in folders (models inside models); empty where the model is built by its worker.
     """
 
     index: int
@@ -107,6 +109,7 @@ class StageSpec:
     run_eagerly: bool = False
     recompute: bool = False
     seed: int | None = None
+    paths: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
@@ -219,6 +222,10 @@ class HostedStage:
     def _has_stepped(self) -> bool:
         return any(variable.name == "iteration" and int(variable) for variable in self.optimizer.variables)
 
+    def variable_names(self) -> list[str]:
+        """A name for each of the model's variables: its path in the user's own model, ``#2`` behind repeated ones."""
+        return snapshot.unique_names(self.spec.paths or [variable.path for variable in self.stage.model.variables])
+
     def describe(self) -> dict[str, Any]:
         """What the driver should know of the built stage: names, shapes, dtypes, slots."""
         model, trainable = self.stage.model, self.stage.trainable_variables
@@ -228,7 +235,7 @@ class HostedStage:
         return {
             "variables": [
                 [name, variable.dtype, list(variable.shape), index.get(id(variable), -1), id(variable) in weights]
-                for name, variable in zip(snapshot.unique_names(variables), variables, strict=True)
+                for name, variable in zip(self.variable_names(), variables, strict=True)
             ],
             "slots": [list(slot) for slot in snapshot.optimizer_slots(self.optimizer, trainable)]
             if self.optimizer is not None

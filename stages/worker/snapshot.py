@@ -27,13 +27,13 @@ class Slot(NamedTuple):
     name: str
 
 
-def unique_names(variables: Sequence[Any]) -> list[str]:
-    """The variables' paths, with ``#2`` and so on behind repeated ones."""
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """Variables' paths, with ``#2`` and so on behind repeated ones."""
     seen: dict[str, int] = {}
     names = []
-    for variable in variables:
-        count = seen[variable.path] = seen.get(variable.path, 0) + 1
-        names.append(variable.path if count == 1 else f"{variable.path}#{count}")
+    for path in paths:
+        count = seen[path] = seen.get(path, 0) + 1
+        names.append(path if count == 1 else f"{path}#{count}")
     return names
 
 

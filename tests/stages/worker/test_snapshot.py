@@ -58,7 +58,7 @@ def test_plain_sgd_has_no_slots():
 
 
 def test_names_are_unique():
-    assert snapshot.unique_names(variables(3)) == ["kernel", "kernel#2", "kernel#3"]
+    assert snapshot.unique_names([variable.path for variable in variables(3)]) == ["kernel", "kernel#2", "kernel#3"]
 
 
 def test_what_was_read_is_a_copy_and_what_is_written_is_read_again():
