@@ -76,7 +76,9 @@ def test_a_wrong_gradient_in_a_layer_is_named_by_differences_only():
     """What the page says that no other check notices."""
     keras.utils.set_random_seed(0)
     dense = keras.layers.Dense
-    model = keras.Sequential([keras.Input((4,)), dense(5, name="a"), TwiceTheGradient(), dense(1, name="b")])
+    model = keras.Sequential(
+        [keras.Input((4,)), dense(5, name="a"), TwiceTheGradient(), dense(1, name="b")], name="net"
+    )
     x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
     with Pipeline.split(model, at=["a"], microbatches=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
@@ -84,5 +86,5 @@ def test_a_wrong_gradient_in_a_layer_is_named_by_differences_only():
     assert report.ok and all(check.ran for check in report.checks)
     named = "not checked: the model's own gradient is not its derivative"
     found = {(row.check, row.name) for row in report.rows if row.verdict.startswith(named)}
-    assert found == {("differences", "stage0/a/kernel"), ("differences", "stage0/a/bias")}
+    assert found == {("differences", "stage0/net/a/kernel"), ("differences", "stage0/net/a/bias")}
     assert named.removeprefix("not checked: ") in " ".join(PAGE.read_text().split())

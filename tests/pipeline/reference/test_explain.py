@@ -46,7 +46,8 @@ def three_stages(fault: Any, **options: Any) -> Pipeline:
             layers.Dropout(0.5),
             layers.BatchNormalization(name="norm"),
             layers.Dense(2, name="last"),
-        ]
+        ],
+        name="net",
     )
     return split(model, ["first", "second"], **options)
 
@@ -82,12 +83,12 @@ def joined(pipe: Pipeline, x: Any = X, y: Any = Y, target: str = "loss", **optio
 )
 def test_a_blockage_in_stage_2_explains_the_none_in_stage_0(fault: Any, reason: str, operation: str) -> None:
     found = joined(three_stages(fault(name="fault")))
-    for name in ("stage0/first/kernel", "stage1/second/bias"):
+    for name in ("stage0/net/first/kernel", "stage1/net/second/bias"):
         row = found.of(name)
         assert (row.status, row.reason, row.blocker.operation) == ("not connected", reason, operation)
         assert (row.blocker.layer, row.blocker.stage) == ("fault", "stage2")
         assert row.blocker.line.startswith("blocking_layers.py:")
-    assert found.of("stage2/last/kernel").ok and found.of("stage2/norm/gamma").ok
+    assert found.of("stage2/net/last/kernel").ok and found.of("stage2/net/norm/gamma").ok
     assert not any("moving" in row.name for row in found.rows)
 
 
@@ -159,7 +160,7 @@ def test_shared_and_frozen_variables() -> None:
 
 def relu_pipe(**options: Any) -> Pipeline:
     model = keras.Sequential(
-        [keras.Input((1,)), layers.Dense(1, activation="relu", name="first"), layers.Dense(1, name="last")]
+        [keras.Input((1,)), layers.Dense(1, activation="relu", name="first"), layers.Dense(1, name="last")], name="net"
     )
     model.set_weights([np.array([[1.0]]), np.array([0.0]), np.array([[1.0]]), np.array([0.0])])
     return split(model, ["first"], **options)
@@ -179,7 +180,7 @@ def test_a_microbatch_that_is_not_finite_is_looked_for() -> None:
     pipe, y = relu_pipe(), np.zeros((4, 1), "float32")
     x = np.ones((4, 1), "float32")
     x[3] = np.inf
-    statuses = {"stage0/first/kernel": "not finite"}
+    statuses = {"stage0/net/first/kernel": "not finite"}
     row = joined(pipe, x, y, statuses=statuses).of("first/kernel")
     assert (row.status, row.reason) == ("not finite", "not finite value")
     assert "takes a value that is not finite" in row.blocker.what
@@ -203,11 +204,11 @@ def test_pipe_explain(transport: str) -> None:
         before = pipe.gradients(X, Y)
         found = pipe.explain(X, Y)
         after = pipe.gradients(X, Y)
-    row = found.of("stage0/first/kernel")
+    row = found.of("stage0/net/first/kernel")
     assert (row.reason, row.blocker.layer, row.blocker.stage) == ("stop_gradient", "fault", "stage2")
     assert found.notes == ()
-    expected = before["stage2/last/kernel"]
-    assert found.of("stage2/last/kernel").norm == pytest.approx(np.linalg.norm(expected.astype("float64")))
+    expected = before["stage2/net/last/kernel"]
+    assert found.of("stage2/net/last/kernel").norm == pytest.approx(np.linalg.norm(expected.astype("float64")))
     for name, gradient in before.items():
         assert gradient is after[name] is None or gradient.tobytes() == after[name].tobytes()
 
