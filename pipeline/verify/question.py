@@ -20,7 +20,7 @@ class Question:
         checks: Keys of `pipeline.compare.rows.CHECKS`, in their order.
         steps: How many updates the check "steps" makes.
         tolerance: What may differ, as a part of the largest |value|; None: by the rules of
-            `pipeline.compare.tolerance`.
+            `pipeline.compare.tolerance`. Below 0 nothing agrees, which shows what a failure looks like.
         memory_limit: Bytes that a Jacobian may take in the check "chain"; 2 GiB.
         seed: Of random directions.
     """
@@ -51,8 +51,8 @@ class Question:
             if not is_whole(value := getattr(self, name), least):
                 yield f"{name} must be a whole number of at least {least}, received {value!r}"
         known = self.tolerance is None or isinstance(self.tolerance, int | float)
-        if not known or not 0 <= (self.tolerance or 0.0) < math.inf:
-            yield f"tolerance must be None or a finite number of at least 0, received {self.tolerance!r}"
+        if not known or not math.isfinite(self.tolerance or 0.0):
+            yield f"tolerance must be None or a finite number, received {self.tolerance!r}"
 
 
 class Asked(TypedDict, total=False):

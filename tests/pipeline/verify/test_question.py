@@ -22,7 +22,7 @@ def test_checks_stand_in_their_own_order_and_once():
 
 def test_everything_that_is_wrong_is_told_together():
     with pytest.raises(VerificationError) as caught:
-        Question.of(["tape", "tap"], steps=0, tolerance=-1.0, memory_limit=1.5, seed=True)
+        Question.of(["tape", "tap"], steps=0, tolerance=float("nan"), memory_limit=1.5, seed=True)
     for words in ("'tap'", "steps must be", "tolerance must be", "memory_limit must be", "seed must be"):
         assert words in str(caught.value)
 
