@@ -71,7 +71,7 @@ def losses_of(
     """
     by_stage = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
     found = [
-        (head["order"], head["label"], value, head["weight"])
+        (head.order, head.label, value, head.weight)
         for i, (by_head, _) in by_stage.items()
         for head, value in zip(specs[i].heads, by_head, strict=False)
     ]

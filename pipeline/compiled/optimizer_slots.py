@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import CheckpointError, CompileError
+from stages.worker.description import StageDescription
 from stages.worker.snapshot import Slot
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]
 """(stage, index among its trainable variables)."""
-Described = Mapping[int, Sequence[Sequence[Any]]]
-"""For each stage what its optimizer's variables belong to: (index of the trainable variable or -1, slot name)."""
+Described = Mapping[int, Sequence[Slot]]
+"""For each stage what its optimizer's variables belong to."""
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Slots:
         return cls.of(
             ((i, slot.variable), slot.name, value)
             for i, slots in described.items()
-            for slot, value in zip((Slot(*entry) for entry in slots), values[i], strict=True)
+            for slot, value in zip(slots, values[i], strict=True)
         )
 
     def ordered(self, wanted: Sequence[tuple[Place, str]]) -> list[Array]:
@@ -75,7 +76,7 @@ class Slots:
 
     def for_stages(self, described: Described) -> dict[int, list[Array]]:
         """The values in the order of stages that describe their optimizer variables so."""
-        return {i: self.ordered([((i, k), name) for k, name in slots]) for i, slots in described.items()}
+        return {i: self.ordered([((i, slot.variable), slot.name) for slot in slots]) for i, slots in described.items()}
 
     def among(self, before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> Slots:
         """The same slots when other variables of the same stages are trained.
@@ -125,6 +126,6 @@ class State:
     slots: Slots | None = None
 
 
-def described_slots(descriptions: Mapping[int, Mapping[str, Any]]) -> Described:
+def described_slots(descriptions: Mapping[int, StageDescription]) -> Described:
     """Every stage's optimizer variables, out of what the workers say of their stages."""
-    return {i: description["slots"] for i, description in descriptions.items()}
+    return {i: description.slots for i, description in descriptions.items()}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.errors import WiringError
 from stages.actions import Wiring
 from stages.recipe.segment import Segment, names_of
 from stages.tape.tensors import compatible
+from stages.worker.description import StageDescription
 from transport.message import DRIVER
 
 
@@ -112,24 +112,24 @@ def wire(
     return Wires(names, takes, gives, tuple(free), finals, tuple(labels or (name for name, _ in finals)))
 
 
-def check_shapes(wires: Wires, stages: Mapping[int, Mapping[str, Any]]) -> None:
+def check_shapes(wires: Wires, stages: Mapping[int, StageDescription]) -> None:
     """Compare what each stage gives with what the next one takes.
 
     Args:
         wires: Who gives what to whom.
-        stages: How the built stages describe themselves (`HostedStage.describe`): ``inputs`` and ``outputs`` are lists
-            of (dtype, shape with None for free dimensions), or None for a model that does not tell.
+        stages: How the built stages describe themselves.
 
     Raises:
         WiringError: Tensors that do not fit, all together.
     """
     given: dict[str, tuple[int, Sequence[int | None]]] = {}
     for i, stage in stages.items():
-        for (name, _), (_, shape) in zip(wires.gives[i], stage["outputs"] or (), strict=False):
-            given[name] = (i, shape)
+        for (name, _), output in zip(wires.gives[i], stage.outputs or (), strict=False):
+            given[name] = (i, output.shape)
     faults = []
     for i, stage in stages.items():
-        for (name, _), (_, wanted) in zip(wires.takes[i], stage["inputs"] or (), strict=False):
+        for (name, _), taken in zip(wires.takes[i], stage.inputs or (), strict=False):
+            wanted = taken.shape
             source, shape = given.get(name, (DRIVER, wanted))
             if not compatible(shape, wanted):
                 faults.append(

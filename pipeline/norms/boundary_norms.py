@@ -174,8 +174,8 @@ class BoundaryNorms(StepWatcher):
             return
         driver = session.driver()
         self.names = session.wires.names
-        entries = [entry for stage in driver.descriptions.values() for entry in stage["variables"]]
-        weights = {dtype for _, dtype, _, trainable, _ in entries if trainable >= 0}
+        stages = driver.descriptions.values()
+        weights = {variable.dtype for stage in stages for variable in stage.variables if variable.trained}
         self.limits = Limits.of(max(weights, key=eps, default="float32"), *self._given)
         for boundary in norms:
             dtype, shape = driver.output_spec(boundary.producer, boundary.tensor) or ("float32", ())

@@ -26,6 +26,7 @@ from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.interrupts import deferred_interrupts
 from stages.actions import to_array
 from stages.grid import is_over_time
+from stages.worker.description import StageDescription, TensorInfo
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.observers import Sight
 from transport.message import DRIVER, Key, Message
@@ -58,7 +59,7 @@ class Driver:
     ) -> None:
         self.incarnation = incarnation
         self.scheme = transport.partition("://")[0]
-        self.descriptions: dict[int, dict[str, Any]] = {}
+        self.descriptions: dict[int, StageDescription] = {}
         self._number = 0
         self._step = 0
         self._plans: dict[tuple[str, int, int], tuple[int, Plan]] = {}
@@ -93,11 +94,12 @@ class Driver:
         self._crew.all_connected()
         for worker in range(len(self.placement)):
             described, _ = self._long_reply(self._number, self._crew.place(worker))
-            self.descriptions |= {int(index): found for index, found in described.items()}
+            self.descriptions |= {int(i): StageDescription.from_plain(found) for i, found in described.items()}
         stages = self.descriptions.values()
-        if any(d["masks"] for d in stages):
+        masks = any(stage.masks for stage in stages)
+        if masks:
             self._settle_masks()
-        self._masks_count = any(d["masks"] for d in stages) and any(d["mean_loss"] for d in stages)
+        self._masks_count = masks and any(stage.mean_loss for stage in stages)
 
     def _settle_masks(self) -> None:
         """Give a mask to those consumers only that would find it in one process.
@@ -124,7 +126,7 @@ class Driver:
         for spec in self.placement[worker]:
             found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
             found |= {source for _, source in spec.inputs if source != DRIVER}
-            found |= {stage for tie in spec.ties for stage in tie["stages"] if stage != spec.index}
+            found |= {stage for tie in spec.ties for stage in tie.stages if stage != spec.index}
         return {str(stage) for stage in found}
 
     def run(
@@ -342,7 +344,7 @@ class Driver:
                     if source == DRIVER:
                         self._send_data(worker, spec.index, "activation", name, batch.inputs[name])
                 for head in spec.heads if mode in _WITH_LOSS else ():
-                    label = head["label"]
+                    label = head.label
                     self._send_data(worker, spec.index, "target", label, batch.targets[label])
                     if label in batch.sample_weights:
                         self._send_data(worker, spec.index, "sample_weight", label, batch.sample_weights[label])
@@ -356,7 +358,7 @@ class Driver:
             for name in dict.fromkeys(spec.finals):
                 windows = len(batch.lengths) if batch.lengths else 1
                 told = self.output_spec(spec.index, name)
-                over_time = told is not None and is_over_time(told[1])
+                over_time = told is not None and is_over_time(told.shape)
                 first = 0 if over_time else windows - 1  # what is not over time comes from the last window
                 rows = []
                 for k in range(len(batch.sizes)):
@@ -366,13 +368,10 @@ class Driver:
                 found[name] = np.concatenate(rows)
         return found
 
-    def output_spec(self, stage: int, name: str) -> tuple[str, Sequence[int | None]] | None:
-        """(dtype, shape with None) of a stage's output, where its model tells."""
-        outputs = self.descriptions[stage]["outputs"]
-        if outputs is None:
-            return None
-        dtype, shape = outputs[[one for one, _ in self.specs[stage].outputs].index(name)]
-        return dtype, shape
+    def output_spec(self, stage: int, name: str) -> TensorInfo | None:
+        """Dtype and shape of a stage's output, where its model tells."""
+        outputs = self.descriptions[stage].outputs
+        return None if outputs is None else outputs[[one for one, _ in self.specs[stage].outputs].index(name)]
 
     def _tell_all(self, do: str, value: Any = None) -> None:
         self._crew.check_open()

@@ -10,9 +10,8 @@ from typing import Any
 
 from pipeline.errors import WorkerDiedError, WorkerError
 from pipeline.runtime.launch import WorkerHandle
-from stages.actions import Action, Kind
 from stages.worker.hosted_stage import StageSpec
-from stages.worker.step_program import BUILDING, BUSY, IDLE, RUNNING, WAITING
+from stages.worker.status import Phase, Status
 from transport.message import DRIVER
 
 _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."
@@ -20,8 +19,8 @@ _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new P
 
 def stalled(boards: Sequence[Sequence[int]]) -> bool:
     """Whether no worker runs, builds or is busy otherwise, and at least one waits for another."""
-    phases = {board[0] for board in boards}
-    return phases <= {WAITING, IDLE} and WAITING in phases
+    phases = {Status.of(board).phase for board in boards}
+    return phases <= {Phase.WAITING, Phase.IDLE} and Phase.WAITING in phases
 
 
 def describe_worker(handle: WorkerHandle, names: Mapping[int, str]) -> str:
@@ -31,19 +30,19 @@ def describe_worker(handle: WorkerHandle, names: Mapping[int, str]) -> str:
         handle: The worker.
         names: The names of all stages.
     """
-    phase, step, kind, stage, microbatch, window, source, done = (int(slot) for slot in handle.board)
-    if phase == IDLE:
+    status = Status.of(handle.board)
+    if status.phase == Phase.IDLE:
         return f"stage {handle.name!r} waits for the driver"
-    if phase == BUSY:
-        return f"stage {handle.name!r} carries out an order of the driver" + (f" after step {step}" if step else "")
-    name = names[stage]
-    if phase == BUILDING:
+    if status.phase == Phase.BUSY:
+        after = f" after step {status.step}" if status.step else ""
+        return f"stage {handle.name!r} carries out an order of the driver{after}"
+    name = names[status.stage]
+    if status.phase == Phase.BUILDING:
         return f"stage {name!r} builds its model"
-    action = Action(Kind(kind), stage, microbatch, window)
-    doing = f"step {step}, {action.describe()} (action {done + 1} of its program)"
-    if phase == RUNNING:
+    doing = f"step {status.step}, {status.action.describe()} (action {status.done + 1} of its program)"
+    if status.phase == Phase.RUNNING:
         return f"stage {name!r} runs {doing}"
-    whom = "the driver" if source == DRIVER else f"stage {names[source]!r}"
+    whom = "the driver" if status.source == DRIVER else f"stage {names[status.source]!r}"
     return f"stage {name!r} waits for {whom} to begin {doing}"
 
 
@@ -55,13 +54,13 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
         specs: The stages it hosted.
         others: What all workers were doing.
     """
-    phase, step, kind, stage, microbatch, window, _, _ = (int(slot) for slot in handle.board)
-    name = next((spec.name for spec in specs if spec.index == stage), specs[0].name)
-    action = Action(Kind(kind), stage, microbatch, window).describe() if step and phase != BUILDING else ""
-    where = f" in step {step}, {action}" if action else ""
-    if phase in (IDLE, BUSY) and action:
-        where = f" after step {step}, {action}"
-    if phase == BUILDING:
+    status = Status.of(handle.board)
+    name = next((spec.name for spec in specs if spec.index == status.stage), specs[0].name)
+    action = status.action.describe() if status.step and status.phase != Phase.BUILDING else ""
+    where = f" in step {status.step}, {action}" if action else ""
+    if status.phase in (Phase.IDLE, Phase.BUSY) and action:
+        where = f" after step {status.step}, {action}"
+    if status.phase == Phase.BUILDING:
         where = " while it built its model"
     reason = handle.exit_reason()
     summary, _, words = reason.partition("\n")
@@ -71,7 +70,7 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
         f"{_CHECKPOINT}\n{others}{quoted}",
         stage=name,
         action=action,
-        step=step if action else -1,
+        step=status.step if action else -1,
         worker_traceback=words,
     )
 

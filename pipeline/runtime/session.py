@@ -106,11 +106,7 @@ class Session:
 
     def _trained_before(self) -> dict[int, list[int]]:
         """Which of its model's variables every stage trains at present, in the order of its trainable ones."""
-        found = {}
-        for i, stage in self.driver().descriptions.items():
-            places = {trainable: k for k, (_, _, _, trainable, _) in enumerate(stage["variables"]) if trainable >= 0}
-            found[i] = [places[trainable] for trainable in sorted(places)]
-        return found
+        return {i: list(stage.trained) for i, stage in self.driver().descriptions.items()}
 
     def _trained_now(self) -> dict[int, list[int]]:
         """The same for stages that will be built from the models as they are now: layers may have been frozen."""
@@ -236,10 +232,11 @@ class Session:
         """{(stage, index among its trainable variables): ("<stage>/<path>", whether no earlier stage has it too)}."""
         driver, found = self.driver(), {}
         for i, stage in driver.descriptions.items():
-            others = {tie["place"] for tie in driver.specs[i].ties if tie["stages"][0] != i}
-            for name, _, _, trainable, _ in stage["variables"]:
-                if trainable >= 0:
-                    found[i, trainable] = (f"{self.wires.names[i]}/{name}", trainable not in others)
+            others = {tie.place for tie in driver.specs[i].ties if tie.stages[0] != i}
+            for variable in stage.variables:
+                if variable.trained:
+                    name = f"{self.wires.names[i]}/{variable.name}"
+                    found[i, variable.place] = (name, variable.place not in others)
         return dict(sorted(found.items()))
 
     def timeline(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> Timeline:
@@ -300,7 +297,7 @@ class Session:
             original: The model whose order of weights counts; None: stage after stage.
         """
         described = sorted(self.driver().descriptions.items())
-        counts = {i: sum(is_weight for *_, is_weight in stage["variables"]) for i, stage in described}
+        counts = {i: len(stage.weights) for i, stage in described}
         uses: dict[Any, list[tuple[int, int]]] = {}
         for i, count in counts.items():
             model = self.segments[i].model
@@ -317,11 +314,10 @@ class Session:
         """
         arrays = {i: [np.asarray(value) for value in part] for i, part in weights.items()}
         for i, part in arrays.items():
-            described = [entry for entry in self.driver().descriptions[i]["variables"] if entry[4]]
-            for (name, _, shape, _, _), array in zip(described, part, strict=True):
-                if tuple(shape) != array.shape:
+            for weight, array in zip(self.driver().descriptions[i].weights, part, strict=True):
+                if weight.shape != array.shape:
                     raise DataError(
-                        f"stage {self.wires.names[i]!r}: the weight {name!r} has the shape {tuple(shape)}, "
+                        f"stage {self.wires.names[i]!r}: the weight {weight.name!r} has the shape {weight.shape}, "
                         f"received {array.shape}"
                     )
         self.driver().set("weights", arrays)
@@ -367,7 +363,7 @@ class Session:
         driver = self.driver()
         places = dict(zip(self.wires.labels, self.wires.outputs, strict=True))
         told = {label: driver.output_spec(stage, name) for label, (name, stage) in places.items()}
-        return [label for label in labels if (spec := told[label]) is not None and is_over_time(spec[1])]
+        return [label for label in labels if (spec := told[label]) is not None and is_over_time(spec.shape)]
 
     def needs_compile(self, what: str) -> Compiled:
         """What `compile` was given.
@@ -383,11 +379,9 @@ class Session:
         """The pipeline's inputs, with what the stages that take them expect."""
         found: dict[str, InputSpec | None] = dict.fromkeys(self.wires.inputs)
         for index, description in self.driver().descriptions.items():
-            tensors = description["inputs"]
             for i, (name, source) in enumerate(self.wires.takes[index]):
-                if source == DRIVER and tensors is not None:
-                    dtype, shape = tensors[i]
-                    found[name] = (dtype, tuple(shape))
+                if source == DRIVER and description.inputs is not None:
+                    found[name] = description.inputs[i]
         return found
 
     def _fill(self, driver: Driver) -> None:
@@ -420,8 +414,8 @@ class Session:
             states=segment.states,
             keeps_state=self.options.keep_state,
             finals=[name for name, _ in self.wires.outputs if name in given],
-            heads=[spec.plain() for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
-            ties=[tie.plain() for tie in shared],
+            heads=[spec for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
+            ties=shared,
             optimizer=optimizer,
             undecayed=() if compiled is None else compiled.undecayed(index, variables),
             run_eagerly=compiled is not None and compiled.run_eagerly,

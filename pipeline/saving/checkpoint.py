@@ -71,8 +71,8 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
                     "file": f"stage-{i}.npz",
                     "sha256": digest,
                     "dtypes": {key: value.dtype.name for key, value in arrays.items()},
-                    "variables": description["variables"],
-                    "slots": description["slots"],
+                    "variables": [variable.plain() for variable in description.variables],
+                    "slots": [list(slot) for slot in description.slots],
                 }
             )
         _write_text(place / "manifest.json", json.dumps(_manifest(pipe, stages), indent=1))
@@ -119,7 +119,7 @@ def load(
     state = State(
         {i: _part(values, "model") for i, values in enumerate(arrays)},
         Slots.of_stages(
-            {i: entry["slots"] for i, entry in enumerate(manifest["stages"])},
+            {i: [snapshot.Slot(*slot) for slot in entry["slots"]] for i, entry in enumerate(manifest["stages"])},
             {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
         ),
     )

@@ -106,10 +106,9 @@ class Steps:
     def _variables(self, step: int, theirs: Mapping[int, Sequence[Array | None]]) -> None:
         live = self.session.driver()
         for i, arrays in live.get("model").items():
-            entries = live.descriptions[i]["variables"]
-            for (name, _, _, trainable, is_weight), ours, expected in zip(entries, arrays, theirs[i], strict=True):
-                kind = "weight" if trainable >= 0 else "statistics" if is_weight else "seed"
-                self._add(kind, i, f"{self.names.stages[i]}/{name}", step, ours, expected)
+            for variable, ours, expected in zip(live.descriptions[i].variables, arrays, theirs[i], strict=True):
+                kind = "weight" if variable.trained else "statistics" if variable.is_weight else "seed"
+                self._add(kind, i, f"{self.names.stages[i]}/{variable.name}", step, ours, expected)
 
     def _slots(self, step: int, theirs: Slots) -> None:
         ours, live = self.session.slots(), self.session.driver()
@@ -158,7 +157,8 @@ class Steps:
         compiled = self.session.needs_compile("verify")
         if compiled.global_clipnorm is None or self.question.tolerance is not None:
             return None
-        sizes = [math.prod(entry[2]) for d in self.session.driver().descriptions.values() for entry in d["variables"]]
+        stages = self.session.driver().descriptions.values()
+        sizes = [math.prod(variable.shape) for stage in stages for variable in stage.variables]
         terms = len(sizes) + math.ceil(math.log2(max(sizes, default=1) + 1))
         found = Tolerance.reordered("float32", terms)
         return Tolerance(found.relative, f"the global norm of all gradients: {found.why}")
@@ -190,8 +190,7 @@ def _wanted(entries: Sequence[Sequence[Any]]) -> list[tuple[tuple[int, int], str
 def _owner(place: tuple[int, int], live: Any) -> tuple[int, int]:
     """Where a variable's slots are in the reference: those of a tied one belong to its first stage."""
     for tie in live.specs[place[0]].ties:
-        if tie["place"] == place[1] and tie["stages"][0] != place[0]:
-            first = tie["stages"][0]
-            other = next(one for one in live.specs[first].ties if one["name"] == tie["name"])
-            return first, other["place"]
+        first = tie.stages[0]
+        if tie.place == place[1] and first != place[0]:
+            return first, next(one.place for one in live.specs[first].ties if one.name == tie.name)
     return place

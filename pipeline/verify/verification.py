@@ -139,7 +139,7 @@ class Verification:
         session = self.session
         variables = {place: name for place, (name, _) in session.variable_names().items()}
         specs = session.driver().specs
-        tied = {(i, tie["place"]): tie["stages"][0] == i for i, spec in specs.items() for tie in spec.ties}
+        tied = {(i, tie.place): tie.stages[0] == i for i, spec in specs.items() for tie in spec.ties}
         judges = {label: stage for label, (_, stage) in _outputs(session).items()}
         return Names(session.wires.names, variables, tied, judges)
 

@@ -23,6 +23,7 @@ from stages.recipe.segment import build_model
 from stages.stage import Stage
 from stages.tape.model_call import changed_by_calls
 from stages.worker import snapshot
+from stages.worker.description import NOT_TRAINED, StageDescription, TensorInfo, VariableInfo
 from transport.message import DRIVER
 
 
@@ -46,10 +47,6 @@ class HeadSpec:
     order: int = 0
     named: bool = False
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Tie:
@@ -65,10 +62,6 @@ class Tie:
     place: int
     stages: Sequence[int]
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -83,8 +76,8 @@ class StageSpec:
         states: Names of the states that the stage hands to its own next window, behind its inputs and outputs.
         keeps_state: Whether the next batch begins with the states that the one before it left.
         finals: Which of the outputs (by name) are outputs of the whole model.
-        heads: The objectives of outputs, as `HeadSpec.plain` gives them.
-        ties: Trainable variables that other stages have too, as `Tie.plain` gives them.
+        heads: The objectives of outputs.
+        ties: Trainable variables that other stages have too.
         optimizer: The optimizer, or None.
         undecayed: Trainable variables (by place) that weight decay leaves out, besides those that its names say.
         run_eagerly: Eager tapes or compiled functions.
@@ -102,8 +95,8 @@ class StageSpec:
     states: Sequence[str] = ()
     keeps_state: bool = False
     finals: Sequence[str] = ()
-    heads: Sequence[Mapping[str, Any]] = ()
-    ties: Sequence[Mapping[str, Any]] = ()
+    heads: Sequence[HeadSpec] = ()
+    ties: Sequence[Tie] = ()
     optimizer: Recipe = None
     undecayed: Sequence[int] = ()
     run_eagerly: bool = False
@@ -118,7 +111,9 @@ class StageSpec:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> StageSpec:
         """From JSON."""
-        return cls(**data)
+        heads = tuple(HeadSpec(**head) for head in data["heads"])
+        ties = tuple(Tie(**tie) for tie in data["ties"])
+        return cls(**{**data, "heads": heads, "ties": ties})
 
 
 class HostedStage:
@@ -129,15 +124,15 @@ class HostedStage:
         if spec.seed is not None:
             keras.utils.set_random_seed(spec.seed)
         model = build_model(spec.segment, spec.name)
-        self.labels = [head["label"] for head in spec.heads]
-        self.ties = [Tie(**tie) for tie in spec.ties]
+        self.labels = [head.label for head in spec.heads]
+        self.ties = spec.ties
         self.stage = Stage(
             model,
             spec.name,
             run_eagerly=spec.run_eagerly,
             recompute=spec.recompute,
             input_gradients=[source != DRIVER for _, source in spec.inputs],
-            heads=[self._head(HeadSpec(**head)) for head in spec.heads],
+            heads=[self._head(head) for head in spec.heads],
             consumed=[bool(consumers) for _, consumers in spec.outputs],
             tied=[tie.place for tie in self.ties],
             states=spec.states,
@@ -226,25 +221,29 @@ class HostedStage:
         """A name for each of the model's variables: its path in the user's own model, ``#2`` behind repeated ones."""
         return snapshot.unique_names(self.spec.paths or [variable.path for variable in self.stage.model.variables])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> StageDescription:
         """What the driver should know of the built stage: names, shapes, dtypes, slots."""
         model, trainable = self.stage.model, self.stage.trainable_variables
         index = {id(variable): i for i, variable in enumerate(trainable)}
         variables = self.variables("model")
         weights = {id(weight) for weight in model.weights}
-        return {
-            "variables": [
-                [name, variable.dtype, list(variable.shape), index.get(id(variable), -1), id(variable) in weights]
+        return StageDescription(
+            variables=tuple(
+                VariableInfo(
+                    name,
+                    variable.dtype,
+                    tuple(variable.shape),
+                    place=index.get(id(variable), NOT_TRAINED),
+                    is_weight=id(variable) in weights,
+                )
                 for name, variable in zip(self.variable_names(), variables, strict=True)
-            ],
-            "slots": [list(slot) for slot in snapshot.optimizer_slots(self.optimizer, trainable)]
-            if self.optimizer is not None
-            else [],
-            "masks": makes_masks(model),
-            "mean_loss": any(head.is_mean for head in self.heads),
-            "inputs": _tensor_specs(getattr(model, "inputs", None)),
-            "outputs": _tensor_specs(getattr(model, "outputs", None)),
-        }
+            ),
+            slots=() if self.optimizer is None else tuple(snapshot.optimizer_slots(self.optimizer, trainable)),
+            masks=makes_masks(model),
+            mean_loss=any(head.is_mean for head in self.heads),
+            inputs=_tensor_infos(getattr(model, "inputs", None)),
+            outputs=_tensor_infos(getattr(model, "outputs", None)),
+        )
 
     def squared_norm(self, loss_scale: float = 1.0) -> float:
         """Sum of squares of the gradients, for clipping by the norm over all stages; shared ones once.
@@ -300,8 +299,8 @@ def _shape_of(model: Any, what: str, place: int) -> Sequence[int | None] | None:
     return None if tensors is None else tuple(tensors[place].shape)
 
 
-def _tensor_specs(tensors: Sequence[Any] | None) -> list[Any] | None:
-    """(dtype, shape with None) of symbolic tensors."""
+def _tensor_infos(tensors: Sequence[Any] | None) -> tuple[TensorInfo, ...] | None:
+    """Dtype and shape of symbolic tensors."""
     if tensors is None:
         return None
-    return [[keras.backend.standardize_dtype(tensor.dtype), list(tensor.shape)] for tensor in tensors]
+    return tuple(TensorInfo(keras.backend.standardize_dtype(t.dtype), tuple(t.shape)) for t in tensors)

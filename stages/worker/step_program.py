@@ -25,10 +25,8 @@ from stages.tape.tensors import to_array, to_tensor
 from stages.worker import tied_gradients
 from stages.worker.hosted_stage import HostedStage
 from stages.worker.observers import CROSSES, GRADIENT, Sight, observer_named
+from stages.worker.status import StatusBoard
 from transport.message import DRIVER, Key, Message
-
-IDLE, WAITING, RUNNING, BUILDING, BUSY = range(5)
-"""Phases on the status board: (phase, step, kind, stage, microbatch, window, source awaited, actions done)."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,13 @@ class Links:
         take: Wait for the message under a key; raises Stopped when the driver ends the run.
         send: Deliver a message to the process of its destination stage.
         incarnation: Stamped on every message.
-        board: The status board, int64 of shape (8,).
+        board: Where it is written down what the worker does.
     """
 
     take: Callable[[Key], Message]
     send: Callable[[Message], None]
     incarnation: int
-    board: np.ndarray[Any, Any]
+    board: StatusBoard
 
 
 @dataclass
@@ -146,12 +144,11 @@ class Program:
         do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
         for done, action in enumerate(self.actions):
             self.current = action
-            board[1:6] = (self.order.step, action.kind, action.stage, action.microbatch, action.window)
-            board[7] = done
+            board.begin(self.order.step, action, done)
             do[action.kind](action)
             if self.order.trace:
                 self.spans[-1] = (self.spans[-1][0], time.monotonic())
-        board[0] = BUSY
+        board.busy()
         if self.order.training:
             tied_gradients.join(self.hosted, self._send_shared, self._take_shared)
         self.current = None
@@ -164,15 +161,14 @@ class Program:
 
     def _begin(self) -> None:
         """The action has all it needs and starts to compute."""
-        self.links.board[0] = RUNNING
+        self.links.board.running()
         if self.order.trace:
             self.spans.append((time.monotonic(), 0.0))
 
     def _message(
         self, kind: str, stage: int, source: int, tensor: str = "", microbatch: int = 0, window: int = 0
     ) -> Message:
-        self.links.board[6] = source
-        self.links.board[0] = WAITING
+        self.links.board.waiting(source)
         message = self.links.take(Key(kind, self.order.step, stage, source, tensor, microbatch, window))
         self._see(kind, False, source, stage, tensor, (microbatch, window), message.array)
         return message
@@ -214,7 +210,7 @@ class Program:
 
     def _take_shared(self, stage: int, source: int, name: str, number: int) -> Any | None:
         array = self._take("shared_gradient", stage, source, name, number)
-        self.links.board[0] = BUSY
+        self.links.board.busy()
         return None if array is None else to_tensor(array)
 
     def _inputs(self, hosted: HostedStage, action: Action) -> tuple[list[Any], tuple[int, ...]]:

@@ -34,7 +34,8 @@ from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import EVERYTHING, Kept
 from stages.worker.observers import Norms, Values
-from stages.worker.step_program import BUILDING, BUSY, IDLE, Links, Program, StepOrder, Stopped
+from stages.worker.status import StatusBoard
+from stages.worker.step_program import Links, Program, StepOrder, Stopped
 from transport.channel import Outbox
 from transport.errors import TransportError
 from transport.mailbox import Mailbox
@@ -83,7 +84,7 @@ class Worker:
         self.incarnation: int = spec["incarnation"]
         self.specs = [StageSpec.of(stage) for stage in spec["stages"]]
         self.own_process: bool = spec["own_process"]
-        self.board, self.mailbox, self.driver, self._connect = board, mailbox, driver, connect
+        self.board, self.mailbox, self.driver, self._connect = StatusBoard(board), mailbox, driver, connect
         self.hosted: dict[int, HostedStage] = {}
         self.plans: dict[int, list[Action]] = {}
         self._outboxes: dict[int, Outbox] = {DRIVER: driver}
@@ -121,11 +122,11 @@ class Worker:
                 number += 1
                 message = self._take(Key("command", number, self._place()))
                 order: Any = message.value
-                self.board[0] = BUSY
+                self.board.busy()
                 answer = self._commands[order["do"]](number, order)
                 if answer is not None:
                     self._tell("reply", number, answer)
-                self.board[0] = IDLE
+                self.board.idle()
         except Stopped:
             pass
         except TransportError as error:
@@ -164,14 +165,13 @@ class Worker:
         return {}
 
     def _do_build(self, number: int, order: Mapping[str, Any]) -> None:
-        self.board[0] = BUILDING
         for spec in self.specs:
-            self.board[3] = spec.index
+            self.board.building(spec.index)
             self.hosted[spec.index] = HostedStage(spec)
-        self.board[0] = BUSY
+        self.board.busy()
         if self.own_process:
             gc.freeze()
-        described = {str(index): hosted.describe() for index, hosted in self.hosted.items()}
+        described = {str(index): hosted.describe().plain() for index, hosted in self.hosted.items()}
         self._tell_long(number, described)
 
     def _do_plan(self, number: int, order: Mapping[str, Any]) -> None:

@@ -138,8 +138,7 @@ def heads_of(stage: HostedStage) -> list[Head]:
     """New objectives like the stage's, without metrics: what they count belongs to nobody."""
     names = [name for name, _ in stage.spec.outputs]
     return [
-        Head(create(one["recipe"]["loss"]), place=names.index(one["output"]), weight=one["weight"])
-        for one in stage.spec.heads
+        Head(create(one.recipe["loss"]), place=names.index(one.output), weight=one.weight) for one in stage.spec.heads
     ]
 
 
