@@ -37,6 +37,7 @@ from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
 from stages.recipe.segment import Segment
+from stages.worker.orders import Service
 
 
 class Pipeline:
@@ -391,11 +392,11 @@ class Pipeline:
     def reset_metrics(self) -> None:
         """Let the metrics count anew."""
         if self._session.compiled is not None and self._session.compiled.has_metrics:
-            self._running().call("reset_metrics")
+            self._running().call(Service.RESET_METRICS)
 
     def reset_state(self) -> None:
         """Let the next batch begin with the initial states; for `keep_state`."""
-        self._running().call("reset_state")
+        self._running().call(Service.RESET_STATE)
 
     def close(self) -> None:
         """End the workers. Idempotent."""

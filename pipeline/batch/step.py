@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.worker.hosted_stage import StageSpec
+from stages.worker.reply import StepReply
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class StepResult:
 
 
 def losses_of(
-    answers: Sequence[Mapping[str, Any]], specs: Mapping[int, StageSpec]
+    answers: Sequence[StepReply], specs: Mapping[int, StageSpec]
 ) -> tuple[dict[str, float], float, dict[int, float]]:
     """The losses out of the workers' answers.
 
@@ -69,7 +70,7 @@ def losses_of(
         {output label: its loss}; the objective: these by their weights, then every stage's own losses, in order; and
         {stage: its own losses}.
     """
-    by_stage = {int(i): pair for answer in answers for i, pair in answer["losses"].items()}
+    by_stage = {i: pair for answer in answers for i, pair in answer.losses.items()}
     found = [
         (head.order, head.label, value, head.weight)
         for i, (by_head, _) in by_stage.items()

@@ -6,7 +6,6 @@ per process. It is set to the pipeline's values before each question, and may be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,34 +17,43 @@ from pipeline.reference.explain import explain_joined
 from pipeline.reference.one_tape.batch import Whole
 from pipeline.reference.one_tape.optimizer import ReferenceOptimizer, reference_optimizers, share_values
 from pipeline.reference.one_tape.single_tape import SingleTape
+from pipeline.reference.orders import Explain, MakeOptimizers, Witness
 from pipeline.reference.witness.chain import chain
 from pipeline.reference.witness.differences import differences
 from pipeline.reference.witness.results import Differences, Gradients
 from pipeline.reference.witness.whole_batch import batch_at_once
-from stages.grid import Grid
+from stages.actions import Action
+from stages.errors import HandoffError
 from stages.tape.accumulate import dense
 from stages.tape.tensors import to_array
+from stages.worker.base import BaseWorker, serve
+from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import Kept
 from stages.worker.observers import Sight, Values
-from stages.worker.worker import Worker, serve
+from stages.worker.orders import Apply, Mode, Order, StepOrder
+from stages.worker.reply import Reply, StepReply
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
 
 
-class ReferenceWorker(Worker):
+class ReferenceWorker(BaseWorker):
     """A worker that hosts all stages and computes a step's gradients under one tape."""
 
-    def __init__(self, spec: Mapping[str, Any], *links: Any) -> None:
-        super().__init__(spec, *links)
-        self._recipes = {stage.index: stage.optimizer for stage in self.specs}
-        self._undecayed = {stage.index: stage.undecayed for stage in self.specs}
-        self.specs = [replace(stage, optimizer=None, undecayed=()) for stage in self.specs]
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._optimizers: dict[int, ReferenceOptimizer] = {}
         self._found: dict[int, list[Any]] = {}
         self._tape: SingleTape | None = None
         self._batch: Whole | None = None
-        self._commands |= {"optimizers": self._do_optimizers, "witness": self._do_witness, "explain": self._do_explain}
+
+    def own_deeds(self) -> Mapping[type[Order], Callable[[Any], Reply]]:
+        """Questions about the last batch, and optimizers that are told apart from the stages."""
+        return {MakeOptimizers: self._do_optimizers, Witness: self._do_witness, Explain: self._do_explain}
+
+    def host(self, spec: StageSpec) -> HostedStage:
+        """Build a stage without an optimizer: the reference's own are made by `MakeOptimizers`."""
+        return HostedStage(replace(spec, optimizer=None, undecayed=()))
 
     @property
     def tape(self) -> SingleTape:
@@ -54,38 +62,45 @@ class ReferenceWorker(Worker):
             self._tape = SingleTape([self.hosted[index] for index in sorted(self.hosted)])
         return self._tape
 
-    def _do_optimizers(self, number: int, order: Mapping[str, Any]) -> None:
-        """Make the optimizers; answers with what their variables belong to."""
-        self._optimizers = reference_optimizers(self._recipes, self.tape.hosted, self._undecayed)
-        self._tell_long(number, {str(i): optimizer.described() for i, optimizer in self._optimizers.items()})
+    @property
+    def batch(self) -> Whole:
+        """The batch of the last step.
 
-    def _do_witness(self, number: int, order: Mapping[str, Any]) -> None:
-        """Let a witness say what the gradients of the last batch should be; see `pipeline.witnesses`."""
-        hosted, batch = self.tape.hosted, self._batch
-        assert batch is not None
+        Raises:
+            HandoffError: There was none.
+        """
+        if self._batch is None:
+            raise HandoffError("the reference was asked about a batch before it was given one")
+        return self._batch
+
+    def _do_optimizers(self, order: MakeOptimizers) -> Reply:
+        recipes = {stage.index: stage.optimizer for stage in self.specs}
+        undecayed = {stage.index: stage.undecayed for stage in self.specs}
+        self._optimizers = reference_optimizers(recipes, self.tape.hosted, undecayed)
+        return Reply({str(i): optimizer.described() for i, optimizer in self._optimizers.items()})
+
+    def _do_witness(self, order: Witness) -> Reply:
+        hosted, batch = self.tape.hosted, self.batch
         witnesses: dict[str, Callable[[], Gradients | Differences]] = {
-            "chain": lambda: chain(hosted, batch, order["memory_limit"]),
-            "differences": lambda: differences(hosted, batch, order["seed"]),
+            "chain": lambda: chain(hosted, batch, order.memory_limit),
+            "differences": lambda: differences(hosted, batch, order.seed),
             "batch": lambda: batch_at_once(hosted, batch),
         }
-        self._tell_long(number, *witnesses[order["check"]]().to_wire())
+        return Reply(*witnesses[order.check]().to_wire())
 
-    def _do_explain(self, number: int, order: Mapping[str, Any]) -> None:
-        """Say why the gradients of the last batch are what they are; see `pipeline.explain`."""
-        assert self._batch is not None
-        self._tell_long(
-            number, explain_joined(self.tape.hosted, self._batch, order["target"], json.loads(order["statuses"]))
-        )
+    def _do_explain(self, order: Explain) -> Reply:
+        return Reply(explain_joined(self.tape.hosted, self.batch, order.target, order.statuses))
 
-    def _do_step(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
+    def step(self, order: StepOrder) -> StepReply:
+        """Outputs, or losses and gradients, of a whole batch."""
         batch = self._batch = self._receive(order)
-        if order["mode"] == "masks":
-            return {"losses": {}, "masked": False}  # the joined model looks for itself
-        if order["mode"] == "predict":
-            return {"losses": {}, "roundings": self._predict(order["step"], batch)}
-        return self._differentiate(batch, order["observe"])
+        if order.mode is Mode.MASKS:
+            return StepReply({})  # the joined model looks for itself
+        if order.mode is Mode.PREDICT:
+            return StepReply({}, roundings=self._predict(order.step, batch))
+        return self._differentiate(batch, order.observe)
 
-    def _differentiate(self, batch: Whole, observe: str) -> dict[str, Any]:
+    def _differentiate(self, batch: Whole, observe: str) -> StepReply:
         """Losses, metrics and gradients of a batch; compiled, beside what compiling alone changes."""
         tape = self.tape
         weights = tape.weights(batch)
@@ -114,22 +129,22 @@ class ReferenceWorker(Worker):
                     [(seen_eagerly[sight], seen[sight]) for sight in places]
                 )
         self._seen = Values(seen)
-        return {"losses": losses, "metrics": self._metrics(), "roundings": roundings}
+        by_stage = {int(index): (by_head, own) for index, (by_head, own) in losses.items()}
+        return StepReply(by_stage, metrics=self._metrics(), roundings=roundings)
 
-    def _receive(self, order: Mapping[str, Any]) -> Whole:
+    def _receive(self, order: StepOrder) -> Whole:
         """The batch of a step, whole."""
         inputs, targets, sample_weights = {}, {}, {}
         for stage in self.tape.hosted:
             index = stage.spec.index
             for name, source in stage.spec.inputs:
                 if source == DRIVER:
-                    inputs[name] = self._array("activation", order["step"], index, name)
-            for label in stage.labels if order["mode"] not in ("masks", "predict") else ():
-                targets[label] = self._array("target", order["step"], index, label)
-                if label in order["sample_weights"]:
-                    sample_weights[label] = self._array("sample_weight", order["step"], index, label)
-        grid = Grid(tuple(order["sizes"]), tuple(order["lengths"]))
-        return Whole(inputs, targets, sample_weights, grid, order["loss_scale"], order["truncate"])
+                    inputs[name] = self._array("activation", order.step, index, name)
+            for label in stage.labels if order.mode.with_loss else ():
+                targets[label] = self._array("target", order.step, index, label)
+                if label in order.sample_weights:
+                    sample_weights[label] = self._array("sample_weight", order.step, index, label)
+        return Whole(inputs, targets, sample_weights, order.grid, order.scale, order.truncate)
 
     def _predict(self, step: int, batch: Whole) -> dict[str, float]:
         """Send the outputs of a batch, microbatch by microbatch; what compiling alone changes in them."""
@@ -144,35 +159,42 @@ class ReferenceWorker(Worker):
             self.driver.send(message, None)
         return {"prediction": largest_difference(list(zip(*found, strict=True)))} if compiled else {}
 
-    def _do_apply(self, number: int, order: Mapping[str, Any]) -> None:
+    def apply(self, order: Apply) -> None:
         """One update by the reference's own optimizers, which clip by themselves."""
         for index, optimizer in self._optimizers.items():
-            optimizer.apply(self._found, order["learning_rates"].get(str(index)), order["divisor"])
+            optimizer.apply(self._found, order.learning_rates.get(index), order.divisor)
         share_values(self.tape.hosted)
 
-    def _do_discard(self, number: int, order: Mapping[str, Any]) -> None:
+    def discard(self) -> None:
+        """Forget the gradients under the one tape; the batch stays, for questions about it."""
         self._found = {}
 
     def _array(self, kind: str, step: int, stage: int, tensor: str) -> Array:
-        array = self._take(Key(kind, step, stage, DRIVER, tensor)).array
-        assert array is not None
-        return array
+        return self._taken_array(Key(kind, step, stage, DRIVER, tensor))
 
-    def _values(self, what: str, index: int) -> Sequence[Array | None]:
-        """The part of the one tape's gradients that belongs to a stage, an optimizer's variables, or as a worker."""
-        if what == "gradients":
-            return [None if g is None else np.array(dense(g)) for g in self._found[index]]
-        if what == "optimizer":
-            return self._optimizers[index].read() if index in self._optimizers else []
-        return super()._values(what, index)
+    def gradients(self, index: int) -> Sequence[Array | None]:
+        """The part of the one tape's gradients that belongs to a stage."""
+        return [None if g is None else np.array(dense(g)) for g in self._found[index]]
 
-    def _set(self, what: str, index: int, arrays: Sequence[Array | None]) -> None:
-        if what == "gradients":
-            self._found[index] = [None if array is None else tf.constant(array) for array in arrays]
-        elif what == "optimizer":
-            self._optimizers[index].write([array for array in arrays if array is not None])
-        else:
-            super()._set(what, index, arrays)
+    def set_gradients(self, index: int, arrays: Sequence[Array | None]) -> None:
+        """Let the next update be made from others."""
+        self._found[index] = [None if array is None else tf.constant(array) for array in arrays]
+
+    def optimizer_values(self, index: int) -> Sequence[Array]:
+        """Those of the optimizer whose first stage it is."""
+        return self._optimizers[index].read() if index in self._optimizers else []
+
+    def set_optimizer_values(self, index: int, values: Sequence[Array]) -> None:
+        """Write them."""
+        self._optimizers[index].write(values)
+
+    def at_work(self) -> tuple[int, Action | None]:
+        """One tape has no actions."""
+        return -1, None
+
+    def let_go(self) -> None:
+        """Drop the batch and the tape's traces."""
+        self._batch = self._tape = None
 
 
 def main(spec: Mapping[str, Any], board: Array) -> None:

@@ -12,9 +12,9 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,33 @@ from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.interrupts import deferred_interrupts
 from stages.actions import to_array
-from stages.grid import is_over_time
+from stages.grid import Grid, is_over_time
 from stages.worker.description import StageDescription, TensorInfo
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.observers import Sight
+from stages.worker.orders import (
+    Apply,
+    Build,
+    Call,
+    Connect,
+    Discard,
+    Get,
+    Keep,
+    Mode,
+    Order,
+    PutBack,
+    Seen,
+    Service,
+    Set,
+    StepOrder,
+    Strips,
+    TakePlan,
+    Unmask,
+)
+from stages.worker.reply import Reply, StepReply
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
-_WITH_LOSS = ("train", "gradients", "test")
 
 
 class Driver:
@@ -62,6 +81,7 @@ class Driver:
         self.descriptions: dict[int, StageDescription] = {}
         self._number = 0
         self._step = 0
+        self._undecided = False
         self._plans: dict[tuple[str, int, int], tuple[int, Plan]] = {}
         self._crew = Crew(placement, incarnation, look_seconds)
         self.placement = self._crew.placement
@@ -86,15 +106,13 @@ class Driver:
         return self._crew.pids
 
     def _connect_and_build(self) -> None:
-        addresses = {str(stage): self._crew.addresses[w] for stage, w in self._worker_of.items()}
-        self._tell_all("connect", lambda w: {"peers": {stage: addresses[stage] for stage in self._neighbours(w)}})
-        connected = self._number
-        self._tell_all("build")
+        addresses = {stage: self._crew.addresses[w] for stage, w in self._worker_of.items()}
+        connected = self._order(lambda w: Connect({stage: addresses[stage] for stage in self._neighbours(w)}))
+        built = self._order(Build())
         self._replies(connected)
         self._crew.all_connected()
-        for worker in range(len(self.placement)):
-            described, _ = self._long_reply(self._number, self._crew.place(worker))
-            self.descriptions |= {int(i): StageDescription.from_plain(found) for i, found in described.items()}
+        for reply in self._replies(built):
+            self.descriptions |= {int(i): StageDescription.from_plain(found) for i, found in reply.value.items()}
         stages = self.descriptions.values()
         masks = any(stage.masks for stage in stages)
         if masks:
@@ -107,32 +125,31 @@ class Driver:
         Attention layers take the mask off the tensor that they read; a later reader of the same tensor, behind a skip
         connection for instance, finds none.
         """
-        self._tell_all("strips")
-        strips = {int(i): names for answer in self._replies(self._number) for i, names in answer.items()}
+        strips = {int(i): names for reply in self._replies(self._order(Strips())) for i, names in reply.value.items()}
         pairs = {
-            str(index): [
-                [name, consumer]
+            index: [
+                (name, consumer)
                 for name, consumers in spec.outputs
                 for consumer in consumers
                 if any(name in strips[earlier] for earlier in consumers if earlier < consumer)
             ]
             for index, spec in self.specs.items()
         }
-        self._tell_all("unmask", lambda w: {"pairs": {str(s.index): pairs[str(s.index)] for s in self.placement[w]}})
+        self._order(lambda w: Unmask({spec.index: pairs[spec.index] for spec in self.placement[w]}))
 
-    def _neighbours(self, worker: int) -> set[str]:
+    def _neighbours(self, worker: int) -> set[int]:
         """Stages in other workers that this worker sends to: consumers downstream, producers upstream."""
         found: set[int] = set()
         for spec in self.placement[worker]:
             found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
             found |= {source for _, source in spec.inputs if source != DRIVER}
             found |= {stage for tie in spec.ties for stage in tie.stages if stage != spec.index}
-        return {str(stage) for stage in found}
+        return found
 
     def run(
         self,
         plan: Plan,
-        mode: str,
+        mode: Mode,
         batch: Batch,
         *,
         trace: bool = False,
@@ -144,7 +161,7 @@ class Driver:
 
         Args:
             plan: The order of actions; each worker gets its own once.
-            mode: ``train``, ``gradients``, ``test`` or ``predict``.
+            mode: What it is for.
             batch: The data.
             trace: Whether to return when each action began and ended.
             norms: Whether to return the squared norm of all gradients.
@@ -153,57 +170,56 @@ class Driver:
                 `stages.worker.observers`.
         """
         with self._crew.ending_on_failure(), deferred_interrupts():
-            if self._masks_count and mode in _WITH_LOSS:
+            if self._masks_count and mode.with_loss:
                 self._masks_count = self._masked(batch)
             answers = self._step_of(plan, mode, batch, trace, norms, loss_scale, observe)
             losses, total, own = losses_of(answers, self.specs)
             return StepResult(
-                loss=total if mode != "predict" else None,
+                loss=total if mode is not Mode.PREDICT else None,
                 losses=losses,
-                metrics={name: v for answer in answers for name, v in answer.get("metrics", {}).items()},
-                outputs=self._outputs(batch) if mode == "predict" else {},
-                spans=[[(a, b) for a, b in answer.get("spans", ())] for answer in answers],
-                squared_norm=sum(answer["squared_norm"] for answer in answers) if norms else None,
-                finite=all(answer.get("finite", True) for answer in answers),
-                roundings=max((answer.get("roundings", {}) for answer in answers), key=len),
+                metrics={name: v for answer in answers for name, v in answer.metrics.items()},
+                outputs=self._outputs(batch) if mode is Mode.PREDICT else {},
+                spans=[list(answer.spans) for answer in answers],
+                squared_norm=sum(answer.squared_norm or 0.0 for answer in answers) if norms else None,
+                finite=all(answer.finite for answer in answers),
+                roundings=max((answer.roundings for answer in answers), key=len),
                 own_losses=own,
                 boundary_norms={
-                    (what, producer, consumer, tensor): math.sqrt(squares)
-                    for answer in answers
-                    for what, producer, consumer, tensor, squares in answer.get("norms", ())
+                    place: math.sqrt(squares) for answer in answers for place, squares in answer.squares.items()
                 },
             )
 
     def _step_of(
         self,
         plan: Plan,
-        mode: str,
+        mode: Mode,
         batch: Batch,
         trace: bool = False,
         norms: bool = False,
         loss_scale: float | None = None,
         observe: str = "",
-    ) -> list[dict[str, Any]]:
+    ) -> list[StepReply]:
         """Order a step, feed it, and return the workers' answers."""
+        if self._undecided:  # whoever ordered that step failed before its update: nothing of it may go into this one
+            self.discard()
         identity = self._announce(plan)
         self._step += 1
-        value = {
-            "plan": identity,
-            "step": self._step,
-            "mode": mode,
-            "sizes": list(batch.sizes),
-            "lengths": list(batch.lengths),
-            "truncate": plan.truncate,
-            "sample_weights": list(batch.sample_weights),
-            "trace": trace,
-            "norms": norms,
-            "finite": loss_scale is not None,
-            "loss_scale": 1.0 if loss_scale is None else loss_scale,
-            "observe": observe,
-        }
-        self._tell_all("step", lambda _: value)
+        self._undecided = mode.training
+        order = StepOrder(
+            self._step,
+            mode,
+            Grid(tuple(batch.sizes), tuple(batch.lengths)),
+            plan=identity,
+            sample_weights=tuple(batch.sample_weights),
+            trace=trace,
+            loss_scale=loss_scale,
+            truncate=plan.truncate,
+            observe=observe,
+            squared_norm=norms,
+        )
+        number = self._order(order)
         self._feed(mode, batch)
-        return self._replies(self._number)
+        return [StepReply.from_plain(reply.value) for reply in self._replies(number)]
 
     def _masked(self, batch: Batch) -> bool:
         """Let the loss's stage learn which elements of the predictions count; whether any mask arrived there.
@@ -211,8 +227,7 @@ class Driver:
         What a microbatch weighs in a masked mean depends on the masks of all microbatches, so they go first.
         """
         plan = forward_only(len(self._worker_of), len(batch.sizes), windows=max(1, len(batch.lengths)))
-        answers = self._step_of(plan, "masks", batch)
-        return any(answer["masked"] for answer in answers)
+        return any(answer.masked for answer in self._step_of(plan, Mode.MASKS, batch))
 
     def apply(
         self, learning_rates: Mapping[int, float], scale: float | None = None, divisor: float | None = None
@@ -224,27 +239,23 @@ class Driver:
             scale: Factor on all gradients, for clipping by a global norm.
             divisor: What they are divided by first, for loss scaling.
         """
-        rates = {str(stage): rate for stage, rate in learning_rates.items()}
-        value = {"step": self._step, "learning_rates": rates, "scale": scale, "divisor": divisor}
         with self._crew.ending_on_failure():
-            self._tell_all("apply", lambda _: value)
+            self._order(Apply(self._step, learning_rates, scale, divisor))
+            self._undecided = False
 
     def discard(self) -> None:
         """Forget the gradients of the step just run."""
         with self._crew.ending_on_failure():
-            self._tell_all("discard")
+            self._order(Discard())
+            self._undecided = False
 
     def get(self, what: str) -> dict[int, list[Array | None]]:
         """Read variables or gradients of every stage; see `HostedStage.variables` for the names."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all("get", lambda _: {"what": what})
-            number = self._number
-            found: dict[int, list[Array | None]] = {}
-            for answer in self._replies(number):
-                for index, count in answer["counts"].items():
-                    keys = [Key("variable", number, DRIVER, int(index), microbatch=i) for i in range(count)]
-                    found[int(index)] = [self._crew.wait(key).array for key in keys]
-            return dict(sorted(found.items()))
+        found: dict[int, list[Array | None]] = {}
+        for reply in self.ask(Get(what)):
+            arrays = iter(reply.arrays)
+            found |= {int(index): list(islice(arrays, count)) for index, count in reply.value.items()}
+        return dict(sorted(found.items()))
 
     def set(self, what: str, values: Mapping[int, Sequence[Array | None]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
@@ -256,18 +267,12 @@ class Driver:
                     message = Message("variable", self.incarnation, number, index, microbatch=i, array=value)
                     self._crew.send(self._worker_of[index], message)
             counts = {index: len(arrays) for index, arrays in values.items()}
-            self._tell_all(
-                "set",
-                lambda w: {
-                    "what": what,
-                    "counts": {str(s.index): counts[s.index] for s in self.placement[w] if s.index in counts},
-                },
-            )
+            self._order(lambda w: Set(what, {s.index: counts[s.index] for s in self.placement[w] if s.index in counts}))
             self._replies(number)
 
     def keep(self) -> None:
         """Let every stage set all its values aside until `put_back`."""
-        self._answers("keep")
+        self.ask(Keep())
 
     def put_back(self) -> dict[int, list[str]]:
         """Let every stage put back what it set aside.
@@ -275,45 +280,24 @@ class Driver:
         Returns:
             {stage: paths of variables whose bits are not as they were}; all lists should be empty.
         """
-        return {int(i): paths for answer in self._answers("put_back") for i, paths in answer["changed"].items()}
+        return {int(i): paths for reply in self.ask(PutBack()) for i, paths in reply.value.items()}
 
     def seen(self) -> dict[Sight, Array | None]:
         """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""
         return {
             Sight(*sight): array
-            for sights, arrays in self.ask("seen")
-            for sight, array in zip(sights, arrays, strict=True)
+            for reply in self.ask(Seen())
+            for sight, array in zip(reply.value, reply.arrays, strict=True)
         }
 
-    def ask(self, do: str, value: Any = None) -> list[tuple[Any, list[Array | None]]]:
-        """A question to every worker, as `stages.worker` (or the reference) knows it: long answers, and arrays.
-
-        Args:
-            do: The command.
-            value: A function from the worker's number to what else the command says.
-        """
+    def ask(self, order: Order) -> list[Reply]:
+        """Give an order that is answered to every worker; the answers, in the order of the workers."""
         with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all(do, value)
-            number = self._number
-            return [self._long_reply(number, self._crew.place(worker)) for worker in range(len(self.placement))]
+            return self._replies(self._order(order))
 
-    def _answers(self, do: str, value: Any = None) -> list[dict[str, Any]]:
-        """A question to every worker that has a short answer; see `ask`."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
-            self._tell_all(do, value)
-            return self._replies(self._number)
-
-    def _long_reply(self, number: int, place: int) -> tuple[Any, list[Array | None]]:
-        """An answer of any length, JSON in an array, and the arrays that came before it."""
-        message = self._crew.wait(Key("reply", number, DRIVER, place))
-        value: Any = message.value
-        assert message.array is not None
-        keys = [Key("variable", number, DRIVER, place, microbatch=i) for i in range(value["arrays"])]
-        return json.loads(message.array.tobytes()), [self._crew.wait(key).array for key in keys]
-
-    def call(self, name: str) -> None:
-        """A small service in every stage: ``reset_metrics``, ``reset_state`` or ``finalize``."""
-        self._answers("call", lambda _: {"name": name})
+    def call(self, service: Service) -> None:
+        """A small service in every stage."""
+        self.ask(Call(service))
 
     def close(self, because: str = "close() was called") -> None:
         """End every worker and free everything. Idempotent."""
@@ -328,7 +312,7 @@ class Driver:
         identity = len(self._plans)
         self._plans[key] = (identity, plan)
         number = self._number + 1
-        self._tell_all("plan", lambda _: {"plan": identity})
+        self._order(TakePlan(identity))
         for worker, specs in enumerate(self.placement):
             mine = {spec.index for spec in specs}
             actions = [action for program in plan.programs for action in program if action.stage in mine]
@@ -336,14 +320,14 @@ class Driver:
             self._crew.send(worker, message)
         return identity
 
-    def _feed(self, mode: str, batch: Batch) -> None:
+    def _feed(self, mode: Mode, batch: Batch) -> None:
         """Send the batch to the stages that take it: inputs where they enter, targets to the loss."""
         for worker, specs in enumerate(self.placement):
             for spec in specs:
                 for name, source in spec.inputs:
                     if source == DRIVER:
                         self._send_data(worker, spec.index, "activation", name, batch.inputs[name])
-                for head in spec.heads if mode in _WITH_LOSS else ():
+                for head in spec.heads if mode.with_loss else ():
                     label = head.label
                     self._send_data(worker, spec.index, "target", label, batch.targets[label])
                     if label in batch.sample_weights:
@@ -373,18 +357,19 @@ class Driver:
         outputs = self.descriptions[stage].outputs
         return None if outputs is None else outputs[[one for one, _ in self.specs[stage].outputs].index(name)]
 
-    def _tell_all(self, do: str, value: Any = None) -> None:
+    def _order(self, order: Order | Callable[[int], Order]) -> int:
+        """Give every worker an order, the same or, by a function of the worker's number, its own; its number."""
         self._crew.check_open()
         self._number += 1
         for worker in range(len(self.placement)):
-            order = {"do": do, **(value(worker) if value is not None else {})}
+            value = (order if isinstance(order, Order) else order(worker)).plain()
             stage = self._crew.place(worker)
-            self._crew.send(worker, Message("command", self.incarnation, self._number, stage, value=order))
+            self._crew.send(worker, Message("command", self.incarnation, self._number, stage, value=value))
+        return self._number
 
-    def _replies(self, number: int) -> list[dict[str, Any]]:
-        """The workers' answers to command `number`, in the order of the workers."""
-        keys = [Key("reply", number, DRIVER, self._crew.place(w)) for w in range(len(self.placement))]
-        return [self._crew.wait(key).value for key in keys]  # type: ignore[misc]
+    def _replies(self, number: int) -> list[Reply]:
+        """The workers' answers to an order, in the order of the workers."""
+        return [Reply.receive(self._crew.wait, number, self._crew.place(w)) for w in range(len(self.placement))]
 
 
 __all__ = ["Driver"]

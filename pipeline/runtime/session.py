@@ -29,6 +29,7 @@ from stages.grid import is_over_time
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
 from stages.worker.hosted_stage import StageSpec, Tie
+from stages.worker.orders import Mode
 from transport.message import DRIVER
 
 Array = np.ndarray[Any, Any]
@@ -167,7 +168,7 @@ class Session:
         with deferred_interrupts():
             plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
-            result = driver.run(plan, "train", batch, norms=norms, loss_scale=loss_scale, observe=observe)
+            result = driver.run(plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe)
             if look is not None:
                 look(driver)
             if result.finite:
@@ -186,13 +187,13 @@ class Session:
         batch = self.batch(x, y, sample_weight, judged=compiled.judged)
         self.look("test", batch)
         plan = self.plan(batch, training=False)
-        return self.driver().run(plan, "test", batch), sum(batch.sizes)
+        return self.driver().run(plan, Mode.TEST, batch), sum(batch.sizes)
 
     def predict(self, x: Any) -> list[Array]:
         """The outputs (n, ...) of one batch, in the pipeline's order."""
         batch = self.batch(x, None, None, judged=())
         self.look("predict", batch)
-        found = self.driver().run(self.plan(batch, training=False), "predict", batch).outputs
+        found = self.driver().run(self.plan(batch, training=False), Mode.PREDICT, batch).outputs
         return [found[name] for name, _ in self.wires.outputs]
 
     def gradients(self, batch: Batch) -> tuple[StepResult, dict[str, Array | None]]:
@@ -218,7 +219,7 @@ class Session:
         loss_scale = None if scaling is None else scaling.scale
         with deferred_interrupts():  # or the next update would count these gradients too
             plan = self.plan(batch, training=True)
-            result = driver.run(plan, "gradients", batch, loss_scale=loss_scale, observe=observe, trace=trace)
+            result = driver.run(plan, Mode.GRADIENTS, batch, loss_scale=loss_scale, observe=observe, trace=trace)
             gradients = driver.get("gradients")
             driver.discard()
         if loss_scale is None:
@@ -244,7 +245,7 @@ class Session:
         batch = self.batch(x, y, sample_weight, judged=self.needs_compile("timeline").judged)
         plan, driver, found = self.plan(batch, training=True), self.driver(), []
         for _ in range(repeats + 1):
-            measured = driver.run(plan, "gradients", batch, trace=True).spans
+            measured = driver.run(plan, Mode.GRADIENTS, batch, trace=True).spans
             driver.discard()
             found.append(measured_timeline(plan, measured))
         return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]

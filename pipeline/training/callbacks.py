@@ -17,6 +17,7 @@ from pipeline.errors import CompileError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from stages.keras_internals import profiles
+from stages.worker.orders import Service
 
 
 class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
@@ -52,7 +53,7 @@ class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Let every stage's optimizer overwrite its variables."""
-        self._session.driver().call("finalize")
+        self._session.driver().call(Service.FINALIZE)
 
 
 def prepared(callbacks: Any, session: Session, finalize: bool, more: Sequence[StepWatcher] = ()) -> Any:

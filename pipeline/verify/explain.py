@@ -10,7 +10,6 @@ at, and said if it is not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.reference.explain import LOSS
+from pipeline.reference.orders import Explain
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Explanation
+from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -44,9 +45,9 @@ def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str)
         if target == LOSS:  # either way the reference has the batch afterwards
             session.differentiate(batch, reference)
         else:
-            reference.run(session.plan(batch, training=False), "predict", batch)
-        ((plain, _),) = reference.ask("explain", lambda _: {"target": target, "statuses": json.dumps(expected)})
-    found = Explanation.from_plain(plain)
+            reference.run(session.plan(batch, training=False), Mode.PREDICT, batch)
+        (reply,) = reference.ask(Explain(target, expected))
+    found = Explanation.from_plain(reply.value)
     return beside(found, gradients) if target == LOSS else found
 
 

@@ -20,7 +20,9 @@ from pipeline.batch.step import Batch, StepResult
 from pipeline.compare.compare import Judged, Order, Part, judge, largest
 from pipeline.compare.tolerance import Tolerance
 from pipeline.compiled.optimizer_slots import Slots
+from pipeline.reference.orders import MakeOptimizers
 from pipeline.verify.tape import UPDATE, Allowance, Names
+from stages.worker.orders import Mode, Service
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -59,9 +61,9 @@ class Steps:
         driver, eager, compiled = self.session.driver(), self._eager, self.session.needs_compile("verify")
         reference = self.session.reference()
         plan = self.session.plan(self.batch, training=True)
-        described = {int(i): slots for answer, _ in reference.ask("optimizers") for i, slots in answer.items()}
-        driver.call("reset_metrics")
-        reference.call("reset_metrics")
+        described = {int(i): slots for reply in reference.ask(MakeOptimizers()) for i, slots in reply.value.items()}
+        driver.call(Service.RESET_METRICS)
+        reference.call(Service.RESET_METRICS)
         for step in range(1, self.question.steps + 1):
             slots = self.session.slots()
             self.session.reference()  # takes over the values
@@ -69,11 +71,13 @@ class Steps:
             rates, scaling = compiled.learning_rates(len(self.session.segments)), compiled.loss_scaling
             loss_scale = None if scaling is None else scaling.scale
             ours, gradients = self._live_step()
-            theirs = reference.run(plan, "train", self.batch, loss_scale=loss_scale)
+            theirs = reference.run(plan, Mode.TRAIN, self.batch, loss_scale=loss_scale)
             if not eager:
                 reference.set("gradients", gradients)
             if ours.finite:
                 reference.apply(rates, None, loss_scale)
+            else:
+                reference.discard()
             allowed = Allowance(eager, theirs.roundings, self.question.tolerance)
             self._tolerances |= {kind: allowed.of("gradient" if kind == "statistics" else kind) for kind in _KINDS}
             self._tolerances["seed"] = Tolerance.bits()
@@ -126,7 +130,7 @@ class Steps:
         session = self.session
         batch = Batch(self.batch.inputs, {}, {}, self.batch.sizes, self.batch.lengths)
         plan = session.plan(batch, training=False)
-        ours, theirs = (driver.run(plan, "predict", batch) for driver in (session.driver(), session.reference()))
+        ours, theirs = (driver.run(plan, Mode.PREDICT, batch) for driver in (session.driver(), session.reference()))
         allowed = Allowance(self._eager, theirs.roundings, self.question.tolerance)
         self._tolerances["prediction"] = allowed.of("prediction")
         for name, stage in session.wires.outputs:

@@ -20,6 +20,7 @@ from pipeline.compare.compare import Judged, Part, judge
 from pipeline.compare.rows import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Row
 from pipeline.compare.tolerance import Tolerance
 from pipeline.plan.timeline import measured_timeline
+from pipeline.reference.orders import Witness
 from pipeline.reference.witness.results import Differences, Gradients
 from pipeline.report.report import Report
 from pipeline.verify.by_witnesses import Yardstick, by_differences, by_gradients
@@ -114,15 +115,15 @@ class Verification:
     def _witnessed(self, check: str, ours: Observed, names: Names, allowed: Allowance) -> None:
         """Let one of the independent witnesses judge the step, or note why it cannot."""
         begin = time.monotonic()
-        asked = {"check": check, "memory_limit": self.question.memory_limit, "seed": self.question.seed}
-        ((described, arrays),) = self.session.reference().ask("witness", lambda _: asked)
-        there = [array for array in arrays if array is not None]
+        question = self.question
+        (reply,) = self.session.reference().ask(Witness(check, question.memory_limit, question.seed))
+        there = [array for array in reply.arrays if array is not None]
         units = len(self.batch.sizes) * max(1, len(self.batch.lengths))
         yardstick = Yardstick(allowed, units, self.question.tolerance)
         if check == "differences":
-            outcome = by_differences(ours, Differences.from_wire(described, there), names, yardstick)
+            outcome = by_differences(ours, Differences.from_wire(reply.value, there), names, yardstick)
         else:
-            outcome = by_gradients(check, ours, Gradients.from_wire(described, there), names, yardstick)
+            outcome = by_gradients(check, ours, Gradients.from_wire(reply.value, there), names, yardstick)
         self._judged += outcome.judged
         seconds = time.monotonic() - begin
         self._checks.append(Check(check, not outcome.refusal, outcome.refusal, seconds))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from stages.actions import Action, Kind
-from stages.grid import Grid
 from stages.loss.heads import Objective, WholeBatch, whole_batch
 from stages.masks import with_mask
 from stages.tape.accumulate import plus
@@ -25,44 +24,9 @@ from stages.tape.tensors import to_array, to_tensor
 from stages.worker import tied_gradients
 from stages.worker.hosted_stage import HostedStage
 from stages.worker.observers import CROSSES, GRADIENT, Sight, observer_named
+from stages.worker.orders import Mode, StepOrder
 from stages.worker.status import StatusBoard
 from transport.message import DRIVER, Key, Message
-
-
-@dataclass(frozen=True)
-class StepOrder:
-    """What the driver asks for in one step.
-
-    Attributes:
-        step: The step's number.
-        mode: ``train`` and ``gradients`` go forward and backward, ``test`` computes the loss, ``predict`` the outputs;
-            ``masks`` only finds out which elements of the predictions count, for the weights of the next step.
-        grid: How the batch is cut into microbatches and windows.
-        sample_weights: The labels of the outputs whose sample weights come along.
-        trace: Whether to note when each action began and ended.
-        loss_scale: Factor on every loss while it is differentiated.
-        truncate: How many windows a state's gradient goes back through; None: all.
-        observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see
-            `stages.worker.observers`.
-    """
-
-    step: int
-    mode: str
-    grid: Grid
-    sample_weights: tuple[str, ...] = ()
-    trace: bool = False
-    loss_scale: float = 1.0
-    truncate: int | None = None
-    observe: str = ""
-
-    @property
-    def training(self) -> bool:
-        """Whether layers run in training mode, under tapes."""
-        return self.mode in ("train", "gradients")
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the driver asked for it
-    """The driver ended the run while this worker waited."""
 
 
 @dataclass
@@ -70,7 +34,7 @@ class Links:
     """A worker's way in and out.
 
     Attributes:
-        take: Wait for the message under a key; raises Stopped when the driver ends the run.
+        take: Wait for the message under a key; what it raises when the driver ends the run passes through.
         send: Deliver a message to the process of its destination stage.
         incarnation: Stamped on every message.
         board: Where it is written down what the worker does.
@@ -125,21 +89,21 @@ class Program:
         self, order: StepOrder, actions: Sequence[Action], hosted: Mapping[int, HostedStage], links: Links
     ) -> None:
         self.order, self.actions, self.hosted, self.links = order, actions, hosted, links
-        self.grid = order.grid
+        self.grid, self.mode, self.training = order.grid, order.mode, order.mode.training
         self._batches = {index: _Batch() for index in hosted}
         self.current: Action | None = None
         self.spans: list[tuple[float, float]] = []
         self.observer = observer_named(order.observe)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[int, tuple[list[float | None], float | None]]:
         """Carry out all actions.
 
         Returns:
-            ``losses``: {stage: [each head's loss, own losses or None]}, float32 sums in microbatch order.
+            {stage: (each head's loss, own losses or None)}, float32 sums in microbatch order.
         """
         board = self.links.board
         for hosted in self.hosted.values():
-            hosted.stage.loss_scale = self.order.loss_scale
+            hosted.stage.loss_scale = self.order.scale
             hosted.stage.truncate(self.grid.windows, self.order.truncate)
         do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
         for done, action in enumerate(self.actions):
@@ -149,15 +113,15 @@ class Program:
             if self.order.trace:
                 self.spans[-1] = (self.spans[-1][0], time.monotonic())
         board.busy()
-        if self.order.training:
+        if self.training:
             tied_gradients.join(self.hosted, self._send_shared, self._take_shared)
         self.current = None
-        return {"losses": {str(index): self._losses(index, batch) for index, batch in self._batches.items()}}
+        return {index: self._losses(index, batch) for index, batch in self._batches.items()}
 
-    def _losses(self, index: int, batch: _Batch) -> list[Any]:
+    def _losses(self, index: int, batch: _Batch) -> tuple[list[float | None], float | None]:
         heads = range(len(self.hosted[index].heads)) if batch.losses else ()
         by_head = [_sum({unit: losses[i] for unit, losses in batch.losses.items() if i in losses}) for i in heads]
-        return [by_head, _sum(batch.own_losses)]
+        return by_head, _sum(batch.own_losses)
 
     def _begin(self) -> None:
         """The action has all it needs and starts to compute."""
@@ -283,13 +247,13 @@ class Program:
         hosted, index = self.hosted[action.stage], action.stage
         batch, k = self._batches[index], action.microbatch
         inputs, masked = self._inputs(hosted, action)
-        judges = bool(hosted.heads) and self.order.mode not in ("predict", "masks")
+        judges = bool(hosted.heads) and self.mode.with_loss
         whole = judges and hosted.heads.couples_samples
         unit = (k, action.window)
         objective = self._objective(hosted, unit) if judges and not whole else None
         self._begin()
         share = self.grid.sizes[k] / self.grid.samples
-        opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.order.training, share, objective, masked)
+        opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.training, share, objective, masked)
         if opened.own_loss is not None:
             batch.own_losses[unit] = opened.own_loss
         if objective is not None:
@@ -298,9 +262,9 @@ class Program:
         if whole:
             places = {head.place for head in hosted.heads}
             batch.outputs[k] = {i: with_mask(opened.outputs[i], opened.masks.get(i)) for i in places}
-            if not self.order.training and len(batch.outputs) == len(self.grid.sizes):
+            if not self.training and len(batch.outputs) == len(self.grid.sizes):
                 self._whole_batch(hosted)
-        if self.order.mode == "masks":
+        if self.mode is Mode.MASKS:
             judged = {head.place for head in hosted.heads if self._is_given(hosted, head.place, unit)}
             for place in judged & set(opened.masks):
                 hosted.prediction_masks.setdefault(place, []).append(np.array(opened.masks[place]))
@@ -311,7 +275,7 @@ class Program:
                 self._send("activation", consumer, index, name, action, output, with_it)
                 if with_it:
                     self._send("mask", consumer, index, name, action, mask)
-            if self.order.mode == "predict" and name in hosted.spec.finals and self._is_given(hosted, place, unit):
+            if self.mode is Mode.PREDICT and name in hosted.spec.finals and self._is_given(hosted, place, unit):
                 self._send("output", DRIVER, index, name, action, output)
 
     def _is_given(self, hosted: HostedStage, place: int, unit: tuple[int, int]) -> bool:
@@ -348,7 +312,7 @@ class Program:
             parts = [batch.outputs[k] for k in sorted(batch.outputs)]
             objective = self._objective(hosted, None)
             assert objective is not None
-            batch.whole = whole_batch(hosted.heads, parts, objective, self.order.training, self.order.loss_scale)
+            batch.whole = whole_batch(hosted.heads, parts, objective, self.training, self.order.scale)
             batch.losses[0, 0] = dict(enumerate(batch.whole.values))
         return batch.whole
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from stages.worker.orders import Connect
+from stages.worker.reply import Reply
 from stages.worker.worker import Worker, serve
 from tests.faults.frames import DamagedSocket, Envelope, cast_to_bfloat16, flip_a_bit
 
@@ -26,8 +28,8 @@ class _Damaging(Worker):
     damage: Callable[[Any], None]
     only: int | None = None
 
-    def _do_connect(self, number: int, order: Mapping[str, Any]) -> dict[str, Any]:
-        found = super()._do_connect(number, order)
+    def _do_connect(self, order: Connect) -> Reply:
+        found = super()._do_connect(order)
         for outbox in {id(outbox): outbox for outbox in self._outboxes.values() if outbox is not self.driver}.values():
             outbox._socket = DamagedSocket(outbox._socket, self._change)
         return found

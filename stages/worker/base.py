@@ -1,0 +1,409 @@
+"""What every worker does alike: hear orders, answer them, hold stages and their values.
+
+    driver ── order 1, 2, 3 ... ──► worker ── replies, errors ──► driver
+
+Rules:
+
+1. Orders are numbered; the worker carries them out one by one, and sends a reply of the same number to each that is
+   answered (`Order.answered`).
+2. An order that is not legal in the worker's state (`stages.worker.states`) is refused, and nothing was done.
+3. An exception is reported once, with its traceback, the stage and the action; after that the worker only waits for
+   the end. It never continues with a half-done step.
+4. `Apply` updates the variables of all its stages, at most once a step.
+
+What a step computes, and whose gradients and optimizers there are, is a kind's own: `stages.worker.worker.Worker` is
+one part of a pipeline, `pipeline.reference.worker.ReferenceWorker` all parts under one tape. Their methods are abstract
+here; no other one is implemented twice.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stages.actions import Action, from_array
+from stages.tape.tensors import to_array, to_tensor
+from stages.worker import snapshot
+from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.kept_values import EVERYTHING, Kept
+from stages.worker.observers import Norms, Values
+from stages.worker.orders import (
+    Apply,
+    Build,
+    Call,
+    Connect,
+    Discard,
+    Get,
+    Keep,
+    Order,
+    PutBack,
+    Seen,
+    Service,
+    Set,
+    StepOrder,
+    Strips,
+    TakePlan,
+    Unmask,
+    of_wire,
+)
+from stages.worker.reply import Reply, StepReply
+from stages.worker.states import State, after
+from stages.worker.status import StatusBoard
+from transport.channel import Outbox
+from transport.errors import TransportError
+from transport.mailbox import Mailbox
+from transport.message import DRIVER, Key, Message
+from transport.registry import open_transport
+
+Array = np.ndarray[Any, Any]
+CONNECT_SECONDS = 30.0
+"""How long a neighbour may take to accept a connection."""
+_TRACEBACK_CHARACTERS = 12000
+_NAMED = 20
+"""So many variables are named that could not be put back."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the driver asked for it
+    """The driver ended the run while this worker waited."""
+
+
+def serve(kind: type[BaseWorker], spec: Mapping[str, Any], board: Array) -> None:
+    """Open the ways in and out and let a worker of a kind serve until the run ends.
+
+    Args:
+        kind: Its class.
+        spec: Plain data: ``worker`` (its number), ``incarnation``, ``transport`` (scheme), ``directory`` (for socket
+            files), ``driver`` (address), ``stages`` (list of `StageSpec.plain`), ``own_process``.
+        board: Memory of the status board, int64 of shape (8,).
+    """
+    transport = open_transport(spec["transport"], spec["directory"])
+    with transport, transport.bind(None) as inbox, transport.connect(spec["driver"], CONNECT_SECONDS) as driver:
+        worker = kind(spec, board, Mailbox(inbox, incarnation=spec["incarnation"]), driver, transport.connect)
+        worker.greet(inbox.address)
+        worker.serve()
+
+
+class BaseWorker(ABC):
+    """The state of a worker; see the module for the protocol.
+
+    Args:
+        spec: As `serve` takes it, like `board`.
+        board: Memory of the status board.
+        mailbox: What arrives here.
+        driver: The way to the driver.
+        connect: Opens a way to an address, within so many seconds.
+    """
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        board: Array,
+        mailbox: Mailbox,
+        driver: Outbox,
+        connect: Callable[[str, float], Outbox],
+    ) -> None:
+        self.number: int = spec["worker"]
+        self.incarnation: int = spec["incarnation"]
+        self.specs = [StageSpec.of(stage) for stage in spec["stages"]]
+        self.own_process: bool = spec["own_process"]
+        self.board, self.mailbox, self.driver, self._connect = StatusBoard(board), mailbox, driver, connect
+        self.state = State.NEW
+        self.hosted: dict[int, HostedStage] = {}
+        self.plans: dict[int, list[Action]] = {}
+        self._outboxes: dict[int, Outbox] = {DRIVER: driver}
+        self._number = 0
+        self._building = False
+        self._applied = -1
+        self._seen: Values | Norms | None = None
+        self._kept: dict[int, Kept] = {}
+        self._deeds: dict[type[Order], Callable[[Any], Reply]] = {
+            Connect: self._do_connect,
+            Build: self._do_build,
+            Strips: self._do_strips,
+            Unmask: self._do_unmask,
+            TakePlan: self._do_plan,
+            StepOrder: self._do_step,
+            Apply: self._do_apply,
+            Discard: self._do_discard,
+            Get: self._do_get,
+            Set: self._do_set,
+            Call: self._do_call,
+            Keep: self._do_keep,
+            PutBack: self._do_put_back,
+            Seen: self._do_seen,
+            **self.own_deeds(),
+        }
+        self._known = {order.do: order for order in self._deeds}
+
+    @abstractmethod
+    def own_deeds(self) -> Mapping[type[Order], Callable[[Any], Reply]]:
+        """What this kind does besides the orders that all kinds understand."""
+
+    @abstractmethod
+    def host(self, spec: StageSpec) -> HostedStage:
+        """Build a stage."""
+
+    @abstractmethod
+    def step(self, order: StepOrder) -> StepReply:
+        """Carry out a step up to, not including, its update, and set `_seen`."""
+
+    @abstractmethod
+    def apply(self, order: Apply) -> None:
+        """Update the variables from the gradients of the last step."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the gradients of the last step."""
+
+    @abstractmethod
+    def gradients(self, index: int) -> Sequence[Array | None]:
+        """A stage's gradients of the last step, in the order of its trainable variables."""
+
+    @abstractmethod
+    def set_gradients(self, index: int, arrays: Sequence[Array | None]) -> None:
+        """Put others in their place."""
+
+    @abstractmethod
+    def optimizer_values(self, index: int) -> Sequence[Array]:
+        """The values of the variables of the optimizer that is kept under a stage's number."""
+
+    @abstractmethod
+    def set_optimizer_values(self, index: int, values: Sequence[Array]) -> None:
+        """Write them."""
+
+    @abstractmethod
+    def at_work(self) -> tuple[int, Action | None]:
+        """The step and the action that runs now; (-1, None) outside of a step."""
+
+    def greet(self, address: str) -> None:
+        """Tell the driver where this worker's inbox is."""
+        self._tell("hello", {"address": address})
+
+    def serve(self) -> None:
+        """Carry out orders until the driver ends the run."""
+        try:
+            while True:
+                self._number += 1
+                message = self._take(Key("command", self._number, self.place))
+                self.board.busy()
+                self.obey(of_wire(message.value, self._known))
+                self.board.idle()
+        except Stopped:
+            pass
+        except TransportError as error:
+            self._report(error)
+        except Exception as error:
+            self._report(error)
+            self._wait_for_the_end()
+        finally:
+            for outbox in self._outboxes.values():
+                outbox.close()
+
+    def obey(self, order: Order) -> None:
+        """Carry out one order, and answer it if it is answered (rules 1 and 2)."""
+        state = after(self.state, order.command, "+".join(repr(spec.name) for spec in self.specs))
+        reply = self._deeds[type(order)](order)
+        self.state = state
+        if order.answered:
+            for message in reply.messages(self.incarnation, self._number, self.place):
+                self.driver.send(message, CONNECT_SECONDS)
+
+    @property
+    def place(self) -> int:
+        """The stage under whose number the driver reaches this worker."""
+        return self.specs[0].index
+
+    def _take(self, key: Key) -> Message:
+        message = self.mailbox.take((key,))
+        if message.kind == "stop":
+            raise Stopped
+        return message
+
+    def _taken_array(self, key: Key) -> Array:
+        array = self._take(key).array
+        assert array is not None
+        return array
+
+    def _tell(self, kind: str, value: Any) -> None:
+        message = Message(kind, self.incarnation, self._number, DRIVER, self.place, value=value)
+        self.driver.send(message, CONNECT_SECONDS)
+
+    def _send(self, message: Message) -> None:
+        self._outboxes[message.stage].send(message, CONNECT_SECONDS)
+
+    def _do_connect(self, order: Connect) -> Reply:
+        opened: dict[str, Outbox] = {}
+        for stage, address in order.peers.items():
+            if address not in opened:
+                opened[address] = self._connect(address, CONNECT_SECONDS)
+            self._outboxes[stage] = opened[address]
+        return Reply()
+
+    def _do_build(self, order: Build) -> Reply:
+        self._building = True
+        for spec in self.specs:
+            self.board.building(spec.index)
+            self.hosted[spec.index] = self.host(spec)
+        self._building = False
+        self.board.busy()
+        if self.own_process:
+            gc.freeze()
+        return Reply({str(index): hosted.describe().plain() for index, hosted in self.hosted.items()})
+
+    def _do_strips(self, order: Strips) -> Reply:
+        return Reply(
+            {
+                str(index): [hosted.spec.inputs[place][0] for place in hosted.stage.strips()]
+                for index, hosted in self.hosted.items()
+            }
+        )
+
+    def _do_unmask(self, order: Unmask) -> Reply:
+        for index, pairs in order.pairs.items():
+            self.hosted[index].unmasked = frozenset(pairs)
+        return Reply()
+
+    def _do_plan(self, order: TakePlan) -> Reply:
+        self.plans[order.plan] = list(from_array(self._taken_array(Key("plan", self._number, self.place))))
+        return Reply()
+
+    def _do_step(self, order: StepOrder) -> Reply:
+        return Reply(self.step(order).plain())
+
+    def _do_apply(self, order: Apply) -> Reply:
+        if order.step > self._applied:
+            self._applied = order.step
+            self.apply(order)
+        return Reply()
+
+    def _do_discard(self, order: Discard) -> Reply:
+        self.discard()
+        return Reply()
+
+    def _do_get(self, order: Get) -> Reply:
+        found = {index: self._values(order.what, index) for index in self.hosted}
+        counts = {str(index): len(values) for index, values in found.items()}
+        return Reply(counts, [value for values in found.values() for value in values])
+
+    def _values(self, what: str, index: int) -> Sequence[Array | None]:
+        """What a stage has under a name; see `Get`."""
+        hosted = self.hosted[index]
+        if what == "gradients":
+            return self.gradients(index)
+        if what == "optimizer":
+            return self.optimizer_values(index)
+        if what == "kept states":
+            kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
+            return [to_array(state) for k in sorted(kept) for state in kept[k]]
+        return snapshot.read(hosted.variables(what))
+
+    def _do_set(self, order: Set) -> Reply:
+        for index, count in order.counts.items():
+            keys = [Key("variable", self._number, index, microbatch=i) for i in range(count)]
+            self._set(order.what, index, [self._take(key).array for key in keys])
+        return Reply()
+
+    def _set(self, what: str, index: int, arrays: Sequence[Array | None]) -> None:
+        """Write what a stage has under a name; the inverse of `_values`."""
+        values = [array for array in arrays if array is not None]
+        if what == "gradients":
+            self.set_gradients(index, arrays)
+        elif what == "optimizer":
+            self.set_optimizer_values(index, values)
+        elif what == "kept states":
+            self._begin_with(index, values)
+        else:
+            self.hosted[index].set(what, values)
+
+    def _begin_with(self, index: int, values: Sequence[Array]) -> None:
+        """Let a stage begin with states that another run's batch left, microbatch after microbatch."""
+        carried = self.hosted[index].stage.carried
+        if values and carried is not None:
+            count = len(carried)
+            carried.kept = {
+                k: tuple(to_tensor(np.array(value)) for value in values[k * count : (k + 1) * count])
+                for k in range(len(values) // count)
+            }
+
+    def _do_call(self, order: Call) -> Reply:
+        for hosted in self.hosted.values():
+            if order.service is Service.RESET_METRICS:
+                hosted.heads.reset()
+            elif order.service is Service.RESET_STATE:
+                if hosted.stage.carried is not None:
+                    hosted.stage.carried.reset()
+            elif hosted.optimizer is not None:
+                hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)
+        return Reply()
+
+    def _keep(self, groups: Sequence[str]) -> dict[int, Kept]:
+        return {index: Kept(hosted, groups) for index, hosted in self.hosted.items()}
+
+    def _do_keep(self, order: Keep) -> Reply:
+        self._kept = self._keep(EVERYTHING)
+        return Reply()
+
+    def _do_put_back(self, order: PutBack) -> Reply:
+        for kept in self._kept.values():
+            kept.put_back()
+        changed = {str(index): kept.changed()[:_NAMED] for index, kept in self._kept.items()}
+        self._kept = {}
+        return Reply(changed)
+
+    def _do_seen(self, order: Seen) -> Reply:
+        seen = self._seen.seen if isinstance(self._seen, Values) else {}
+        self._seen = None
+        return Reply([list(sight) for sight in seen], list(seen.values()))
+
+    def _metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for hosted in self.hosted.values():
+            if any(head.has_metrics for head in hosted.heads):
+                found |= hosted.heads.results()
+        return found
+
+    def _report(self, error: Exception) -> None:
+        """Tell the driver what happened, as far as the driver is still there (rule 3)."""
+        step, action = self.at_work()
+        spec = next((s for s in self.specs if action is not None and s.index == action.stage), None)
+        if spec is None:
+            spec = self.specs[min(len(self.hosted), len(self.specs) - 1)]
+        text = "".join(traceback.format_exception(error))
+        value = {
+            "stage": spec.name,
+            "index": spec.index,
+            "step": step,
+            "action": action.describe() if action is not None else "",
+            "type": type(error).__name__,
+            "message": str(error)[:_TRACEBACK_CHARACTERS],
+            "traceback": text[-_TRACEBACK_CHARACTERS:],
+            "building": self._building,
+            "time": time.time(),
+        }
+        try:
+            self._tell("error", value)
+        except TransportError:
+            traceback.print_exc()
+
+    def _wait_for_the_end(self) -> None:
+        """Hold on to nothing but the inbox, until the driver says stop (or the process is ended)."""
+        self.let_go()
+        self.hosted.clear()
+        try:
+            while self.mailbox.receive().kind != "stop":
+                pass
+        except TransportError:
+            pass
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Drop what holds memory: the run has failed."""
+
+
+__all__ = ["CONNECT_SECONDS", "BaseWorker", "Stopped", "serve"]
