@@ -23,6 +23,7 @@ from pipeline.compare.tolerance import eps
 from pipeline.errors import FirstBatchError
 from pipeline.own.model import Found, OwnModel
 from stages.worker.observers import ACTIVATION
+from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -140,7 +141,7 @@ class FirstBatch:
         scale = None if scaling is None else scaling.scale
         plan = session.plan(few, training=training)
         try:
-            return driver.run(plan, "gradients" if training else mode, few, loss_scale=scale, observe=observe)
+            return driver.run(plan, Mode.GRADIENTS if training else Mode(mode), few, loss_scale=scale, observe=observe)
         finally:
             if training and not driver.closed:
                 driver.discard()

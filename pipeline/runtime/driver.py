@@ -244,10 +244,11 @@ class Driver:
             self._undecided = False
 
     def discard(self) -> None:
-        """Forget the gradients of the step just run."""
-        with self._crew.ending_on_failure():
-            self._order(Discard())
-            self._undecided = False
+        """Forget the gradients of the step just run; nothing is done where there are none."""
+        if self._undecided:
+            with self._crew.ending_on_failure():
+                self._order(Discard())
+                self._undecided = False
 
     def get(self, what: str) -> dict[int, list[Array | None]]:
         """Read variables or gradients of every stage; see `HostedStage.variables` for the names."""
