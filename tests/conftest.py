@@ -3,6 +3,7 @@
 The environment is set here, before any test module imports TensorFlow, and child processes inherit it.
 """
 
+import gc
 import os
 import re
 import signal
@@ -23,6 +24,12 @@ settings.register_profile("check", deadline=None, derandomize=True, database=Non
 settings.register_profile("gate", deadline=None, derandomize=True, database=None)
 settings.register_profile("soak", deadline=None, max_examples=2_000, print_blob=True)
 settings.load_profile("gate")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays; a garbage collection need not walk TensorFlow's half a million objects every time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

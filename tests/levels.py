@@ -26,7 +26,15 @@ def examples(check: int, gate: int, soak: int) -> int:
     return {"check": check, "gate": gate, "soak": soak}[LEVEL]
 
 
-def in_turn(values: Sequence[Any], check: int, gate: int) -> list[Any]:
-    """Parameters: the first ``check`` values run at every level, those up to ``gate`` in the gate, all in the soak."""
+def in_turn(values: Sequence[Any], check: int, gate: int, *, several: bool = False) -> list[Any]:
+    """Parameters: the first ``check`` values run at every level, those up to ``gate`` in the gate, all in the soak.
+
+    Args:
+        values: One each, or with ``several`` a tuple for several parameters.
+        check: How many.
+        gate: How many, those of ``check`` among them.
+        several: Whether they are for several parameters at once.
+    """
     marks = [() if i < check else pytest.mark.gate if i < gate else pytest.mark.soak for i in range(len(values))]
-    return [pytest.param(value, marks=mark) for value, mark in zip(values, marks, strict=True)]
+    each = [value if several else (value,) for value in values]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(each, marks, strict=True)]

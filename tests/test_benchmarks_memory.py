@@ -47,6 +47,7 @@ def test_the_bound_follows_the_plan(eager: bool) -> None:
     assert gpipe[MIDDLE][1] - one_f_one_b[MIDDLE][1] == 5 * 10 * layer
 
 
+@pytest.mark.gate
 def test_workers_take_what_the_bound_says() -> None:
     rows = memory.measure(memory.QUICK, rounds=1, modes=(False,))
     gpipe, one_f_one_b, again = (row.workers for row in rows)

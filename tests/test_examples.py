@@ -25,10 +25,18 @@ ARGUMENTS = {
     "applications.py": ("--epochs", "2", "--accuracy", "0.3"),
     "fine_tuning.py": (),
 }
+# Half a minute each; what they show is tested elsewhere too.
+LONG = {"character_model.py", "several_passes.py", "applications.py", "state_gradients.py", "character_windows.py"}
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.name, marks=pytest.mark.soak if path.name in LONG else pytest.mark.gate)
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_example_passes_its_own_check(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, str(ROOT / "examples" / name), *ARGUMENTS[name]]

@@ -33,6 +33,7 @@ def assert_same(printed: str, shown: str) -> None:
     assert figures(printed) == pytest.approx(figures(shown), rel=0.02)
 
 
+@pytest.mark.gate
 def test_every_block_prints_what_stands_below_it(tmp_path):
     shown = 0
     with folder(tmp_path):

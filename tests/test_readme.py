@@ -180,6 +180,7 @@ def test_the_readme_shows_commands_and_python() -> None:
     assert ("make", "demo") in shown and ("make", "test") in shown, shown
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(SECONDS + 30)
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_a_python_block_runs_in_an_empty_folder(block: Block, tmp_path: Path) -> None:
@@ -188,6 +189,7 @@ def test_a_python_block_runs_in_an_empty_folder(block: Block, tmp_path: Path) ->
     run([sys.executable, script.name], tmp_path)
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(SECONDS + 30)
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS), ids=str)
 def test_a_command_works(command: Command, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_every_check_that_must_find_a_fault_is_one_that_did():
         assert set(row[2].split(", ")) <= {*fault.checks, "hand-off", "tape"}
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_places_are_those_of_the_code(case, eager):

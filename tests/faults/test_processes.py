@@ -8,6 +8,8 @@ from pipeline import VerificationError
 from pipeline.runtime import session
 from tests.faults.cases import CASES
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.mark.parametrize("entry", ["flipping", "narrowing"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])

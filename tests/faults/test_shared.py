@@ -5,6 +5,8 @@ import pytest
 from tests.faults.cases import CASES
 from tests.faults.shared import CHECKS, FAULTS, run
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("case", CASES)

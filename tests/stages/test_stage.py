@@ -193,6 +193,23 @@ def test_own_losses_count_with_the_share(run_eagerly: bool) -> None:
 
 
 @MODES
+def test_recomputing_makes_the_same_pass_again(run_eagerly: bool) -> None:
+    """Dropout draws the same masks, statistics move once, and the next pass goes on from there."""
+    found = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(7)
+        model = part((3,), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5))
+        stage = Stage(model, run_eagerly=run_eagerly, recompute=recompute)
+        for k in range(2):
+            stage.forward(values((6, 3), k), microbatch=k)
+        back = [stage.backward(values((6, 4), 2 + k), microbatch=k).numpy() for k in (1, 0)]
+        stage.forward(values((6, 3), 4), microbatch=2)
+        found.append([*back, *stage.gradients().values(), *(v.numpy() for v in model.non_trainable_variables)])
+    for kept, again in zip(*found, strict=True):
+        np.testing.assert_allclose(again, kept, rtol=0.0 if run_eagerly else 1e-5, atol=0.0 if run_eagerly else 1e-6)
+
+
+@MODES
 def test_evaluation_keeps_nothing(run_eagerly: bool) -> None:
     """`training=False` runs dropout as identity, opens no tape and takes any number again."""
     stage = Stage(part((3,), layers.Dropout(0.9)), run_eagerly=run_eagerly)

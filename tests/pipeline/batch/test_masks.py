@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from stages import Stage
+from tests.levels import in_turn
 
 layers = keras.layers
 STEPS, WORDS, CLASSES = 7, 11, 4
@@ -57,8 +58,8 @@ def one_tape(model: keras.Model, x, y, loss) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("build", [recurrent, attention])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("schedule", in_turn(["1f1b", "gpipe"], 1, 2))
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_masked_loss_over_microbatches_equals_the_whole_batch(build, schedule, eager):
     keras.utils.set_random_seed(0)
     model = build()
@@ -74,7 +75,7 @@ def test_masked_loss_over_microbatches_equals_the_whole_batch(build, schedule, e
         assert np.abs(ours - theirs).max() <= 1e-6 * largest
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_masked_metrics_and_evaluation_equal_keras(eager):
     keras.utils.set_random_seed(0)
     model = recurrent()
@@ -94,7 +95,7 @@ def test_masks_cross_processes():
         pipe.verify(x, y).raise_if_failed()
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_stages_in_the_hand_pass_masks_on(eager):
     keras.utils.set_random_seed(0)
     model = recurrent()

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from pipeline.errors import CompileError
+from tests.levels import in_turn
 from tests.models import part
 from tests.one_tape import difference
 
@@ -201,7 +202,7 @@ def test_every_loss_and_reduction(case: Case) -> None:
 COMPILED = [case for case in CASES if case.options or case.loss.__name__ in ("CTC", "MeanSquaredError", "Dice")]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", in_turn(COMPILED, 1, len(COMPILED)), ids=lambda case: case.name)
 def test_compiled_losses(case: Case) -> None:
     """The same in compiled stages, where the weight of a microbatch enters a traced function."""
     x, y, weights = case.data()

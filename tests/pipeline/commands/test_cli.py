@@ -64,6 +64,7 @@ def make():
 """
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(300)
 def test_verify_prints_the_table_and_its_exit_status_is_the_verdict(tmp_path):
     (tmp_path / "my_model.py").write_text(MODULE)
@@ -73,6 +74,7 @@ def test_verify_prints_the_table_and_its_exit_status_is_the_verdict(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["ok"] is True
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(300)
 def test_demo_reaches_its_accuracy_verifies_and_leaves_its_artefacts(tmp_path):
     run = tapeline("demo", "--output", "found", folder=tmp_path)
@@ -85,6 +87,7 @@ def test_demo_reaches_its_accuracy_verifies_and_leaves_its_artefacts(tmp_path):
     assert (tmp_path / "found/timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(300)
 def test_demo_fails_where_the_accuracy_is_not_reached(tmp_path):
     run = tapeline("demo", "--epochs", "1", "--output", "found", folder=tmp_path)

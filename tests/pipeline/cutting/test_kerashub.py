@@ -23,6 +23,8 @@ from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits
 
+pytestmark = pytest.mark.gate
+
 VOCABULARY, STEPS, CLASSES = 30, 6, 3
 SAMPLES, MICROBATCHES = 5, 2
 RANDOM_CUTS = 50
@@ -152,7 +154,7 @@ def test_automatic_cuts_are_one_tape(case: Case, stages: int, schedule: str) -> 
     case.check(split, schedule)
 
 
-@pytest.mark.parametrize("seed", in_turn(range(RANDOM_CUTS), 6, 6))
+@pytest.mark.parametrize("seed", in_turn(range(RANDOM_CUTS), 3, 3))
 def test_random_cuts_are_one_tape(case: Case, seed: int) -> None:
     split = split_model(case.model, stage_of=random_stages(case.graph, f"{case.task}-{seed}"))
     case.check(split, ("gpipe", "1f1b")[seed % 2])

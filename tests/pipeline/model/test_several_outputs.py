@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, DataError, Pipeline
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
 
 layers = keras.layers
@@ -62,7 +63,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", in_turn(list(CUTS), 2, len(CUTS)))
 def test_training_is_keras_bit_for_bit(cuts):
     """Weights, all losses, metrics and predictions after some steps; one microbatch a batch, eagerly."""
     x, y = data()
@@ -79,7 +80,7 @@ def test_training_is_keras_bit_for_bit(cuts):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("run_eagerly", [True, False])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 def test_microbatches_are_one_tape(schedule, run_eagerly, recompute):
     x, y = data()
     weights = [np.linspace(0.5, 2, SAMPLES), None, np.linspace(1, 0, SAMPLES)]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, SplitError, WiringError
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
 
 layers = keras.layers
@@ -77,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", in_turn(list(OPTIMIZERS), 1, len(OPTIMIZERS)))
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_keras(case, optimizer):
     """One microbatch a batch, eagerly: bit for bit where a weight has two uses and clipping takes no sum over all."""
@@ -94,7 +95,7 @@ def test_training_is_keras(case, optimizer):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", in_turn(["1f1b", "gpipe"], 1, 2))
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_microbatches_are_one_tape_and_copies_stay_equal(case, schedule, run_eagerly):
     build, data, at = CASES[case]

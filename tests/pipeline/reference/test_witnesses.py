@@ -11,6 +11,7 @@ import pytest
 from pipeline import Pipeline
 from stages.loss.head import Head
 from stages.worker import step_program
+from tests.levels import in_turn
 from tests.pipeline.reference.witness_kinds import KINDS, made
 
 ALL = ("chain", "differences", "batch")
@@ -29,7 +30,7 @@ def verified(kind: str, checks=ALL):
         return pipe.verify(x, target, weights, checks=checks)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", in_turn(list(KINDS), 3, len(KINDS)))
 def test_every_witness_agrees_or_says_why_it_cannot(kind: str) -> None:
     report = verified(kind)
     assert report.ok, report

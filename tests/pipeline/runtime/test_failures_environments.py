@@ -64,6 +64,7 @@ CALLS = {
 }
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("where", CALLS)
 def test_works_without_a_main_guard_and_refuses_what_lives_in_main(script, where):
     """A notebook's cells run in a process whose `__main__` has no file, in its main thread, inside an event loop."""

@@ -52,6 +52,7 @@ with Pipeline([Segment(part), builder]) as pipe:
 """
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(180)
 def test_control_c_in_a_users_program(script, line, gate):
     program = script(PROGRAM, line=line.path, gate=gate.path)

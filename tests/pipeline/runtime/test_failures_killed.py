@@ -17,6 +17,7 @@ from pipeline.errors import CheckpointError, PipelineClosedError, VerificationEr
 from pipeline.runtime.launch.shared import shared_server
 from pipeline.saving import checkpoint
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
+from tests.levels import in_turn
 from tests.pipeline.runtime.launch.processes import DEADLINE, children
 
 WAITING_AT = {"do": "wait", "call_number": 4}
@@ -60,7 +61,7 @@ def kill_while_training(pipe, line, choose, voices=1):
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("victim", in_turn([1, 0, 2], 1, 3))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_killed_worker_ends_fit_with_stage_step_and_action(line, gate, victim, backward):
     trips = [{}, {}, {}]
@@ -92,6 +93,7 @@ def test_worker_killed_while_it_waits_for_one_that_is_busy_for_ever(line, gate):
     assert seconds < NOTICED_SECONDS
 
 
+@pytest.mark.gate
 @pytest.mark.usefixtures("nothing_left")
 def test_reference_killed_while_it_verifies(line, gate):
     """The pipeline is as it was, and the next question starts another reference."""
@@ -130,6 +132,7 @@ def test_worker_killed_between_two_steps(line, gate):
         pipe.fit(np.tile(X, (4, 1)), np.tile(Y, (4, 1)), batch_size=8, verbose=0, callbacks=[callback])
 
 
+@pytest.mark.gate
 @pytest.mark.usefixtures("nothing_left")
 def test_fork_server_that_is_killed_takes_its_workers_along(line, gate):
     pipe = tripping({}, {**WAITING_AT, "line": line.path, "gate": gate.path})

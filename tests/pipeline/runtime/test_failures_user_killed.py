@@ -6,6 +6,8 @@ import pytest
 
 from tests.failures import GONE_SECONDS
 
+pytestmark = pytest.mark.gate
+
 PROGRAM = """
 import functools, os
 import numpy as np

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import CheckpointError, CompileError, Pipeline, Segment, SplitError
 from pipeline.saving import checkpoint as module
+from tests.levels import in_turn
 from tests.pipeline import parts
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor
 
@@ -114,7 +115,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", in_turn(list(OPTIMIZERS), 2, len(OPTIMIZERS)))
 def test_every_kind_of_optimizer_state_moves_to_other_cuts(name, tmp_path):
     keras.utils.set_random_seed(SEED)
     with trained(deep(), optimizer=OPTIMIZERS[name](), stages=3, microbatches=1) as pipe:

@@ -168,6 +168,7 @@ def callback_model(twin):
     return holder.model
 
 
+@pytest.mark.gate
 def test_csv_logger_writes_the_same_file(tmp_path):
     with twins(classifier, crossentropy) as pair:
         paths = iter([tmp_path / "theirs.csv", tmp_path / "ours.csv"])
@@ -191,6 +192,7 @@ def scalars(folder):
     return sorted(found)
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed")
 def test_tensorboard_writes_the_same_scalars(tmp_path):
     with twins(classifier, crossentropy) as pair:
@@ -254,6 +256,7 @@ def test_model_checkpoint_writes_keras_files_that_go_on_in_keras(tmp_path):
         assert_same_arrays(pair.pipe.get_weights(), model.get_weights())
 
 
+@pytest.mark.gate
 def test_model_checkpoint_keeps_the_best(tmp_path):
     with twins(regressor, lambda: {"optimizer": keras.optimizers.SGD(0.9), "loss": "mse", "metrics": ["mae"]}) as pair:
         paths = iter([tmp_path / "theirs.weights.h5", tmp_path / "ours.weights.h5"])
@@ -299,6 +302,7 @@ def test_pipeline_checkpoint_writes_checkpoints_of_the_pipeline(tmp_path):
         PipelineCheckpoint(tmp_path / "w", save_weights_only=True)
 
 
+@pytest.mark.gate
 def test_backup_and_restore_goes_on_where_it_was_interrupted(tmp_path):
     """An interrupted pipeline, restored in a new one, gives the bits of a run without interruption."""
 

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import CompileError, Pipeline
 from stages.errors import RecipeError
+from tests.levels import in_turn
 from tests.pipeline import parts
 from tests.pipeline.reference.twins import (
     assert_same_arrays,
@@ -55,7 +56,7 @@ def without_address(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", in_turn(list(OPTIMIZERS), 3, len(OPTIMIZERS)))
 def test_stages_update_as_one_optimizer_over_the_joined_model(name):
     def compiled():
         given = OPTIMIZERS[name]
@@ -110,7 +111,7 @@ METRICS = {
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["metrics", "weighted_metrics"])
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", in_turn(list(METRICS), 4, len(METRICS)))
 def test_metrics_count_as_keras_on_the_unsplit_model(name, weighted):
     """Over 3 microbatches, which do not change what has been counted when the batch is done."""
     given, target, loss = METRICS[name]

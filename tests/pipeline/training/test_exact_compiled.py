@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.models import STACKS, cross_entropy, grouped, part, stack
 from tests.one_tape import OneTape, assert_same_bits, difference
 
@@ -41,7 +42,9 @@ def optimizer() -> Any:
     return keras.optimizers.SGD(0.05, momentum=0.9)
 
 
-@pytest.mark.parametrize(("name", "stages", "microbatches", "samples", "schedule", "recompute"), ROWS)
+@pytest.mark.parametrize(
+    ("name", "stages", "microbatches", "samples", "schedule", "recompute"), in_turn(ROWS, 4, len(ROWS), several=True)
+)
 def test_equals_one_tape_within_rounding(
     name: str, stages: int, microbatches: int, samples: int, schedule: str, recompute: bool
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import Pipeline
 from pipeline.errors import CompileError
+from tests.levels import in_turn
 from tests.models import Unused, cross_entropy, part, stack
 from tests.one_tape import OneTape, assert_same_bits, difference
 
@@ -67,7 +68,7 @@ def run(optimizer: Callable[[], Any], run_eagerly: bool) -> tuple[list[np.ndarra
     return before, ours, tape.weights()
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", in_turn(list(EXACT), 4, len(EXACT)))
 def test_equals_one_optimizer_bit_for_bit(name: str) -> None:
     """Clipping per variable, schedules, averages, accumulation, decay: the same bits in every weight."""
     before, ours, theirs = run(EXACT[name], True)
@@ -75,7 +76,7 @@ def test_equals_one_optimizer_bit_for_bit(name: str) -> None:
     assert difference(ours, before) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["clipnorm", "cosine", "average", "no-decay-of-biases"])
+@pytest.mark.parametrize("name", in_turn(["average", "clipnorm", "cosine", "no-decay-of-biases"], 1, 4))
 def test_compiled_equals_one_optimizer(name: str) -> None:
     """The same with the optimizer inside a compiled function."""
     _, ours, theirs = run(EXACT[name], False)

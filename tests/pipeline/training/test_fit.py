@@ -293,6 +293,7 @@ print(json.dumps(pipe.fit(x, x[:, :1], epochs=2, verbose=0).history["loss"]))
 """
 
 
+@pytest.mark.gate
 def test_a_script_without_a_main_guard_trains_and_ends(tmp_path, request):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))

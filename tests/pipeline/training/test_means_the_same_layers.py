@@ -13,6 +13,7 @@ import keras
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
@@ -33,7 +34,7 @@ def in_the_models_order(pipe: Pipeline, model: Any, x: Any, y: Any) -> list[Any]
     return [found[id(variable)] for variable in model.trainable_variables]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_turn(list(CASES), 6, len(CASES)))
 def test_microbatches_are_one_tape(name: str) -> None:
     """Gradients of microbatches of 3, 3 and 2 samples, and what the calls of one update leave behind."""
     case = CASES[name]
@@ -71,7 +72,7 @@ def test_microbatches_are_one_tape(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")  # Keras, behind stop_gradient
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_turn(list(CASES), 2, len(CASES)))
 def test_training_is_keras(name: str) -> None:
     """One microbatch a batch, eagerly: histories, weights and predictions to the last bit."""
     case = CASES[name]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import assert_same_arrays, numbers, twins
 from tests.pipeline.training.same_models import chain
 from tests.pipeline.training.test_callbacks import callback_model
@@ -138,7 +139,7 @@ def test_compiled_stages_skip_together() -> None:
             assert any((a != b).any() for a, b in zip(averages, before, strict=True))
 
 
-@pytest.mark.parametrize("where", [{}, {"stages": 1}, {"at": ["drop"]}], ids=str)
+@pytest.mark.parametrize("where", in_turn([{"stages": 1}, {}, {"at": ["drop"]}], 1, 3), ids=str)
 def test_checkpoints_keep_the_scale(where: dict[str, Any], half: str, tmp_path: Any) -> None:
     """Loaded, also in a program with another policy, training goes on as if never stopped, overflow included."""
     with Pipeline.split(stack(), at=CUTS, microbatches=2, transport="inproc") as pipe:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline import CheckpointError, CompileError, Pipeline
+from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import difference
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, numbers
@@ -174,7 +175,7 @@ def decaying(model: Any) -> Any:
     return optimizer
 
 
-@pytest.mark.parametrize("where", [{}, {"stages": 1}, {"at": ["a"]}], ids=str)
+@pytest.mark.parametrize("where", in_turn([{"stages": 1}, {}, {"at": ["a"]}], 1, 3), ids=str)
 def test_weight_decay_leaves_out_what_keras_leaves_out(where: dict[str, Any], tmp_path: Any) -> None:
     """Also after a checkpoint was loaded into other cuts."""
     model, whole = stack(), stack()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, Pipeline
+from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, numbers, twins
@@ -132,7 +133,7 @@ def test_trainable_changed_without_compile_changes_nothing(pair: Any, tmp_path: 
     pair.pipe.verify(X, Y).raise_if_failed()
 
 
-@pytest.mark.parametrize("where", [{}, {"stages": 1}, {"at": ["a"]}], ids=str)
+@pytest.mark.parametrize("where", in_turn([{"stages": 1}, {}, {"at": ["a"]}], 1, 3), ids=str)
 def test_stages_with_nothing_to_train_do_not_stop_the_count(where: dict[str, Any], tmp_path: Any) -> None:
     """Their optimizers never update; loaded, the others must not start their bias corrections anew."""
     with Pipeline.split(stack(), at=CUTS, microbatches=2, transport="inproc") as pipe:
@@ -226,7 +227,7 @@ EMBEDDING = {
 }
 
 
-@pytest.mark.parametrize("name", EMBEDDING)
+@pytest.mark.parametrize("name", in_turn(list(EMBEDDING), 2, len(EMBEDDING)))
 def test_sparse_gradients_of_embeddings(name: str) -> None:
     """With one microbatch the optimizer gets the rows that were read, as in Keras, and rounds as Keras does."""
     rng = np.random.default_rng(3)

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import Pipeline
 
+pytestmark = pytest.mark.gate
+
 layers = keras.layers
 MIB = 2**20
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from pipeline import Pipeline, Segment
 from stages.layers.ragged.layout import elements_first, steps_per_sample
 from stages.layers.ragged.steps import NormAbove, RaggedSteps
+from tests.levels import in_turn
 from tests.natural_steps import CELLS, loop, masked_mean_square, one_by_one, pad
 
 layers = keras.layers
@@ -63,9 +64,9 @@ def of_the_tape(tape, value, models) -> list[np.ndarray]:
     return [g.numpy() for g in tape.gradient(value, variables)]
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 @pytest.mark.parametrize("how", ["list", "tensor", "stop"])
-@pytest.mark.parametrize("carry", [True, False], ids=["runs on", "anew"])
+@pytest.mark.parametrize("carry", in_turn([True, False], 1, 2), ids=["runs on", "anew"])
 def test_both_stages_have_the_gradients_of_one_tape(how, carry, eager):
     keras.utils.set_random_seed(3)
     bottom, top = lower(), upper(how, carry=carry)
@@ -112,7 +113,7 @@ def test_steps_that_differ_by_sample_cross_processes(how):
         pipe.verify(x, y).raise_if_failed()
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_each_sample_as_if_it_were_alone(eager):
     """Samples of unequal steps in unequal microbatches against loops over one sample at a time."""
     keras.utils.set_random_seed(0)
@@ -130,6 +131,7 @@ def test_each_sample_as_if_it_were_alone(eager):
         assert close(list(pipe.gradients(x, y).values()), of_the_tape(tape, value, [bottom, top]))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("cell", [name for name in CELLS if name != "simple"])
 @pytest.mark.parametrize("how", ["list", "stop"])
 def test_other_cells(cell, how):
@@ -140,7 +142,7 @@ def test_other_cells(cell, how):
         pipe.verify(x, y).raise_if_failed()
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_dropout_inside_the_cell_draws_what_one_tape_draws(eager):
     keras.utils.set_random_seed(0)
     cell = layers.StackedRNNCells([layers.GRUCell(3, dropout=0.3), layers.LSTMCell(4, recurrent_dropout=0.4)])
@@ -162,6 +164,7 @@ def test_split_cuts_between_the_series_and_its_steps():
         pipe.verify([given["x"], given["steps"]], y).raise_if_failed()
 
 
+@pytest.mark.gate
 def test_training_and_the_row_lengths_as_an_output():
     """The head learns to count the steps; the lengths come along."""
     keras.utils.set_random_seed(0)
@@ -179,7 +182,7 @@ def test_training_and_the_row_lengths_as_an_output():
     np.testing.assert_array_equal(found, steps_per_sample(STEPS, 16))
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_targets_in_the_padding_do_not_matter(eager):
     keras.utils.set_random_seed(3)
     x, y = data("stop")

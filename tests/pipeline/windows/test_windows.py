@@ -8,6 +8,7 @@ import tensorflow as tf
 from pipeline import CompileError, DataError, Pipeline, SplitError
 from pipeline.model import stateful
 from stages.layers.initial_states import LearnedState
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays
 
 layers = keras.layers
@@ -54,6 +55,31 @@ def classes(samples=7):
 
 
 CASES = {"tagger": (tagger, tags, "mse"), "classifier": (classifier, classes, "sparse_categorical_crossentropy")}
+# All of four ways to cut time with one to three stages; the first ones are those of `make check` and of the gate.
+CUTS = [
+    (5, 3, 2),
+    (5, None, 3),
+    (6, 2, 1),
+    (2, None, 2),
+    (5, None, 1),
+    (6, 2, 3),
+    (5, 3, 3),
+    (2, None, 1),
+    (6, 2, 2),
+    (5, 3, 1),
+    (5, None, 2),
+    (2, None, 3),
+]
+COMPILED = [
+    (3, 5, 2, True, "tagger"),
+    (2, 3, None, False, "classifier"),
+    (2, 3, None, True, "classifier"),
+    (3, 5, 2, False, "tagger"),
+    (2, 3, None, True, "tagger"),
+    (3, 5, 2, False, "classifier"),
+    (3, 5, 2, True, "classifier"),
+    (2, 3, None, False, "tagger"),
+]
 
 
 def split(build, **options):
@@ -62,8 +88,10 @@ def split(build, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize(("windows", "truncate"), [(2, None), (5, None), (6, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("windows", "truncate", "stages"),
+    in_turn(CUTS, 2, 6, several=True),
+)
 def test_eager_windows_are_one_tape_bit_for_bit(case, stages, windows, truncate):
     build, data, loss = CASES[case]
     schedule = "gpipe" if stages == 2 else "1f1b"
@@ -74,9 +102,10 @@ def test_eager_windows_are_one_tape_bit_for_bit(case, stages, windows, truncate)
         assert f"{windows} windows" in report.headline
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("stages", "windows", "truncate"), [(2, 3, None), (3, 5, 2)])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("stages", "windows", "truncate", "recompute", "case"),
+    in_turn(COMPILED, 1, 4, several=True),
+)
 def test_compiled_windows_are_one_tape(case, stages, windows, truncate, recompute):
     build, data, loss = CASES[case]
     with split(build, stages=stages, windows=windows, truncate=truncate, recompute=recompute) as pipe:
@@ -84,8 +113,10 @@ def test_compiled_windows_are_one_tape(case, stages, windows, truncate, recomput
         pipe.verify(*data()).raise_if_failed()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize(
+    ("case", "run_eagerly"),
+    in_turn([("classifier", True), ("tagger", False), ("tagger", True), ("classifier", False)], 1, 4, several=True),
+)
 def test_windows_are_the_full_length_of_the_uncut_model(case, run_eagerly):
     """Loss, metrics, gradients, predictions and an update are those of Keras on the whole sequences, within 1e-6."""
     build, data, loss = CASES[case]
@@ -123,6 +154,7 @@ def test_truncation_changes_the_gradient_and_not_the_loss():
     assert not np.allclose(gradients[1], gradients[2], rtol=1e-3)
 
 
+@pytest.mark.gate
 def test_training_over_windows_with_fit_and_another_length():
     """The time axis is free: sequences of another length, and one window of unequal length, need nothing new."""
     x, y = tags(16)
@@ -162,6 +194,7 @@ def test_states_kept_over_batches_are_values_only():
         assert_same_arrays([pipe.predict_on_batch(x[:, :6])], [first])
 
 
+@pytest.mark.gate
 def test_checkpoints_keep_windows_and_go_on_in_other_cuts(tmp_path):
     x, y = tags()
     with split(tagger, stages=3, windows=5, truncate=2) as pipe:
@@ -272,8 +305,9 @@ def given_start():
     return keras.Model([x, h, c], layers.Dense(2, name="out")(y))
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize(
+    ("stages", "run_eagerly"), in_turn([(3, True), (1, False), (1, True), (3, False)], 1, 2, several=True)
+)
 def test_given_and_learned_initial_states(stages, run_eagerly):
     """They count in window 0 only, and the learned one is trained: as over the full length."""
     x, y = tags()

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.jacobian.chain_rule import ChainRule, chain_rule
+from tests.levels import in_turn
 
 layers = keras.layers
 
@@ -131,7 +132,7 @@ masked = pytest.mark.filterwarnings("ignore:.*does not support masking")
 CASES = [founding_case, normalised, pytest.param(recurrent, marks=masked), attention, with_own_losses, pooled]
 
 
-@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("blocked", in_turn([False, True], 1, 2))
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_tape(case: Callable[[], Any], blocked: bool) -> None:
     segments, x, loss = case()

@@ -237,6 +237,7 @@ print(held, grown, result.segments[0].blocks, off)
 """
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of a process's peak memory")
 def test_the_process_stays_within_the_limit_where_the_whole_jacobian_would_not() -> None:
     """Resident memory as the kernel counts it, in a process of its own: 1 GiB of Jacobian on a limit of 128 MiB."""

@@ -102,6 +102,7 @@ def test_a_map_is_read_and_drawn_without_tensorflow(small: InfluenceMap, tmp_pat
     assert (tmp_path / "map.png").exists()
 
 
+@pytest.mark.gate
 def test_the_example_answers_in_both_settings(
     capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_the_example_answers_in_both_settings(
     assert len(list(tmp_path.glob("influence_*.png"))) == 3
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("runs_on", [True, False])
 def test_the_example_fails_if_the_state_is_not_as_said(
     runs_on: bool, capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,17 @@ def test_asking_early_does_not_change_the_order_of_what_is_there() -> None:
         assert float(total[0]) == float(expected)
 
 
+def test_windows_are_added_within_their_microbatch_first() -> None:
+    """In the order in which they come, and the microbatch counts once all of them are there."""
+    sums = OrderedSum()
+    for k, value, complete in [(1, -1e8, False), (0, 1e8, False), (1, 3.0, True), (0, 11.0, True)]:
+        sums.add(k, [tf.constant(value, tf.float32)], complete)
+    total = sums.total()
+    assert total is not None
+    first, second = np.float32(1e8) + np.float32(11.0), np.float32(-1e8) + np.float32(3.0)
+    assert float(total[0]) == float(first + second) != 14.0
+
+
 def test_no_gradient_adds_nothing() -> None:
     """None beside a tensor is the tensor; only None is None; nothing at all is no sum."""
     sums = OrderedSum()

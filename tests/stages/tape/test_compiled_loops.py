@@ -10,6 +10,8 @@ import pytest
 
 from stages import Stage
 
+pytestmark = pytest.mark.gate
+
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("layer", ["LSTM", "GRU"])

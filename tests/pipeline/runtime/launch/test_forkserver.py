@@ -213,6 +213,7 @@ def test_server_without_free_descriptors_refuses_and_recovers(light_server):
     assert open_files(pid) == idle
 
 
+@pytest.mark.gate
 def test_killed_server_takes_its_workers_along_and_a_new_one_is_started(shared, line, watched):
     with LocalLauncher(shared.shared_server) as launcher:
         workers = [launcher.launch(f"w{i}", "launch_entries:waits", {"line": line.path}) for i in range(3)]

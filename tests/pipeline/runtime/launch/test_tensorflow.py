@@ -9,6 +9,7 @@ import pytest
 from pipeline.runtime.launch import LaunchError
 
 
+@pytest.mark.gate
 def test_workers_train_while_the_driver_does(driver, finish, line):
     script = driver(
         """
