@@ -11,7 +11,8 @@ from pipeline.origin import check_origins
 
 check_origins()
 
-from transport.lazy import load  # noqa: E402 (not before it is known to be ours)
+import stages  # noqa: E402, F401 (not before it is known to be ours; looks at the versions of TensorFlow and Keras)
+from transport.lazy import load  # noqa: E402
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.batch.microbatch import microbatch_sizes as microbatch_sizes

@@ -16,7 +16,7 @@ from tests.sources import ROOT, imported, modules
 
 ORDER = {
     "stages": (
-        *("origin", "errors", "actions", "grid", "keras_internals", "tensorflow_internals", "masks"),
+        *("origin", "versions", "errors", "actions", "grid", "keras_internals", "tensorflow_internals", "masks"),
         *(
             "recipe",
             "process",
