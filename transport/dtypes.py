@@ -9,7 +9,7 @@ import numpy as np
 
 _INTEGERS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
 _FLOATS = (np.float16, np.float32, np.float64, np.complex64, np.complex128)
-_NUMPY = {np.dtype(kind).name: np.dtype(kind) for kind in (np.bool, *_INTEGERS, *_FLOATS)}
+_NUMPY = {np.dtype(kind).name: np.dtype(kind) for kind in (np.bool_, *_INTEGERS, *_FLOATS)}
 _FLOAT8 = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 _EXTENDED = (
     "bfloat16",
