@@ -6,7 +6,6 @@ Every command imports what it needs when it runs, so that `--help` and `plan` ne
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipeline.commands import explain as explain_command
 from pipeline.commands import verify as verify_command
+from pipeline.commands.quiet import import_quietly
 
 _ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
 
@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command is None:
         parser.print_help()
         return 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from pipeline.errors import PipelineError
 
+    if given.run is not _plan:
+        import_quietly()
     try:
         run: Callable[[argparse.Namespace], int] = given.run
         return run(given)
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tapeline",
         description=_ABOUT,
-        epilog="example:\n  tapeline demo",
+        epilog="example:\n  tapeline demo\n\nTF_CPP_MIN_LOG_LEVEL=0 in the environment shows TensorFlow's own lines.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="command")

@@ -41,7 +41,7 @@ PRELOAD = ("tensorflow", "keras", "stages.worker.worker")
 DEFAULTS: Mapping[str, str] = {
     "KERAS_BACKEND": "tensorflow",
     "OPENBLAS_NUM_THREADS": "1",  # its threads would start at import, and a fork does not copy threads
-    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # at 2 every worker on a machine without a GPU says that cuInit failed
 }
 """Environment of server and workers where the user's says nothing."""
 
