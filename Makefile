@@ -25,7 +25,7 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment check test lint browser format demo soak fault-matrix bench peer lock clean distclean moved
+.PHONY: help environment check test lint browser format demo soak planted fault-matrix bench peer lock clean distclean moved
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,9 @@ soak: $(READY) browser ## every test there is with many more examples, and cover
 	$(BIN)/coverage combine --quiet || status=1; \
 	$(BIN)/coverage report || status=1; \
 	exit $$status
+
+planted: $(READY) ## plant faults in copies of the sources and print docs/planted-faults.md (an hour)
+	$(BIN)/python -m tests.planted $(ARGS)
 
 fault-matrix: $(READY) ## put every fault into running pipelines and print docs/fault-matrix.md (half an hour)
 	$(BIN)/python -m tests.faults $(ARGS)

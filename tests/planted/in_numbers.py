@@ -1,0 +1,211 @@
+"""Faults in tapes, in the sums over microbatches, and in what a microbatch weighs."""
+
+from __future__ import annotations
+
+from tests.planted.planting import Planted
+
+_EAGER, _COMPILED = "stages/tape/eager.py", "stages/tape/compiled.py"
+_ACCUMULATE, _PROGRAM = "stages/tape/accumulate.py", "stages/worker/step_program.py"
+_STAGE = ("test_stage", "test_compiled")
+_EXACT = ("test_exact_eager", "test_exact_compiled")
+_OWN = ("test_exact_own_losses", *_STAGE)
+_TIED = ("test_tied",)
+_WHOLE = ("test_loss", "test_whole_batch")
+
+TAPES = (
+    Planted(
+        "own losses weigh the same in unequal microbatches",
+        _EAGER,
+        "[share * self.loss_scale] * len(own)",
+        "[self.loss_scale] * len(own)",
+        _OWN,
+    ),
+    Planted(
+        "recomputing draws another dropout mask",
+        _EAGER,
+        "            states.write(record.states)\n",
+        "",
+        ("test_stage", "test_exact_eager"),
+    ),
+    Planted(
+        "recomputing leaves the statistics of the earlier pass",
+        _EAGER,
+        "            states.write(now)\n            record",
+        "            record",
+        ("test_stage", "test_exact_eager"),
+    ),
+    Planted(
+        "outputs and losses of one stage meet in TensorFlow's order, not in one tape's",
+        _EAGER,
+        "range(_DISTANCE if losses else 0)",
+        "range(0)",
+        ("test_several_outputs", "test_random_graphs"),
+    ),
+    Planted(
+        "compiled, metrics count a recomputed pass twice",
+        _COMPILED,
+        "self._taped(arguments, layout, counts=False)\n            found",
+        "self._taped(arguments, layout, counts=True)\n            found",
+        ("test_compiled", "test_compile"),
+    ),
+    Planted(
+        "compiled, own losses of a stage that others follow weigh the same in unequal microbatches",
+        _COMPILED,
+        "[_scalar(opened.share * self.loss_scale)] * layout.own",
+        "[_scalar(self.loss_scale)] * layout.own",
+        _OWN,
+    ),
+    Planted(
+        "compiled, own losses of the last stage weigh the same in unequal microbatches",
+        _COMPILED,
+        "[tf.cast(share * scale, term.dtype) for term in own]",
+        "[tf.cast(scale, term.dtype) for term in own]",
+        _OWN,
+    ),
+    Planted(
+        "compiled, the sums of one step stay for the next",
+        _COMPILED,
+        "for accumulator, _ in pairs:\n                accumulator.assign",
+        "for accumulator, _ in pairs[:0]:\n                accumulator.assign",
+        ("test_compiled", "test_exact_compiled"),
+    ),
+    Planted(
+        "compiled, no gradient becomes zeros",
+        _COMPILED,
+        "accumulator.read_value() if reached else None",
+        "accumulator.read_value()",
+        (*_STAGE, "test_explain"),
+    ),
+)
+
+SUMS = (
+    Planted(
+        "a window's gradient takes the place of the later window's",
+        _ACCUMULATE,
+        "total = list(gradients) if so_far is None else [plus(a, b) for a, b in zip(so_far, gradients, strict=True)]",
+        "total = list(gradients)",
+        ("test_accumulate",),
+    ),
+    Planted(
+        "a gradient that only a later microbatch has is lost",
+        _ACCUMULATE,
+        "self._sums = [plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]",
+        "self._sums = [a if a is None else plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]",
+        ("test_accumulate",),
+    ),
+    Planted(
+        "the sums of one step stay for the next",
+        _ACCUMULATE,
+        "self._sums, self._next = None, 0\n        self._early.clear()",
+        "self._next = 0\n        self._early.clear()",
+        ("test_accumulate",),
+    ),
+    Planted(
+        "uses of a tied variable are added in the order of the stages, not of one tape",
+        "stages/worker/tied_gradients.py",
+        "reduce(plus, reversed(uses))",
+        "reduce(plus, uses)",
+        _TIED,
+    ),
+    Planted(
+        "a copy of a tied variable updates by its own part",
+        "stages/worker/tied_gradients.py",
+        "stage.stage.replace([tie.place], [take(index, tie.stages[0], tie.name, 0)])",
+        "take(index, tie.stages[0], tie.name, 0)",
+        _TIED,
+    ),
+    Planted(
+        "the regulariser of a tied variable counts in every stage that has it",
+        "stages/worker/hosted_stage.py",
+        "self.stage.trainable_variables[tie.place].regularizer = None",
+        "self.stage.trainable_variables[tie.place].regularizer  # noqa: B018",
+        _TIED,
+    ),
+    Planted(
+        "gradients of several consumers are added in the order of the stages, not of one tape",
+        _PROGRAM,
+        "for consumer in reversed(consumers):",
+        "for consumer in consumers:",
+        ("test_exact_parts", "test_random_graphs", "test_wiring"),
+    ),
+    Planted(
+        "the reference weighs own losses of unequal microbatches the same",
+        "pipeline/reference/one_tape/single_tape.py",
+        "share = tf.constant(size / batch.grid.samples)",
+        "share = tf.constant(1 / len(batch.grid.sizes))",
+        _OWN,
+    ),
+)
+
+WEIGHTS = (
+    Planted(
+        "own losses are means over microbatches, however many samples these have",
+        _PROGRAM,
+        "share = self.grid.sizes[k] / self.grid.samples",
+        "share = 1 / len(self.grid.sizes)",
+        _OWN,
+    ),
+    Planted(
+        "the loss is the mean over microbatches, however much these count",
+        "stages/loss/head.py",
+        "tuple(share / total if total else 0.0 for share in shares)",
+        "tuple(1 / len(shares) if total else 0.0 for share in shares)",
+        _WHOLE,
+    ),
+    Planted(
+        "masked elements count in what a microbatch weighs",
+        _PROGRAM,
+        "hosted.prediction_masks.get(head.place),",
+        "None,",
+        ("test_masks",),
+    ),
+    Planted(
+        "elements of an ignored class count in what a microbatch weighs",
+        "stages/loss/head.py",
+        "valid = None if ignored is None else np.asarray(target) != ignored",
+        "valid = None",
+        _WHOLE,
+    ),
+    Planted(
+        "losses are added up without their loss weights",
+        "stages/loss/heads.py",
+        "value if head.weight is None else value * tf.cast(head.weight, value.dtype)",
+        "value",
+        ("test_several_outputs",),
+    ),
+    Planted(
+        "the loss that is told leaves loss weights out",
+        "pipeline/batch/step.py",
+        "np.float32(1.0 if weight is None else weight)",
+        "np.float32(1.0)",
+        ("test_several_outputs",),
+    ),
+    Planted(
+        "the smaller microbatches come first",
+        "pipeline/batch/microbatch.py",
+        "(smaller + 1,) * larger + (smaller,) * (count - larger)",
+        "(smaller,) * (count - larger) + (smaller + 1,) * larger",
+        ("test_microbatch",),
+    ),
+    Planted(
+        "an epoch's loss is the mean over batches, the smaller last one included",
+        "pipeline/training/trainer.py",
+        "np.float32(value) * np.float32(size)",
+        "np.float32(value)",
+        ("test_fit",),
+    ),
+    Planted(
+        "a loss over the whole batch does not see the predictions' masks",
+        "stages/loss/heads.py",
+        "with_mask(tensor, _joined_mask(parts, place))",
+        "with_mask(tensor, None)",
+        (*_WHOLE, "test_masks"),
+    ),
+    Planted(
+        "a loss over the whole batch is not scaled before it is differentiated",
+        "stages/loss/heads.py",
+        "seeds = [tf.fill((), tf.cast(loss_scale, term.dtype)) for term in terms]",
+        "seeds = [tf.ones((), term.dtype) for term in terms]",
+        ("test_means_the_same_mixed", *_WHOLE),
+    ),
+)
