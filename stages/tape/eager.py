@@ -196,7 +196,7 @@ class EagerTapes:
             opened = self._run(key, inputs, share, masked, objective)
         else:
             self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share, tuple(masked), objective)
-            called = self._part.call(inputs, training=True, masked=masked)
+            called = self._part.call(inputs, training=True, masked=masked, window=key.window)
             own = _weighted_sum(called.own, share)
             opened = Opened(
                 called.structure, called.outputs, own, self._losses(called.outputs, objective), called.masked

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from stages import HandoffError, Stage
+from stages.tape.eager import Key
 
 layers = keras.layers
 STEPS, FEATURES, UNITS = 6, 3, 4
@@ -152,6 +153,19 @@ def test_a_weight_regulariser_counts_once_in_all_windows(run_eagerly: bool) -> N
     for windows in (1, 3):
         added = gradients["l2", windows] - gradients[None, windows]
         np.testing.assert_allclose(added, 2 * 0.01 * kernel, rtol=1e-3, atol=1e-4)
+
+
+@MODES
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bug_a_recomputed_regulariser_is_told_once_in_all_windows(run_eagerly: bool, recompute: bool) -> None:
+    """The own losses that windows report add up to the regulariser; recomputing eagerly reported it in each."""
+    x, _ = data()
+    model = cell_model(regularizer="l2")
+    stage = Stage(model, states=("h",), run_eagerly=run_eagerly, recompute=recompute)
+    parts = np.split(x, 3, axis=1)
+    told = [stage.open([tf.constant(part)], Key(0, w), True).own_loss for w, part in enumerate(parts)]
+    kernel = model.get_layer("rnn").trainable_variables[0].numpy()
+    np.testing.assert_allclose(sum(float(one) for one in told if one is not None), 0.01 * (kernel**2).sum(), rtol=1e-5)
 
 
 @MODES
