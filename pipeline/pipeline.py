@@ -32,7 +32,8 @@ from pipeline.runtime.driver import Driver
 from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
-from pipeline.saving import checkpoint
+from pipeline.saving import files
+from pipeline.training import as_keras
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
@@ -107,6 +108,8 @@ class Pipeline:
         self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
         self.recompute, self.threads = options.recompute, options.threads
         self._trainer: Trainer | None = None
+        self.history: Any = None
+        self._ahead = False  # of the user's own models
         self._session = Session(self.segments, self.wires, options)
         if check_first_batch:
             self._session.look = FirstBatch(self._session, self._original).look
@@ -249,7 +252,10 @@ class Pipeline:
         *,
         verify_every: int | VerifyEvery | None = None,
     ) -> Any:
-        """Train, as `keras.Model.fit`; returns Keras's History.
+        """Train, as `keras.Model.fit`; returns Keras's History, which `history` keeps.
+
+        At its end your own model (the one that was split, or the parts) has the trained values too, as after
+        `model.fit`; after `train_on_batch` and `set_weights` it gets them with `merge` or `close`.
 
         With `verify_every` the hand-off is verified on the first batch and on every so many-th after it, before it is
         trained on; training is bit for bit the same. See `pipeline.VerifyEvery`, which may be given too, for its cost.
@@ -257,7 +263,9 @@ class Pipeline:
         Raises:
             VerificationError: Something differs by more than its tolerance; no value is that of the step it names.
         """
-        return self._ready("fit").fit(
+        trainer = self._ready("fit")
+        self._ahead = True
+        self.history = trainer.fit(
             x=x,
             y=y,
             batch_size=batch_size,
@@ -276,6 +284,8 @@ class Pipeline:
             validation_freq=validation_freq,
             verify_every=verify_every,
         )
+        as_keras.give_back(self)
+        return self.history
 
     def evaluate(
         self,
@@ -326,6 +336,7 @@ class Pipeline:
                 raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
             sample_weight = class_weights(y, class_weight)
         trainer.reset_metrics()
+        self._ahead = True
         return trainer.returned(trainer.train_step((x, y, sample_weight)), return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
@@ -346,6 +357,11 @@ class Pipeline:
     explain = questions.explain
     timeline = questions.timeline
 
+    summary = as_keras.summary
+    count_params = as_keras.count_params
+    metrics_names = property(as_keras.metrics_names)
+    __call__ = as_keras.call
+
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
         return self._session.get_weights(self._original)
@@ -356,37 +372,34 @@ class Pipeline:
         Raises:
             DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
         """
+        self._ahead = True
         self._session.set_weights(self._original, weights)
 
-    def save(self, path: str | Path, overwrite: bool = True) -> None:
-        """Write a checkpoint: variables, optimizer, and all that is needed to go on.
-
-        It is written beside `path` under another name and then renamed, so that a checkpoint is whole or not there.
-
-        Raises:
-            CheckpointError: Something is at `path` and `overwrite` is False.
-        """
-        checkpoint.save(self, Path(path), overwrite)
+    save = files.save
+    save_weights = files.save_weights
+    load_weights = files.load_weights
 
     @classmethod
     def load(
-        cls, path: str | Path, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any
+        cls, filepath: str | Path, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any
     ) -> Pipeline:
-        """A pipeline that continues from a checkpoint.
+        """A pipeline that continues from a checkpoint or a ``.keras`` file, optimizer included.
 
         Args:
-            path: What `save` wrote.
-            stages: Cut the model into this many stages; default: the same cuts as saved.
+            filepath: What `save` or `keras.Model.save` wrote.
+            stages: Cut the model into this many stages; default: the cuts of the checkpoint (a Keras file has none).
             at: Or: names of the layers behind which to cut.
-            **options: As for `Pipeline`; default: as saved.
+            **options: As for `Pipeline`; default: as saved. For a Keras file also `custom_objects`, `compile` and
+                `safe_mode`, as `keras.models.load_model` takes them.
 
         Raises:
             CheckpointError: Nothing is there, or it is not whole.
         """
-        return checkpoint.load(cls, Path(path), stages, at, options)
+        return files.load(cls, Path(filepath), stages, at, options)
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
+        as_keras.give_back(self)
         return self._merged().model
 
     def reset_metrics(self) -> None:
@@ -399,8 +412,11 @@ class Pipeline:
         self._running().call(Service.RESET_STATE)
 
     def close(self) -> None:
-        """End the workers. Idempotent."""
-        self._session.close()
+        """End the workers; your own model gets the trained values that it has not yet. Idempotent."""
+        try:
+            as_keras.give_back_if_possible(self)
+        finally:
+            self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -412,7 +428,7 @@ class Pipeline:
 
     def __del__(self) -> None:
         if hasattr(self, "_session"):
-            self.close()
+            self._session.close()
 
     def _running(self) -> Driver:
         """The workers, started if they are not yet."""

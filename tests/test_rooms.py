@@ -52,6 +52,8 @@ ORDER = {
 CIRCLES: dict[tuple[str, str], str] = {
     ("saving.checkpoint", "pipeline"): "loading makes a Pipeline, which its caller hands in; named for types only",
     ("saving.keras_files", "pipeline"): "writes the files of a Pipeline that it is handed; named for types only",
+    ("saving.files", "pipeline"): "saves a Pipeline that it is handed; named for types only",
+    ("training.as_keras", "pipeline"): "its functions are methods of Pipeline; named for types only",
     ("verify.questions", "pipeline"): "its functions are methods of Pipeline; named for types only",
     ("training.trainer", "pipeline"): "trains a Pipeline that it is handed; named for types only",
 }

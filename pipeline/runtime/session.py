@@ -94,6 +94,11 @@ class Session:
             self._driver, self._start = driver, None
         return self._driver
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the workers are there."""
+        return self._driver is not None and not self._driver.closed
+
     def recompile(self, compiled: Compiled) -> None:
         """Go on under other rules: the values stay, the optimizer's too where it is the same object, as in Keras."""
         same = self.compiled is not None and self.compiled.has_optimizers_of(compiled)

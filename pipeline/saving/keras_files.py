@@ -7,13 +7,17 @@ has an optimizer of its own, which no Keras model has, the file holds the model 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
+import keras
 
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
-from pipeline.compiled.optimizer_slots import Place, Slots, described_slots
+from pipeline.compiled.optimizer_slots import Place, Slots, State, described_slots
+from pipeline.cutting.splitter import Cut
+from pipeline.errors import CheckpointError
 from pipeline.model.merge import Merged
 from stages.recipe.describe import create
 from stages.worker.snapshot import optimizer_slots, read
@@ -27,9 +31,42 @@ def save(pipe: Pipeline, path: Path, overwrite: bool, **options: Any) -> None:
     _trained(pipe).model.save(path, overwrite=overwrite, **options)
 
 
-def save_weights(pipe: Pipeline, path: Path, overwrite: bool) -> None:
+def load(
+    kind: type[Pipeline], path: Path, stages: int | None, at: Sequence[Cut] | None, options: Mapping[str, Any]
+) -> Pipeline:
+    """Cut the model of a ``.keras`` file and go on from its values; see `Pipeline.load`."""
+    if stages is None and at is None:
+        raise CheckpointError(
+            f"{path} holds one Keras model: say into how many stages to cut it (stages=2), or at=[...]"
+        )
+    reading = {name: options[name] for name in ("custom_objects", "compile", "safe_mode") if name in options}
+    model = keras.models.load_model(path, **reading)
+    pipe = kind.split(model, stages, at, **{name: value for name, value in options.items() if name not in reading})
+    parts = [segment.model for segment in pipe.segments]
+    state = State({i: read(part.variables) for i, part in enumerate(parts)})
+    if not model.compiled:
+        pipe.session.start_from(state)
+        return pipe
+    given = keras.saving.deserialize_keras_object(model.get_compile_config())
+    names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
+    pipe.compile(**{name: given[name] for name in names if name in given}, auto_scale_loss=False)
+    compiled, optimizer = pipe.session.needs_compile("load"), model.optimizer
+    if optimizer is not None and optimizer.built:
+        merged = Merged(
+            model, tuple(tuple(p.variables) for p in parts), tuple(tuple(p.trainable_variables) for p in parts)
+        )
+        state.slots = _slots(merged)
+        compiled.build_optimizers()
+        compiled.go_on_from(state.slots, rate=True)
+        if compiled.loss_scaling is not None:
+            compiled.loss_scaling.go_on_from(LossScaling(optimizer).state())
+    pipe.session.start_from(state)
+    return pipe
+
+
+def save_weights(pipe: Pipeline, path: Path, overwrite: bool, **options: Any) -> None:
     """Write weights and, of one optimizer for all stages, its state as a ``.weights.h5`` file."""
-    _trained(pipe).model.save_weights(path, overwrite=overwrite)
+    _trained(pipe).model.save_weights(path, overwrite=overwrite, **options)
 
 
 def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
@@ -42,9 +79,7 @@ def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     driver.set("model", merged.values())
     optimizer, compiled = getattr(merged.model, "optimizer", None), pipe.session.compiled
     if optimizer is not None and compiled is not None:
-        places = _slot_places(merged)
-        values = read(unscaled(optimizer).variables)
-        slots = Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
+        slots = _slots(merged)
         driver.set("optimizer", slots.for_stages(described_slots(driver.descriptions)))
         compiled.go_on_from(slots, rate=True)
         if compiled.loss_scaling is not None:
@@ -73,6 +108,12 @@ def _trained(pipe: Pipeline) -> Merged:
         if compiled.loss_scaling is not None:
             LossScaling(optimizer).go_on_from(compiled.loss_scaling.state())
     return merged
+
+
+def _slots(merged: Merged) -> Slots:
+    """The values of the joined model's optimizer by what they belong to."""
+    places, values = _slot_places(merged), read(unscaled(merged.model.optimizer).variables)
+    return Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
 
 
 def _slot_places(merged: Merged) -> list[tuple[Place, str]]:

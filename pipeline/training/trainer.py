@@ -8,7 +8,6 @@ model" in a callback (weights, saving, the learning rate, a metric's direction) 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -19,7 +18,6 @@ from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
-from pipeline.saving import keras_files
 from pipeline.training.callbacks import prepared, watchers_among
 from pipeline.verify.every import VerifyEvery
 
@@ -123,6 +121,11 @@ class Trainer(keras.Model):  # type: ignore[misc]
         return values[0] if len(values) == 1 else values
 
     @property
+    def log_names(self) -> list[str]:
+        """What the logs hold, in the order in which `returned` lists them; the loss alone before a first batch."""
+        return list(self._order) or ["loss"]
+
+    @property
     def metrics(self) -> list[Any]:
         """What callbacks look a metric's direction up in; the values come from the workers."""
         compiled = self.session.compiled if hasattr(self, "session") else None
@@ -165,16 +168,12 @@ class Trainer(keras.Model):  # type: ignore[misc]
 
     def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
         """A Keras file (``.keras``, the merged model) or a checkpoint of the pipeline (any other name)."""
-        path = Path(filepath)
-        if path.suffix in (".keras", ".h5"):
-            keras_files.save(self.pipe, path, overwrite, **kwargs)
-        else:
-            self.pipe.save(path, overwrite=overwrite)
+        self.pipe.save(filepath, overwrite, **kwargs)
 
-    def save_weights(self, filepath: Any, overwrite: bool = True) -> None:
+    def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
         """The merged model's weights and its optimizer's state (``.weights.h5``)."""
-        keras_files.save_weights(self.pipe, Path(filepath), overwrite)
+        self.pipe.save_weights(filepath, overwrite, **kwargs)
 
     def load_weights(self, filepath: Any, **kwargs: Any) -> None:
         """A ``.weights.h5`` file into the stages."""
-        keras_files.load_weights(self.pipe, Path(filepath), **kwargs)
+        self.pipe.load_weights(filepath, **kwargs)

@@ -1,0 +1,171 @@
+"""What a user of a Keras model reaches for: tables, counts, names, files, calling it, and values in one's own model.
+
+Each function is a method of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline. Arguments, defaults and return
+values are those of `keras.Model`'s methods of the same name.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from pipeline.errors import DataError
+from pipeline.model.summary import TensorSpec, summary_text
+from stages.worker import snapshot
+from transport.errors import TapelineError
+
+if TYPE_CHECKING:
+    from pipeline.pipeline import Pipeline
+
+
+def summary(
+    pipe: Pipeline,
+    line_length: int | None = None,
+    positions: Sequence[float] | None = None,
+    print_fn: Callable[[str], Any] | None = None,
+    expand_nested: bool = False,
+    show_trainable: bool = False,
+    layer_range: Sequence[str] | None = None,
+) -> None:
+    """Print the stages, their layers and parameters, and what crosses each cut, with shape, dtype and bytes a sample.
+
+    Starts the workers only if a stage is built in its worker.
+
+    Args:
+        line_length: Characters in a line; default: the terminal's, at most 100.
+        positions: Where the columns end, as parts of the line or in characters.
+        print_fn: Called with the text in place of printing it.
+        expand_nested: List the layers of models inside a stage too.
+        show_trainable: Say of each layer whether it is trained.
+        layer_range: (first, last) layer to list: names or regular expressions.
+
+    Raises:
+        DataError: `positions` or `layer_range` does not fit.
+    """
+    text = summary_text(
+        pipe.segments,
+        pipe.wires,
+        lambda stage, name: _given(pipe, stage, name),
+        (_count(pipe, trained=False), _count(pipe, trained=True)),
+        line_length=line_length,
+        positions=positions,
+        expand_nested=expand_nested,
+        show_trainable=show_trainable,
+        layer_range=layer_range,
+    )
+    (print if print_fn is None else print_fn)(text)
+
+
+def count_params(pipe: Pipeline) -> int:
+    """The number of parameters of all stages' weights; one that several stages share counts once."""
+    return _count(pipe, trained=False)
+
+
+def metrics_names(pipe: Pipeline) -> list[str]:
+    """What the numbers are called that `evaluate` and `train_on_batch` give, in their order.
+
+    All are known after the first batch, as in Keras, which shows the metrics of `compile` as ``compile_metrics``.
+    """
+    if pipe.session.compiled is None:
+        return []
+    return pipe._trainer.log_names if pipe._trainer is not None else ["loss"]
+
+
+def call(pipe: Pipeline, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    """Outputs of one batch as tensors, in inference mode: ``pipe(x)``, as ``model(x)``.
+
+    Args:
+        inputs: Arrays or eager tensors (n, ...), as the model takes them.
+        training: None or False.
+        mask: None.
+
+    Returns:
+        Tensors (n, ...) in the nesting in which the model gives them. No tape sees into the workers: asking one for a
+        gradient through them is an error.
+
+    Raises:
+        DataError: It was called for something that only a model in this process can do.
+    """
+    flat = keras.tree.flatten(inputs)
+    if not tf.executing_eagerly() or any(isinstance(one, keras.KerasTensor) for one in flat):
+        raise DataError(
+            "pipe(x) runs in other processes, so x must hold values: it cannot be part of a Keras model or of a "
+            "tf.function; use pipe.merge() for one ordinary Keras model"
+        )
+    if training or mask is not None:
+        raise DataError(
+            "pipe(x) computes outputs in inference mode; training=True and mask= are not taken: use train_on_batch, "
+            "gradients, or pipe.merge() for one ordinary Keras model"
+        )
+    shape: list[Any] = []
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def through_workers(*_: Any) -> Any:
+        outputs = keras.tree.map_structure(tf.convert_to_tensor, pipe.predict_on_batch(inputs))
+        shape.append(outputs)
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise DataError(
+                "a tape of this process cannot see into the workers, so there is no gradient through pipe(x); use "
+                "pipe.gradients(x, y), or pipe.merge() for one ordinary Keras model"
+            )
+
+        return tuple(keras.tree.flatten(outputs)), refuse
+
+    found = through_workers(*(one for one in flat if tf.is_tensor(one)))
+    return keras.tree.pack_sequence_as(shape[0], list(found))
+
+
+def give_back(pipe: Pipeline) -> None:
+    """Give the user's own models the values that the workers have now: weights, statistics, seeds.
+
+    Does nothing where nothing was trained or set since the last time, or the workers have ended.
+    """
+    if not pipe._ahead or not pipe.session.is_running:
+        return
+    values = pipe.session.values("model")
+    for i, segment in enumerate(pipe.segments):
+        if segment.model is not None:
+            snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
+    pipe._ahead = False
+
+
+def give_back_if_possible(pipe: Pipeline) -> None:
+    """The same for a pipeline that is being closed: what fails is a warning, since closing must go on."""
+    try:
+        give_back(pipe)
+    except TapelineError as error:
+        warnings.warn(
+            f"your own model has not the last trained values, since the workers could not give them: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _count(pipe: Pipeline, trained: bool) -> int:
+    found: dict[Any, int] = {}
+    for i, segment in enumerate(pipe.segments):
+        if segment.model is not None:
+            weights = segment.model.trainable_weights if trained else segment.model.weights
+            found |= {id(weight): math.prod(weight.shape) for weight in weights}
+        else:
+            described = pipe.session.driver().descriptions[i]["variables"]
+            for k, (_, _, size, trainable, is_weight) in enumerate(described):
+                if is_weight and (trainable >= 0 or not trained):
+                    found[i, k] = math.prod(size)
+    return sum(found.values())
+
+
+def _given(pipe: Pipeline, stage: int, name: str) -> TensorSpec | None:
+    """(dtype, shape) of a tensor that a stage gives."""
+    model = pipe.segments[stage].model
+    if model is None:
+        return pipe.session.driver().output_spec(stage, name)
+    names = [one for one, _ in pipe.wires.gives[stage]]
+    tensor = model.outputs[names.index(name)]
+    return str(tensor.dtype), tuple(tensor.shape)
