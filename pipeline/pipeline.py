@@ -255,7 +255,7 @@ class Pipeline:
         """Train, as `keras.Model.fit`; returns Keras's History, which `history` keeps.
 
         At its end your own model (the one that was split, or the parts) has the trained values too, as after
-        `model.fit`; after `train_on_batch` and `set_weights` it gets them with `merge` or `close`.
+        `model.fit`; after `train_on_batch` and `set_weights` it gets them with `close`.
 
         With `verify_every` the hand-off is verified on the first batch and on every so many-th after it, before it is
         trained on; training is bit for bit the same. See `pipeline.VerifyEvery`, which may be given too, for its cost.
@@ -399,7 +399,6 @@ class Pipeline:
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
-        as_keras.give_back(self)
         return self._merged().model
 
     def reset_metrics(self) -> None:

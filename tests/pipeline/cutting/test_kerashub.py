@@ -175,6 +175,8 @@ def test_training_is_that_of_the_uncut_model(case: Case) -> None:
             pipe.train_on_batch(case.x, case.y, case.weights)
         ours, predicted = pipe.get_weights(), pipe.predict(case.x, verbose=0)
         trained = pipe.merge()
+    for variable, value in zip(case.model.variables, before, strict=True):
+        variable.assign(value)
     optimizer, variables = keras.optimizers.Adam(0.01), case.model.trainable_variables
     for _ in range(3):
         _, gradients = natural_tape(

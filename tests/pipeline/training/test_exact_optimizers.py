@@ -63,9 +63,9 @@ def run(optimizer: Callable[[], Any], run_eagerly: bool) -> tuple[list[np.ndarra
         for _ in range(STEPS):
             pipe.train_on_batch(x, y)
         ours = pipe.get_weights()
-    for _ in range(STEPS):
-        tape.train(x, y, MICROBATCHES)
-    return before, ours, tape.weights()
+        for _ in range(STEPS):
+            tape.train(x, y, MICROBATCHES)
+        return before, ours, tape.weights()
 
 
 @pytest.mark.parametrize("name", in_turn(list(EXACT), 4, len(EXACT)))
@@ -104,7 +104,7 @@ def test_averages_replace_the_weights_after_fit() -> None:
     """With `use_ema` and no overwriting, `fit` ends with the averages in the variables, as Keras's does."""
     x, y = stack("dense").data(SAMPLES)
     models = parts()
-    tape = OneTape(models, cross_entropy(), optimizers.SGD(0.5, use_ema=True, ema_momentum=0.8))
+    tape = OneTape(parts(), cross_entropy(), optimizers.SGD(0.5, use_ema=True, ema_momentum=0.8))
     with Pipeline(models, MICROBATCHES, "1f1b", "inproc") as pipe:
         pipe.compile(optimizers.SGD(0.5, use_ema=True, ema_momentum=0.8), cross_entropy(), run_eagerly=True)
         pipe.fit(x, y, batch_size=SAMPLES, epochs=STEPS, shuffle=False, verbose=0)
