@@ -154,10 +154,9 @@ def _count(pipe: Pipeline, trained: bool) -> int:
             weights = segment.model.trainable_weights if trained else segment.model.weights
             found |= {id(weight): math.prod(weight.shape) for weight in weights}
         else:
-            described = pipe.session.driver().descriptions[i]["variables"]
-            for k, (_, _, size, trainable, is_weight) in enumerate(described):
-                if is_weight and (trainable >= 0 or not trained):
-                    found[i, k] = math.prod(size)
+            for k, weight in enumerate(pipe.session.driver().descriptions[i].weights):
+                if weight.trained or not trained:
+                    found[i, k] = math.prod(weight.shape)
     return sum(found.values())
 
 
