@@ -76,6 +76,7 @@ class FirstBatch:
                 own.disturb(seed)
             return own.run(few, training)
 
+        ours = self._through_the_pipeline(mode, few)  # first: what is wrong with a batch is told with stage and action
         with own.put_back():
             try:
                 theirs = run()
@@ -86,7 +87,6 @@ class FirstBatch:
                     stacklevel=2,
                 )
                 return
-            ours = self._through_the_pipeline(mode, few)
             rounding = PLAIN_EPS * max(eps(array.dtype.name) for array in theirs.outputs.values())
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > rounding}
             if not apart or any(_apart(run(), theirs).values()):  # or it draws numbers that nobody can repeat

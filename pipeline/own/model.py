@@ -125,7 +125,7 @@ class OwnModel:
             loss = None
             if judged is not None:
                 shares = [size / sum(batch.sizes) for size in batch.sizes]
-                loss = self._loss(outputs, batch, judged)
+                loss = tf.reduce_sum(self._loss(outputs, batch, judged))  # without a reduction it has many
                 for share, (_, own) in zip(shares, runs, strict=True):
                     for one in own:
                         loss = loss + tf.cast(tf.reduce_sum(one) * tf.cast(share, one.dtype), loss.dtype)

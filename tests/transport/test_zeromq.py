@@ -347,4 +347,4 @@ print(Path(inbox.address.removeprefix("ipc://")).parent.exists())
 """
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout, done.stderr) == ("ready\nready\nFalse\n", "")
+    assert (done.stdout, done.stderr) == ("hello\nhello\nFalse\n", "")

@@ -45,7 +45,7 @@ def test_the_drawings_in_the_schedules_own_modules_are_their_text():
     from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
 
     for name, schedule in {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "forward_only": forward_only}.items():
-        source = (ROOT / "pipeline" / "schedules" / f"{name}.py").read_text()
+        source = (ROOT / "pipeline" / "plan" / "schedules" / f"{name}.py").read_text()
         drawn = [line.strip() for line in source.splitlines() if line.startswith("    worker ")]
         printed = [line.rpartition("│")[0].rstrip() for line in schedule(3, 4).text().splitlines()[1:]]
         assert drawn == printed

@@ -116,5 +116,5 @@ def test_every_hand_made_plan_that_is_accepted_runs_and_gives_the_same_gradients
             pipe.compile("sgd", "mse", run_eagerly=True)
             found.append(pipe.gradients(x, y))
     for other in found[1:]:
-        for name, gradient in found[0].items():
-            np.testing.assert_array_equal(gradient, other[name])
+        for gradient, theirs in zip(found[0].values(), other.values(), strict=True):
+            np.testing.assert_array_equal(gradient, theirs)

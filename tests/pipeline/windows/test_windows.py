@@ -148,7 +148,8 @@ def test_truncation_changes_the_gradient_and_not_the_loss():
         with split(tagger, stages=2, windows=4, truncate=truncate) as pipe:
             pipe.compile("sgd", "mse", run_eagerly=True)
             losses.append(pipe.test_on_batch(x, y))
-            gradients.append(pipe.gradients(x, y)["stage0/low/lstm_cell/recurrent_kernel"])
+            found = pipe.gradients(x, y)
+            gradients.append(next(g for name, g in found.items() if name.endswith("low/lstm_cell/recurrent_kernel")))
     assert losses[0] == losses[1] == losses[2]
     assert not np.allclose(gradients[0], gradients[1], rtol=1e-3)
     assert not np.allclose(gradients[1], gradients[2], rtol=1e-3)

@@ -151,7 +151,8 @@ def _third_stage() -> Explanation:
             keras.layers.Dense(4, name="b"),
             Grades(name="grades"),  # tf.round(x * 3.0)
             keras.layers.Dense(1, name="c"),
-        ]
+        ],
+        name="net",
     )
     with Pipeline.split(model, at=["a", "b"], transport="inproc") as pipe:
         pipe.compile("sgd", "mean_squared_error")
