@@ -52,6 +52,7 @@ class FirstBatch:
     def __init__(self, session: Session, original: Any | None) -> None:
         self._session, self._original = session, original
         self._seen: dict[str, Any] = {}
+        self._untold = ""
 
     def look(self, mode: str, batch: Batch) -> None:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
@@ -64,6 +65,12 @@ class FirstBatch:
             FirstBatchError: They differ by more than rounding; says where first, and what to do.
         """
         session = self._session
+        if self._untold:  # and yet the workers went through that batch
+            untold, self._untold = self._untold, ""
+            warnings.warn(
+                f"the first batch could not be compared with the model in this process: calling it here raises {untold}",
+                stacklevel=2,
+            )
         if self._seen.get(mode, self) is session.compiled or self._cannot():
             return
         self._seen[mode] = session.compiled
@@ -76,17 +83,13 @@ class FirstBatch:
                 own.disturb(seed)
             return own.run(few, training)
 
-        ours = self._through_the_pipeline(mode, few)  # first: what is wrong with a batch is told with stage and action
         with own.put_back():
             try:
                 theirs = run()
             except Exception as error:
-                warnings.warn(
-                    "the first batch could not be compared with the model in this process, where calling it raises "
-                    f"{type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
+                self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
                 return
+            ours = self._through_the_pipeline(mode, few)
             rounding = PLAIN_EPS * max(eps(array.dtype.name) for array in theirs.outputs.values())
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > rounding}
             if not apart or any(_apart(run(), theirs).values()):  # or it draws numbers that nobody can repeat
