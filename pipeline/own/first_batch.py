@@ -68,7 +68,7 @@ class FirstBatch:
         if self._untold:  # and yet the workers went through that batch
             untold, self._untold = self._untold, ""
             warnings.warn(
-                f"the first batch could not be compared with the model in this process: calling it here raises {untold}",
+                f"the first batch could not be compared with the model in this process: calling it raises {untold}",
                 stacklevel=2,
             )
         if self._seen.get(mode, self) is session.compiled or self._cannot():
