@@ -171,14 +171,13 @@ def replace_in(layer: Any, old: Any, new: Any) -> None:
             value[:] = [new if item is old else item for item in value]
 
 
-def seed_generators_by_attribute(layer: Any) -> dict[str, Any]:
-    """{attribute: `keras.random.SeedGenerator`} of a layer itself.
+def forget_variables(layer: Any, variables: Iterable[Any]) -> None:
+    """Let a layer not list variables any more that it made not to be trained.
 
-    Relies on a layer keeping a generator in an attribute of its own.
+    Relies on `Layer._non_trainable_variables` being the list that `Layer.variables` reads.
     """
-    import keras
-
-    return {name: value for name, value in vars(layer).items() if isinstance(value, keras.random.SeedGenerator)}
+    gone = {id(variable) for variable in variables}
+    layer._non_trainable_variables[:] = [one for one in layer._non_trainable_variables if id(one) not in gone]
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
+from tensorflow.python.debug.lib import check_numerics_callback
 from tensorflow.python.eager import backprop, backprop_util, context, record
-from tensorflow.python.framework import op_callbacks, ops
+from tensorflow.python.framework import config, op_callbacks, ops
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops, script_ops
 
 # -- kinds of objects --------------------------------------------------------------------------------------------
@@ -35,6 +36,25 @@ def has_op_run() -> bool:
     """
     current = context.context_safe()
     return bool(current is not None and current._initialized)
+
+
+# -- settings of the process -------------------------------------------------------------------------------------
+
+
+def checks_numerics() -> bool:
+    """Whether `tf.debugging.enable_check_numerics` was called in this thread. Relies on what it leaves in `_state`."""
+    return hasattr(check_numerics_callback._state, "check_numerics_callback")
+
+
+def is_deterministic() -> bool:
+    """Whether `tf.config.experimental.enable_op_determinism` was called."""
+    return bool(config.is_op_determinism_enabled())
+
+
+def global_seed() -> int | None:
+    """What `tf.random.set_seed` (and so `keras.utils.set_random_seed`) was given; None: it was not called."""
+    found = context.global_seed()
+    return None if found is None else int(found)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from pathlib import Path
 from tests.sources import imported, modules
 
 ADAPTERS = ("stages/keras_internals.py", "stages/tensorflow_internals.py")
+# Taking objects apart is nothing but such names; `tests/stages/recipe/test_by_value.py` tries what they rely on.
+ADAPTERS += ("stages/recipe/keras_state.py", "stages/recipe/tensorflow_state.py")
 PRIVATE = re.compile(r"(?:keras\.src|tensorflow\.(?:python|core|compiler))(?:[.:]\w+)*")
 # Documented names of Python's own that look private.
 STANDARD = {"_exit", "_getframe", "_replace", "_asdict", "_fields", "_make"}

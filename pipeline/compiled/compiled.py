@@ -6,6 +6,7 @@ own. What no stage can decide alone is decided here: clipping by a norm over all
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,10 @@ from pipeline.plan.schedules import gpipe
 from pipeline.saying import did_you_mean
 from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
+from stages.recipe.by_value import copied
 from stages.recipe.describe import describe
+from stages.recipe.keras_state import rate_is_a_variable
+from stages.recipe.stage_objects import Judging
 from stages.worker.hosted_stage import HeadSpec
 
 
@@ -64,9 +68,10 @@ class Compiled:
             self._check_names(one.loss, one.metrics, one.weighted_metrics)
         self.has_loss = any(one.loss is not None for one in self.objectives)
         self.specs = self._head_specs(outputs) if self.has_loss else ()
-        self.heads = {
-            spec.label: Head.from_recipe(spec.recipe, label=spec.label if spec.named else None) for spec in self.specs
+        self._judging = {
+            one.label: Judging(_known_here(one.loss), one.metrics, one.weighted_metrics) for one in self.objectives
         }
+        self.heads = {spec.label: self._head(spec) for spec in self.specs}
         self.has_metrics = any(head.has_metrics for head in self.heads.values())
         self._constant_rates = [_constant_rate(optimizer) for optimizer in self.optimizers]
         self.loss_scaling = self._only(LossScaling.of, "loss scaling")
@@ -99,7 +104,7 @@ class Compiled:
         return len(self.optimizers) == len(other.optimizers) and all(unscaled(a) is unscaled(b) for a, b in pairs)
 
     def recipe(self) -> dict[str, Any]:
-        """The arguments of `compile` as plain data."""
+        """The arguments of `compile` as plain data, for a checkpoint."""
         described = {name: describe(thing, name) for name, thing in self._given.items()}
         if self.one_optimizer:
             optimizer = describe(self.optimizer, "the optimizer")
@@ -109,25 +114,31 @@ class Compiled:
         weights = describe(self._loss_weights, "loss_weights")
         return {"optimizer": optimizer, **described, "loss_weights": weights, "run_eagerly": self.run_eagerly}
 
-    def optimizer_recipe(self, stage: int) -> Any:
-        """What a stage's own optimizer is made from."""
-        optimizer = self._inner_of(stage)
-        if optimizer is None:
-            return None
-        recipe = describe(optimizer, "the optimizer")
-        config = recipe["keras"]["config"]
-        config["global_clipnorm"] = None  # decided over all stages together
-        config["loss_scale_factor"] = None  # the loss is not scaled here, so nothing is to be divided by it again
-        return recipe
+    def judging(self, labels: Sequence[str]) -> list[Judging]:
+        """What judges these outputs."""
+        return [self._judging[label] for label in labels]
 
-    def reference_recipe(self, stage: int) -> Any:
-        """The optimizer as the user gave it, under the (first) stage that it is for; None elsewhere."""
+    def copies(self) -> dict[str, Any]:
+        """The arguments of `keras.Model.compile` for a model of its own, nothing shared with the user's objects."""
+        given = {"optimizer": self.optimizer, **self._given, "loss_weights": self._loss_weights}
+        built = [one for one in (self.optimizer, unscaled(self.optimizer)) if one is not None]
+        copy = copied(given, "what compile() was given", unbuilt=[(one, {}) for one in built])
+        return {**copy, "run_eagerly": self.run_eagerly}
+
+    def optimizer_of(self, stage: int, reference: bool = False) -> tuple[Any, dict[str, Any]]:
+        """The optimizer that updates a stage, and what is set in the copy that its worker gets.
+
+        The loss is not scaled there, so nothing is to be divided by its scale again. Clipping by the norm over all
+        stages is decided over all stages; the reference, which has all of them, clips by itself.
+
+        Args:
+            stage: The stage.
+            reference: For the reference, where one optimizer for all stages comes with the first.
+        """
         optimizer = self._inner_of(stage)
-        if optimizer is None or (stage > 0 and len(self.optimizers) == 1):
-            return None
-        recipe = describe(optimizer, "the optimizer")
-        recipe["keras"]["config"]["loss_scale_factor"] = None  # the reference divides by the scale itself
-        return recipe
+        if reference:
+            return (None if stage > 0 and len(self.optimizers) == 1 else optimizer), {"loss_scale_factor": None}
+        return optimizer, {"loss_scale_factor": None, "global_clipnorm": None}
 
     def keep(self) -> Callable[[], None]:
         """Set aside what training changes in the user's process; the returned function puts it back."""
@@ -174,7 +185,6 @@ class Compiled:
             HeadSpec(
                 name,
                 one.label,
-                Head.recipe(one.loss, one.metrics, one.weighted_metrics),
                 one.weight,
                 order,
                 named=len(outputs) > 1,
@@ -182,6 +192,11 @@ class Compiled:
             for order, ((name, _), one) in enumerate(zip(outputs, self.objectives, strict=True))
             if one.loss is not None or one.metrics or one.weighted_metrics
         )
+
+    def _head(self, spec: HeadSpec) -> Head:
+        """The objective of one output here, where its weights over microbatches are computed."""
+        one = copied(self._judging[spec.label], "what compile() was given")
+        return Head(one.loss, one.metrics, one.weighted_metrics, label=spec.label if spec.named else None)
 
     def _only(self, find: Any, what: str) -> Any:
         """What the optimizers say of something that is decided over all stages, so that all must say the same."""
@@ -331,11 +346,19 @@ def _scaled(optimizer: Any, mixed_float16: bool) -> Any:
 
 
 def _global_clipnorm(optimizer: Any) -> float | None:
-    return None if optimizer is None else unscaled(optimizer).get_config().get("global_clipnorm")
+    return None if optimizer is None else unscaled(optimizer).global_clipnorm
 
 
 def _constant_rate(optimizer: Any) -> bool:
-    return optimizer is not None and not isinstance(unscaled(optimizer).get_config().get("learning_rate"), dict)
+    return optimizer is not None and rate_is_a_variable(unscaled(optimizer))
+
+
+def _known_here(loss: Any) -> Any:
+    """A loss; one that is called by a name that was registered here, which a worker would not know, itself."""
+    found = keras.saving.get_registered_object(loss) if isinstance(loss, str) else None
+    if found is None:
+        return loss
+    return found() if inspect.isclass(found) else found
 
 
 _SHORT_NAMES = {

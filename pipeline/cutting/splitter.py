@@ -26,7 +26,9 @@ from pipeline.model.shared_variables import changes_by_itself
 from pipeline.model.stateful import converted
 from pipeline.saying import is_whole
 from stages.keras_internals import graph_model, output_structure
+from stages.recipe.overrides import why_training_would_differ
 from stages.recipe.segment import Segment
+from stages.recipe.unbuilt import build_rest
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -87,9 +89,13 @@ def split_model(
 
     Raises:
         SplitError: Not exactly one way to cut; a subclassed model; more stages than layers; a name that is not there; a
-            cut that leaves an empty stage; a layer that changes its own state used in two stages.
+            cut that leaves an empty stage; a layer that changes its own state used in two stages; a `train_step` or
+            the like of the model's own, which its stages would not call.
     """
     graph, prediction = read_graph(model), None
+    if (why := why_training_would_differ(model)) is not None:
+        raise SplitError(why)
+    build_rest(model)
     if stage_of is None and cuts is not None:
         stage_of = in_order(graph, cuts)
     elif stage_of is None:

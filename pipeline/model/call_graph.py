@@ -9,7 +9,7 @@ how a part of a model becomes a model of its own, with the same layer objects an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import keras
 
 from pipeline.errors import SplitError
 from stages.keras_internals import graph_model, maker_of, nodes_in_order, output_structure
+from stages.recipe.overrides import CALLING, overridden
 from stages.recipe.running_order import order_of, run_in_order
 
 
@@ -202,22 +203,31 @@ def _slots(arguments: Any, numbers: Mapping[int, int]) -> Any:
 
 
 def _functional(model: Any) -> Any | None:
-    """The Functional inside a Sequential, a Functional itself, or None for anything else."""
-    if isinstance(model, keras.Sequential):
-        return graph_model(model) if model.built else None
-    return graph_model(model) if isinstance(model, keras.Model) and _plain(model) else None
+    """The Functional inside a Sequential, a Functional itself, or None for anything else.
 
-
-def _plain(model: Any) -> bool:
-    """Whether a model's call is that of its graph, not one of its own."""
-    call: Callable[..., Any] = type(model).call
-    return call.__module__.split(".")[0] == "keras"
+    Also None where the graph is not all that a call of the model does: it has a `call` of its own, or a penalty on its
+    outputs.
+    """
+    if not isinstance(model, keras.Model) or overridden(model, CALLING) or model.activity_regularizer is not None:
+        return None
+    return graph_model(model) if model.built else None
 
 
 def _why_not(model: Any) -> str:
     kind = type(model).__name__
     if not isinstance(model, keras.Model):
         return f"only a Keras model can be split, received {kind}"
+    if model.activity_regularizer is not None:
+        return (
+            f"the model {model.name!r} has an activity regulariser of its own, which no stage could apply; give it to "
+            "the layer whose output it is for"
+        )
+    own = overridden(model, CALLING)
+    if isinstance(model, keras.Sequential) and own:
+        return (
+            f"the Sequential model {model.name!r} ({kind}) has a {own[0]}() of its own, which its stages would ignore; "
+            "write what it does as a layer and add that to a plain keras.Sequential"
+        )
     if isinstance(model, keras.Sequential):
         return f"the Sequential model {model.name!r} is not built; begin it with keras.Input(shape)"
     return (

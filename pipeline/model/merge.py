@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import Wires
-from stages.recipe.describe import create, describe
+from stages.recipe.by_value import copied
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
 
@@ -56,10 +56,9 @@ def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, value
 
 
 def _like_original(segments: Sequence[Segment], original: Any) -> Merged:
-    model = create(describe(original, f"the model {original.name!r}"))
+    model = copied(original, f"the model {original.name!r}")
     twin: dict[int, Any] = {}
     for theirs, ours in zip(original.variables, model.variables, strict=True):
-        ours.assign(theirs.value)
         twin[id(theirs)] = ours
     models = [segment.model for segment in segments]
     return Merged(
@@ -88,5 +87,5 @@ def _composed(segments: Sequence[Segment], wires: Wires) -> Merged:
 
 
 def copy_model(segment: Segment) -> Any:
-    """A new model from a segment's recipe."""
-    return segment.create() if segment.model is None else create(segment.recipe()["model"])
+    """A new model like a segment's."""
+    return segment.create() if segment.model is None else copied(segment.model, f"the model {segment.model.name!r}")

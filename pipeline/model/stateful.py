@@ -18,8 +18,15 @@ import keras
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, Graph, Slot, read_graph
-from stages.keras_internals import layers_of, own_trainable_variables, replace_in, seed_generators_by_attribute
+from stages.keras_internals import (
+    forget_variables,
+    layers_of,
+    own_other_variables,
+    own_seed_generators,
+    own_trainable_variables,
+)
 from stages.layers.initial_states import BeginWith, Begun, LearnedState
+from stages.recipe.by_value import copied
 from stages.recipe.running_order import order_of, run_in_order
 from stages.tape.tensors import is_differentiable
 
@@ -117,7 +124,7 @@ def _recurrent_call(call: Call, tensors: Mapping[int, Any]) -> tuple[list[Any], 
     """A recurrent layer's call with its states outside: its results, the states, the operations called."""
     layer = call.operation
     series, initial, mask = _arguments(call, tensors)
-    copy = giving_its_state(layer, series.shape)
+    copy = giving_its_state(layer)
     names = _names(layer)
     enter = [
         keras.Input(batch_shape=(None, *_sizes(size)), dtype=layer.compute_dtype, name=f"{state}_in")
@@ -158,23 +165,22 @@ def _arguments(call: Call, tensors: Mapping[int, Any]) -> tuple[Any, list[Any], 
     return args[0], states, kwargs.get("mask")
 
 
-def giving_its_state(layer: Any, shape: Sequence[int | None]) -> Any:
+def giving_its_state(layer: Any) -> Any:
     """A recurrent layer like this one, with the same variables and random generators, that returns its state."""
-    config = {**layer.get_config(), "return_state": True, "stateful": False, "unroll": False}
     if layer.stateful:
         warnings.warn(
             f"the layer {layer.name!r} is stateful: its state is a variable, which no gradient passes; here it is "
             "handed from window to window instead",
             stacklevel=2,
         )
-    copy = type(layer).from_config(config)
-    copy.build(tuple(shape))
-    for ours, theirs in zip(layers_of(copy), layers_of(layer), strict=True):
-        for new, old in zip(own_trainable_variables(ours), own_trainable_variables(theirs), strict=True):
-            replace_in(ours, new, old)
-        for name, generator in seed_generators_by_attribute(theirs).items():
-            replace_in(ours, getattr(ours, name), generator)
-        ours.trainable = theirs.trainable
+    inner = layers_of(layer)
+    shared = [v for one in inner for v in (*own_trainable_variables(one), *own_other_variables(one))]
+    shared += [generator for one in inner for generator in own_seed_generators(one)]
+    copy = copied(layer, f"the layer {layer.name!r}", keep=shared)
+    if layer.stateful:
+        forget_variables(copy, keras.tree.flatten(layer.states))
+        copy.states = None
+    copy.return_state, copy.stateful, copy.unroll = True, False, False
     return copy
 
 

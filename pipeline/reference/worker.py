@@ -53,7 +53,7 @@ class ReferenceWorker(BaseWorker):
 
     def host(self, spec: StageSpec) -> HostedStage:
         """Build a stage without an optimizer: the reference's own are made by `MakeOptimizers`."""
-        return HostedStage(replace(spec, optimizer=None, undecayed=()))
+        return HostedStage(replace(spec, undecayed=()), updates=False)
 
     @property
     def tape(self) -> SingleTape:
@@ -74,9 +74,8 @@ class ReferenceWorker(BaseWorker):
         return self._batch
 
     def _do_optimizers(self, order: MakeOptimizers) -> Reply:
-        recipes = {stage.index: stage.optimizer for stage in self.specs}
         undecayed = {stage.index: stage.undecayed for stage in self.specs}
-        self._optimizers = reference_optimizers(recipes, self.tape.hosted, undecayed)
+        self._optimizers = reference_optimizers(self.tape.hosted, undecayed)
         return Reply({str(i): optimizer.described() for i, optimizer in self._optimizers.items()})
 
     def _do_witness(self, order: Witness) -> Reply:

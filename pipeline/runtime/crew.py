@@ -27,6 +27,7 @@ from pipeline.runtime.interrupts import deferred_interrupts
 from pipeline.runtime.launch import Launcher, LocalLauncher, ThreadLauncher, WorkerHandle
 from pipeline.runtime.post_mortem import describe_worker, died, failed, stalled
 from pipeline.runtime.socket_directory import SocketDirectory
+from stages.recipe.settings import settings
 from stages.worker.hosted_stage import StageSpec
 from transport.channel import Outbox, Transport
 from transport.endpoints import tcp_host_port
@@ -105,6 +106,7 @@ class Crew:
                 "driver": inbox.address,
                 "stages": [stage.plain() for stage in specs],
                 "own_process": scheme != "inproc",
+                "settings": settings(),
             }
             name = "+".join(stage.name for stage in specs)
             self._handles.append(self._launcher.launch(name, entry, spec, threads))

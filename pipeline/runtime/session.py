@@ -14,7 +14,7 @@ from pipeline.batch.step import Batch, StepResult
 from pipeline.compiled.compiled import Compiled
 from pipeline.compiled.optimizer_slots import Slots, State, described_slots
 from pipeline.errors import CompileError, DataError, PipelineClosedError, WiringError
-from pipeline.model.shared_variables import state_in_two_stages, ties
+from pipeline.model.shared_variables import state_in_two_stages
 from pipeline.model.stateful import warn_of_stateful_layers
 from pipeline.model.wiring import Wires, check_shapes
 from pipeline.plan.plan import Plan
@@ -25,10 +25,11 @@ from pipeline.runtime.interrupts import deferred_interrupts
 from pipeline.runtime.options import Options
 from pipeline.runtime.reference_process import ReferenceProcess
 from pipeline.runtime.runnable import check_runnable
+from pipeline.runtime.stage_specs import SpecOptions, stage_specs
 from stages.grid import is_over_time
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
-from stages.worker.hosted_stage import StageSpec, Tie
+from stages.worker.hosted_stage import StageSpec
 from stages.worker.orders import Mode
 from transport.message import DRIVER
 
@@ -61,6 +62,7 @@ class Session:
         self.look: Callable[[str, Batch], None] = lambda mode, batch: None
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         self._start: State | None = None
+        self._besides: dict[int, list[Any]] = {}
         self._driver: Driver | None = None
         self._reference = ReferenceProcess()
         self._closed = False
@@ -401,31 +403,16 @@ class Session:
             driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
 
     def _specs(self, reference: bool = False) -> list[StageSpec]:
-        shared = ties(self.segments)
-        return [self._spec(i, shared[i], reference) for i in range(len(self.segments))]
+        options = SpecOptions(self.options.recompute, self.options.keep_state, self._seed)
+        found = stage_specs(self.segments, self.wires, self.compiled, options, reference)
+        if not reference:
+            self._besides = {one.spec.index: one.besides for one in found}
+        return [one.spec for one in found]
 
-    def _spec(self, index: int, shared: Sequence[Tie], reference: bool) -> StageSpec:
-        compiled, segment = self.compiled, self.segments[index]
-        given = [name for name, _ in self.wires.gives[index]]
-        variables = [] if segment.model is None else segment.model.trainable_variables
-        optimizer = None
-        if compiled is not None:
-            optimizer = compiled.reference_recipe(index) if reference else compiled.optimizer_recipe(index)
-        return StageSpec(
-            index=index,
-            name=self.wires.names[index],
-            segment=segment.recipe(),
-            inputs=self.wires.takes[index],
-            outputs=self.wires.gives[index],
-            states=segment.states,
-            keeps_state=self.options.keep_state,
-            finals=[name for name, _ in self.wires.outputs if name in given],
-            heads=[spec for spec in (compiled.specs if compiled is not None else ()) if spec.output in given],
-            ties=shared,
-            optimizer=optimizer,
-            undecayed=() if compiled is None else compiled.undecayed(index, variables),
-            run_eagerly=compiled is not None and compiled.run_eagerly,
-            recompute=self.options.recompute[index],
-            paths=() if segment.model is None else [variable.path for variable in segment.model.variables],
-            seed=None if segment.model is not None or self._seed is None else (self._seed + index) % 2**31,
-        )
+    def besides(self) -> dict[int, list[Any]]:
+        """For each stage the user's own variables that went along with its losses and layers, beside the model's.
+
+        The workers have copies: ``driver.set("besides", {stage: values})`` gives them new values, in this order.
+        """
+        self.driver()
+        return {i: list(variables) for i, variables in sorted(self._besides.items())}

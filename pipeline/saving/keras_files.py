@@ -19,7 +19,6 @@ from pipeline.compiled.optimizer_slots import Place, Slots, State, described_slo
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.model.merge import Merged
-from stages.recipe.describe import create
 from stages.worker.snapshot import optimizer_slots, read
 
 if TYPE_CHECKING:
@@ -95,8 +94,7 @@ def _trained(pipe: Pipeline) -> Merged:
     merged, compiled = pipe._merged(), pipe.session.compiled
     if compiled is None or not compiled.one_optimizer:
         return merged
-    arguments = {name: create(recipe) for name, recipe in compiled.recipe().items()}
-    merged.model.compile(**arguments, auto_scale_loss=False)  # the optimizer scales already, where it should
+    merged.model.compile(**compiled.copies(), auto_scale_loss=False)  # the optimizer scales already, where it should
     optimizer = merged.model.optimizer
     if optimizer is not None:
         optimizer.build(merged.model.trainable_variables)

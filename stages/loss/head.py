@@ -14,7 +14,7 @@ Loss and metrics are resolved by Keras itself (names, functions, objects, "accur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -23,7 +23,6 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.keras_internals import function_arguments
-from stages.recipe.describe import Recipe, create, describe
 
 _SUMS = ("sum", "none", None)
 _COUPLED_FUNCTIONS = ("dice", "tversky", "circle")
@@ -57,24 +56,6 @@ class Head:
         self.loss = None if loss is None else keras.losses.get(loss)
         self._counts = bool(metrics) or bool(weighted_metrics)
         self._built = False
-
-    @staticmethod
-    def recipe(loss: Any, metrics: Any, weighted_metrics: Any) -> Recipe:
-        """The objective as plain data.
-
-        Raises:
-            RecipeError: One of them cannot be made again in a worker.
-        """
-        return {
-            "loss": describe(loss, "the loss"),
-            "metrics": describe(metrics, "metrics"),
-            "weighted_metrics": describe(weighted_metrics, "weighted_metrics"),
-        }
-
-    @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Recipe], **options: Any) -> Head:
-        """The objective that a recipe describes; `options` are the keyword arguments of `Head`."""
-        return cls(**{key: create(value) for key, value in recipe.items()}, **options)
 
     @property
     def couples_samples(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import os
 import random
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from stages.origin import check_origins
+from stages.process.job import job_of_bytes
 from stages.process.lifetime import die_with_parent, name_process
 from stages.process.status_board import SharedBoard, words_of
 
@@ -29,7 +29,7 @@ __all__ = ["Descriptors", "run_worker"]
 class Descriptors(NamedTuple):
     """The open files that a worker gets from the driver, in the order in which they travel."""
 
-    job: int  # memfd with the job as JSON
+    job: int  # memfd with the job, see `stages.process.job`
     board: int  # memfd of the SharedBoard
     gate: int  # read end of a pipe: one byte starts the worker, end of file ends it
     report: int  # write end of a pipe: the server writes the exit code to it
@@ -71,8 +71,7 @@ def run_worker(given: Descriptors, parent: int, forget: Callable[[], None]) -> N
 def _read_job(descriptor: int) -> dict[str, Any]:
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
-        job: dict[str, Any] = json.load(file)
-    return job
+        return job_of_bytes(file.read())
 
 
 def _work(job: dict[str, Any], board: SharedBoard) -> int:

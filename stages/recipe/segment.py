@@ -1,19 +1,22 @@
 """The recipe of a part of a model: how to build it, and the names of the tensors it takes and gives.
 
 A `Segment` is frozen data. Made from a builder function, the part is built only in its worker, so a model larger than
-any one memory never exists in one place. Made from a built Keras model, its configuration travels and its weights
+any one memory never exists in one place. Made from a built Keras model, a copy of the model travels and its weights
 follow as arrays.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from stages.errors import SegmentError
-from stages.recipe.describe import Recipe, create, describe, function_name, import_function
+from stages.errors import RecipeError, SegmentError
+from stages.recipe.describe import Recipe, describe, function_name, import_function
+from stages.recipe.overrides import why_training_would_differ
+from stages.recipe.stage_objects import Built
 
 _NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
@@ -23,19 +26,19 @@ class Segment:
     """How to build one part of a model.
 
     Args:
-        build: An importable function (or its ``"module:name"``) that returns a built Keras model; called in the
-            worker as ``build(**kwargs)``.
+        build: A function (or its ``"module:name"``) that returns a built Keras model; called in the worker as
+            ``build(**kwargs)``. A lambda, a function of the main script or of another function can be run by workers
+            of this process, and cannot be saved.
         inputs: Names of the tensors it takes, in the order of the model's inputs. Left out in a chain.
         outputs: Names of the tensors it gives, in the order of the model's outputs. Left out in a chain.
         name: The stage's name in messages, reports and gradient keys; default ``"stage<i>"``.
-        kwargs: Plain keyword arguments for `build` (JSON: numbers, strings, lists, dicts).
+        kwargs: Keyword arguments for `build`; to be saved, plain ones (JSON: numbers, strings, lists, dicts).
         model: The built Keras model, where there is one (see `of`); then `build` is None.
         states: Names of the states that the part hands to its own next window: the model takes them behind its inputs
             and gives them behind its outputs (see `stages.tape.window_states`).
 
     Raises:
         SegmentError: Neither or both of `build` and `model` were given, or a name is no valid name.
-        RecipeError: The builder cannot be imported by a worker (a lambda, a nested function, ``__main__``).
 
     Example:
         >>> Segment("my_parts:bottom", kwargs={"units": 64}, name="bottom")
@@ -55,7 +58,8 @@ class Segment:
         if self.build is not None and not isinstance(self.build, str):
             if not callable(self.build):
                 raise SegmentError(f"Segment(build=...) expects a function, received {type(self.build).__name__}")
-            object.__setattr__(self, "build", function_name(self.build, "a Segment's builder"))
+            with contextlib.suppress(RecipeError):  # else it travels as code
+                object.__setattr__(self, "build", function_name(self.build, "a Segment's builder"))
         if isinstance(self.build, str) and ":" not in self.build:
             raise SegmentError(f"a builder's name has the form 'module:function', received {self.build!r}")
         for label in ("inputs", "outputs", "states"):
@@ -87,28 +91,39 @@ class Segment:
                 f"the model {part.name!r} has no defined input, so it cannot become a stage; begin it with "
                 "keras.Input(shape), or pass Segment(build=my_function) for a subclassed model"
             )
+        if (why := why_training_would_differ(part)) is not None:
+            raise SegmentError(why)
+        from stages.recipe.unbuilt import build_rest
+
+        build_rest(part)
         return cls(model=part, name=name)
 
+    @property
+    def part(self) -> Any:
+        """The model, or how to build it, for `stages.recipe.stage_objects`."""
+        return Built(self.build, dict(self.kwargs)) if self.build is not None else self.model
+
     def recipe(self) -> Recipe:
-        """The segment as plain data for its worker.
+        """The segment as plain data, for a checkpoint.
 
         Raises:
-            RecipeError: A custom class of the model cannot be imported by a worker.
+            RecipeError: A custom class of the model, or the builder, cannot be imported by another process.
         """
-        if self.model is not None:
+        if self.build is None:
             return {"model": describe(self.model, f"the model {self.model.name!r}")}
-        return {"build": self.build, "kwargs": dict(self.kwargs)}
+        build = self.build if isinstance(self.build, str) else function_name(self.build, "a Segment's builder")
+        return {"build": build, "kwargs": dict(self.kwargs)}
 
     def create(self) -> Any:
         """The model: the given one, or a new one from the builder."""
-        return self.model if self.model is not None else build_model(self.recipe(), self.name or "segment")
+        return build_part(self.part, self.name or "segment")
 
 
-def build_model(recipe: Mapping[str, Any], name: str) -> Any:
-    """Build the model that a segment's recipe describes.
+def build_part(part: Any, name: str) -> Any:
+    """The model of a segment's `part`.
 
     Args:
-        recipe: What `Segment.recipe` returned.
+        part: A Keras model, or how to build one.
         name: The stage's name, for messages.
 
     Returns:
@@ -120,12 +135,14 @@ def build_model(recipe: Mapping[str, Any], name: str) -> Any:
     """
     import keras
 
-    if "model" in recipe:
-        return create(recipe["model"])
-    model = import_function(recipe["build"])(**recipe["kwargs"])
+    if not isinstance(part, Built):
+        return part
+    build = import_function(part.build) if isinstance(part.build, str) else part.build
+    model = build(**part.kwargs)
     if not isinstance(model, keras.Layer) or not model.built:
+        called = part.build if isinstance(part.build, str) else getattr(build, "__qualname__", repr(build))
         raise SegmentError(
-            f"the builder {recipe['build']} of stage {name!r} must return a built Keras model, it returned "
+            f"the builder {called} of stage {name!r} must return a built Keras model, it returned "
             f"{type(model).__name__}{'' if not isinstance(model, keras.Layer) else ', which is not built'}; "
             "begin the model with keras.Input(shape), or call it once on an example before returning it"
         )

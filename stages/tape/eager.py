@@ -318,9 +318,11 @@ def update(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -
 
     One optimizer over all stages counts every step, and takes every variable into its averages. Keras's `apply` does
     nothing without gradients; the stage's count would stay behind, and its averages would stay zero.
+
+    As Keras's trainer, it calls `apply_gradients`, which an optimizer of the user's own may override.
     """
     if gradients:
-        optimizer.apply(gradients, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
     else:
         update_nothing(optimizer)
 

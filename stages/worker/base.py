@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from stages.actions import Action, from_array
+from stages.recipe.settings import settle
 from stages.tape.tensors import to_array, to_tensor
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, StageSpec
@@ -78,10 +79,12 @@ def serve(kind: type[BaseWorker], spec: Mapping[str, Any], board: Array) -> None
 
     Args:
         kind: Its class.
-        spec: Plain data: ``worker`` (its number), ``incarnation``, ``transport`` (scheme), ``directory`` (for socket
-            files), ``driver`` (address), ``stages`` (list of `StageSpec.plain`), ``own_process``.
+        spec: Plain data, and bytes for `StageSpec`: ``worker`` (its number), ``incarnation``, ``transport`` (scheme),
+            ``directory`` (for socket files), ``driver`` (address), ``stages`` (list of `StageSpec.plain`),
+            ``own_process``, ``settings`` (of the driver's process).
         board: Memory of the status board, int64 of shape (8,).
     """
+    settle(spec["settings"], number=spec["worker"], own_process=spec["own_process"])
     transport = open_transport(spec["transport"], spec["directory"])
     with transport, transport.bind(None) as inbox, transport.connect(spec["driver"], CONNECT_SECONDS) as driver:
         worker = kind(spec, board, Mailbox(inbox, incarnation=spec["incarnation"]), driver, transport.connect)

@@ -1,12 +1,12 @@
 """A stage as a worker hosts it: the `Stage`, where its tensors come from and go to, its optimizer.
 
-What a worker is told about a stage is plain data (`StageSpec`), written by the driver, read here.
+What a worker is told about a stage (`StageSpec`) is plain data and, as bytes, copies of the user's objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import keras
@@ -18,8 +18,9 @@ from stages.grid import is_over_time
 from stages.keras_internals import layers_of, names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
-from stages.recipe.describe import Recipe, create
-from stages.recipe.segment import build_model
+from stages.recipe.keras_state import as_unbuilt
+from stages.recipe.segment import build_part
+from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
 from stages.tape.model_call import changed_by_calls
 from stages.worker import snapshot
@@ -34,7 +35,6 @@ class HeadSpec:
     Attributes:
         output: The tensor's name.
         label: The output's name for targets and sample weights.
-        recipe: `Head.recipe`.
         weight: The loss weight, or None.
         order: Its number among all outputs of the model, the order in which losses are added.
         named: Whether metrics are called after the output, since there are several.
@@ -42,7 +42,6 @@ class HeadSpec:
 
     output: str
     label: str
-    recipe: Mapping[str, Recipe]
     weight: float | None = None
     order: int = 0
     named: bool = False
@@ -70,7 +69,7 @@ class StageSpec:
     Attributes:
         index: The stage's number.
         name: Its name.
-        segment: How to build it (`Segment.recipe`).
+        objects: The user's objects (`StageObjects.packed`).
         inputs: (tensor name, producing stage or DRIVER) in the order of the model's inputs.
         outputs: (tensor name, consuming stages ascending) in the order of the model's outputs.
         states: Names of the states that the stage hands to its own next window, behind its inputs and outputs.
@@ -78,7 +77,6 @@ class StageSpec:
         finals: Which of the outputs (by name) are outputs of the whole model.
         heads: The objectives of outputs.
         ties: Trainable variables that other stages have too.
-        optimizer: The optimizer, or None.
         undecayed: Trainable variables (by place) that weight decay leaves out, besides those that its names say.
         run_eagerly: Eager tapes or compiled functions.
         recompute: Keep inputs only, compute the forward pass again in backward.
@@ -89,7 +87,7 @@ class StageSpec:
 
     index: int
     name: str
-    segment: Recipe
+    objects: bytes
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[tuple[str, Sequence[int]]]
     states: Sequence[str] = ()
@@ -97,7 +95,6 @@ class StageSpec:
     finals: Sequence[str] = ()
     heads: Sequence[HeadSpec] = ()
     ties: Sequence[Tie] = ()
-    optimizer: Recipe = None
     undecayed: Sequence[int] = ()
     run_eagerly: bool = False
     recompute: bool = False
@@ -105,25 +102,34 @@ class StageSpec:
     paths: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON, and bytes."""
         return asdict(self)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> StageSpec:
-        """From JSON."""
+        """From JSON, and bytes."""
         heads = tuple(HeadSpec(**head) for head in data["heads"])
         ties = tuple(Tie(**tie) for tie in data["ties"])
         return cls(**{**data, "heads": heads, "ties": ties})
 
 
 class HostedStage:
-    """A built stage with its surroundings."""
+    """A built stage with its surroundings.
 
-    def __init__(self, spec: StageSpec) -> None:
-        self.spec = spec
+    Args:
+        spec: What the driver says of it.
+        updates: Whether it has an optimizer of its own.
+
+    Attributes:
+        objects: Copies of the user's objects: part, losses, metrics, optimizer.
+    """
+
+    def __init__(self, spec: StageSpec, updates: bool = True) -> None:
+        self.spec = replace(spec, objects=b"")
         if spec.seed is not None:
             keras.utils.set_random_seed(spec.seed)
-        model = build_model(spec.segment, spec.name)
+        self.objects = StageObjects.of(spec.objects)
+        model = build_part(self.objects.part, spec.name)
         self.labels = [head.label for head in spec.heads]
         self.ties = spec.ties
         self.stage = Stage(
@@ -132,7 +138,7 @@ class HostedStage:
             run_eagerly=spec.run_eagerly,
             recompute=spec.recompute,
             input_gradients=[source != DRIVER for _, source in spec.inputs],
-            heads=[self._head(head) for head in spec.heads],
+            heads=[self._head(*both) for both in zip(spec.heads, self.objects.judging, strict=True)],
             consumed=[bool(consumers) for _, consumers in spec.outputs],
             tied=[tie.place for tie in self.ties],
             states=spec.states,
@@ -147,19 +153,20 @@ class HostedStage:
         """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
         self.prediction_masks: dict[int, list[np.ndarray[Any, Any]]] = {}
         """{output: its masks per microbatch}, for the denominators of masked means."""
-        self.optimizer: Any = None
-        if spec.optimizer is not None:
-            self._new_optimizer()
+        self.optimizer: Any = self.objects.optimizer if updates else None
+        if self.optimizer is not None:
+            self._build_optimizer()
 
     @property
     def heads(self) -> Heads:
         """The objectives of the stage's outputs."""
         return self.stage.heads
 
-    def _head(self, spec: HeadSpec) -> Head:
+    def _head(self, spec: HeadSpec, judging: Judging) -> Head:
         place = [name for name, _ in self.spec.outputs].index(spec.output)
         label = spec.label if spec.named else None
-        return Head.from_recipe(spec.recipe, place=place, label=label, weight=spec.weight)
+        given = (judging.loss, judging.metrics, judging.weighted_metrics)
+        return Head(*given, place=place, label=label, weight=spec.weight)
 
     def takes_over_time(self, place: int) -> bool:
         """Whether an input has the time as its second axis."""
@@ -185,7 +192,8 @@ class HostedStage:
 
         Args:
             what: ``model`` (all of the model's, seed states included), ``weights`` (what Keras's `get_weights` gives),
-                ``optimizer``, ``metrics``, or ``states`` (what a forward pass changes by itself).
+                ``optimizer``, ``metrics``, ``states`` (what a forward pass changes by itself), or ``besides`` (what
+                came along with losses and layers and is none of these).
         """
         model = self.stage.model
         found: dict[str, Callable[[], Any]] = {
@@ -194,6 +202,7 @@ class HostedStage:
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
             "metrics": lambda: self.heads.variables,
             "states": lambda: changed_by_calls(model),
+            "besides": lambda: self.objects.variables,
         }
         return list(found[what]())
 
@@ -205,10 +214,10 @@ class HostedStage:
         """
         snapshot.write(self.variables(what), values, f"stage {self.spec.name!r}")
         if what in ("model", "weights") and self.optimizer is not None and not self._has_stepped():
-            self._new_optimizer()  # some slots (ScheduleFreeAdamW) begin as copies of the weights
+            self.optimizer = as_unbuilt(self.optimizer)
+            self._build_optimizer()  # some slots (ScheduleFreeAdamW) begin as copies of the weights
 
-    def _new_optimizer(self) -> None:
-        self.optimizer = create(self.spec.optimizer)
+    def _build_optimizer(self) -> None:
         variables = self.stage.trainable_variables
         if self.spec.undecayed:
             leave_undecayed(self.optimizer, [variables[place] for place in self.spec.undecayed])

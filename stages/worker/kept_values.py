@@ -9,7 +9,7 @@ from stages.tape.tensors import to_array
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
 
-EVERYTHING = ("model", "optimizer", "metrics")
+EVERYTHING = ("model", "optimizer", "metrics", "besides")
 """All of a stage's variables, as `HostedStage.variables` calls them."""
 
 
@@ -46,7 +46,7 @@ class Kept:
             if len(variables) != len(values):
                 continue  # metrics that did not exist: a fresh one has counted nothing
             found += [
-                variable.path
+                snapshot.path_of(variable)
                 for variable, before, now in zip(variables, values, snapshot.read(variables), strict=True)
                 if before.tobytes() != now.tobytes()
             ]

@@ -51,7 +51,12 @@ def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
     """Copies of the variables' values."""
-    return [np.asarray(variable.value.numpy()) for variable in variables]  # a scalar comes without its array
+    return [np.asarray(variable.numpy()) for variable in variables]  # a scalar comes without its array
+
+
+def path_of(variable: Any) -> str:
+    """A Keras variable's path; the name of a TensorFlow variable."""
+    return str(getattr(variable, "path", variable.name))
 
 
 def write(variables: Sequence[Any], values: Sequence[np.ndarray[Any, Any]], where: str) -> None:
@@ -65,7 +70,7 @@ def write(variables: Sequence[Any], values: Sequence[np.ndarray[Any, Any]], wher
     for variable, value in zip(variables, values, strict=True):
         if tuple(variable.shape) != tuple(value.shape):
             raise HandoffError(
-                f"{where}: {variable.path!r} has the shape {tuple(variable.shape)}, received {tuple(value.shape)}"
+                f"{where}: {path_of(variable)!r} has the shape {tuple(variable.shape)}, received {tuple(value.shape)}"
             )
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)

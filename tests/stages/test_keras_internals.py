@@ -147,11 +147,16 @@ def test_a_layers_own_variables_are_listed_by_what_they_were_made_for():
 def test_generators_are_listed_and_their_state_changes_with_every_draw():
     layer = keras.layers.Dropout(0.5)
     (generator,) = internals.own_seed_generators(layer)
-    assert internals.seed_generators_by_attribute(layer) == {"seed_generator": generator}
     before = generator.state.numpy().copy()
     layer(tf.ones((2, 2)), training=True)
     assert (generator.state.numpy() != before).any()
     assert internals.own_seed_generators(keras.layers.Dense(2)) == []
+
+
+def test_a_variable_that_a_layer_forgets_is_listed_no_more():
+    layer = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]).layers[0]
+    internals.forget_variables(layer, [layer.moving_mean])
+    assert [v.name for v in layer.non_trainable_variables] == ["moving_variance"]
 
 
 def test_added_losses_are_those_of_the_layer_itself():

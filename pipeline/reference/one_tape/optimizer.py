@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.reference.one_tape.batch import owned, owner
-from stages.recipe.describe import Recipe, create
+from stages.recipe.keras_state import as_unbuilt
 from stages.tape.eager import rescaled, update
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, leave_undecayed
@@ -25,16 +25,16 @@ class ReferenceOptimizer:
     """One Keras optimizer over the variables of some stages.
 
     Args:
-        recipe: The user's optimizer, clipping included.
+        optimizer: Like the user's, clipping included; not built.
         hosted: The stages that it updates, in order; variables that an earlier stage of all has too are left out.
         undecayed: {stage: which of its trainable variables, by place, are left out of weight decay}.
     """
 
-    def __init__(self, recipe: Recipe, hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, optimizer: Any, hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]) -> None:
         self._hosted, self._eager = hosted, hosted[0].spec.run_eagerly
         self._functions: dict[Any, Any] = {}
         self.variables = [v for stage in hosted for v in owned(stage)]
-        self._optimizer = create(recipe)
+        self._optimizer = optimizer
         left_out = [stage.stage.trainable_variables[k] for stage in hosted for k in undecayed[stage.spec.index]]
         if left_out:
             leave_undecayed(self._optimizer, left_out)
@@ -85,14 +85,14 @@ class ReferenceOptimizer:
 
 
 def reference_optimizers(
-    recipes: Mapping[int, Recipe], hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]
+    hosted: Sequence[HostedStage], undecayed: Mapping[int, Sequence[int]]
 ) -> dict[int, ReferenceOptimizer]:
-    """{first stage it is for: an optimizer}: one for all stages where only the first has a recipe, else one each."""
-    given = {i: recipe for i, recipe in recipes.items() if recipe is not None}
-    if len(given) == 1 and len(hosted) > 1:
-        return {i: ReferenceOptimizer(recipe, hosted, undecayed) for i, recipe in given.items()}
+    """{first stage it is for: an optimizer}: one for all stages where only the first has one, else one each."""
     by_index = {stage.spec.index: stage for stage in hosted}
-    return {i: ReferenceOptimizer(recipe, [by_index[i]], undecayed) for i, recipe in given.items()}
+    given = {i: stage.objects.optimizer for i, stage in by_index.items() if stage.objects.optimizer is not None}
+    if len(given) == 1 and len(hosted) > 1:
+        return {i: ReferenceOptimizer(as_unbuilt(one), hosted, undecayed) for i, one in given.items()}
+    return {i: ReferenceOptimizer(as_unbuilt(one), [by_index[i]], undecayed) for i, one in given.items()}
 
 
 def share_values(hosted: Sequence[HostedStage]) -> None:

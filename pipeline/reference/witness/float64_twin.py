@@ -1,7 +1,7 @@
 """A float64 twin of a pipeline's segments: the same functions, the same random draws, nine more digits.
 
-Finite differences lose half of the digits, so they are made in float64. A segment's twin comes from the model's own
-configuration with every dtype replaced, or from its builder with float64 as Keras's default; values are cast up.
+Finite differences lose half of the digits, so they are made in float64. A segment's twin is a copy of its model with
+every floating dtype replaced; values are cast up.
 
 Random layers draw other numbers in float64 than in float32. So while a twin runs, Keras's random functions draw as the
 model itself does and cast the result (`drawing`). A layer that draws in another way gives other outputs than the model:
@@ -21,10 +21,9 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.reference.witness.flow import RefusedError, dtype_of, heads_of, named
-from stages.keras_internals import layers_of, own_seed_generators, replaced_draws, set_loss_dtype, wrap_call
+from stages.keras_internals import layers_of, own_seed_generators, replaced_draws, wrap_call
 from stages.loss.head import Head
-from stages.recipe.describe import create, describe
-from stages.recipe.segment import build_model
+from stages.recipe.by_value import copied
 from stages.tape.model_call import Part
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
@@ -131,26 +130,16 @@ class Twin:
         self.narrow = dtype_of(hosted.stage.model)
         with wide_floats(), named(hosted, "its float64 copy cannot be made"):
             self.model = Part(self._build(), hosted.spec.name).model  # inner layers hand masks on by themselves
-            self.heads: list[Head] = heads_of(hosted)
+            self.heads: list[Head] = heads_of(hosted, WIDE)
             _draw_as(hosted.stage.model, self.model)
-        for head in self.heads:
-            if isinstance(head.loss, keras.losses.Loss):
-                set_loss_dtype(head.loss, WIDE)
         for tie in hosted.ties:
             if tie.stages[0] != hosted.spec.index:
                 self.model.trainable_variables[tie.place].regularizer = None
 
     def _build(self) -> Any:
-        """From the model's configuration; where that fails (a subclassed model), from the builder."""
         ours = self.hosted.stage.model
-        try:
-            twin = create(widened(describe(ours, f"the model {ours.name!r}")))
-            self._fill(twin)
-        except Exception:
-            if "build" not in self.hosted.spec.segment:
-                raise
-            twin = build_model(self.hosted.spec.segment, self.hosted.spec.name)
-            self._fill(twin)
+        twin = copied(ours, f"the model {ours.name!r}", floats=WIDE)
+        self._fill(twin)
         return twin
 
     def _fill(self, twin: Any) -> None:
@@ -163,25 +152,6 @@ class Twin:
             )
         for variable, value in zip(twin.variables, values, strict=True):
             variable.assign(value.astype(WIDE) if variable.dtype == WIDE else value)
-
-
-def widened(recipe: Any) -> Any:
-    """A recipe of which every floating dtype is float64.
-
-    Args:
-        recipe: As `stages.recipe.describe.describe` gives it.
-    """
-    if isinstance(recipe, list):
-        return [widened(one) for one in recipe]
-    if not isinstance(recipe, dict):
-        return recipe
-    found = {key: widened(value) for key, value in recipe.items()}
-    if str(found.get("class_name", "")).endswith("DTypePolicy"):
-        found["config"] = {**found["config"], "name": WIDE}
-    for key in ("dtype", "output_dtype"):
-        if isinstance(found.get(key), str) and found[key].removeprefix("mixed_") in FLOATS:
-            found[key] = WIDE
-    return found
 
 
 def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours: Sequence[Any], allowed: float) -> None:
@@ -215,4 +185,4 @@ def _is_float(tensor: Any) -> bool:
     return bool(tf.as_dtype(tensor.dtype).is_floating)
 
 
-__all__ = ["Twin", "check", "drawing", "wide_floats", "widened"]
+__all__ = ["Twin", "check", "drawing", "wide_floats"]

@@ -21,7 +21,7 @@ from pipeline.reference.witness.results import Array, Size
 from stages.keras_internals import layers_of, logits_of, set_logits, set_mask
 from stages.loss.head import Head
 from stages.masks import mask_of, with_mask
-from stages.recipe.describe import create
+from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
 from stages.tape.model_call import States
 from stages.tape.tensors import flatten
@@ -134,11 +134,20 @@ def initial_states(hosted: Sequence[HostedStage], batch: Whole, k: int) -> Tenso
     return found
 
 
-def heads_of(stage: HostedStage) -> list[Head]:
-    """New objectives like the stage's, without metrics: what they count belongs to nobody."""
+def heads_of(stage: HostedStage, floats: str | None = None) -> list[Head]:
+    """New objectives like the stage's, without metrics: what they count belongs to nobody.
+
+    Args:
+        stage: The stage.
+        floats: What they compute in; None: as the stage's.
+    """
     names = [name for name, _ in stage.spec.outputs]
+    losses = [
+        copied(one.loss, "the loss", keep=stage.stage.model.variables, floats=floats) for one in stage.objects.judging
+    ]
     return [
-        Head(create(one.recipe["loss"]), place=names.index(one.output), weight=one.weight) for one in stage.spec.heads
+        Head(loss, place=names.index(one.output), weight=one.weight)
+        for loss, one in zip(losses, stage.spec.heads, strict=True)
     ]
 
 

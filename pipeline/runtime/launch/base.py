@@ -66,7 +66,7 @@ class Launcher(Protocol):
             name: for messages, not empty.
             entry: "module:function"; called in the worker as ``function(spec, board)`` with board an int64 ndarray of
                 shape (8,).
-            spec: plain data (what JSON can hold).
+            spec: plain data (what JSON can hold), and bytes.
             threads: size of TensorFlow's thread pools in the worker, at least 1.
 
         Raises:

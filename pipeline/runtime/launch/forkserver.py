@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from pipeline.runtime.launch.errors import LaunchError, ServerGoneError
 from pipeline.runtime.launch.keeper import Keeper, python
 from stages.origin import ROOT
 from stages.process.control_socket import receive, send
+from stages.process.job import job_to_bytes
 from stages.process.status_board import SharedBoard
 
 __all__ = ["DEFAULTS", "PRELOAD", "ForkServer", "Launched"]
@@ -161,11 +161,11 @@ class ForkServer:
             ServerGoneError: the server died.
         """
         try:
-            text = json.dumps(job).encode()
+            content = job_to_bytes(job)
         except (TypeError, ValueError) as error:
             raise LaunchError(
                 f"worker {job['name']!r}: its spec must be plain data that JSON can hold (dict with str keys, list, "
-                f"str, int, float, bool, None): {error}"
+                f"str, int, float, bool, None), or bytes: {error}"
             ) from error
         with (
             _output_of(1) as stdout,
@@ -173,7 +173,7 @@ class ForkServer:
             Descriptor(os.memfd_create("tapeline-job")) as task,
             Descriptor(SharedBoard.create_memory()) as memory,
         ):
-            _write_all(task.fileno(), text)
+            _write_all(task.fileno(), content)
             gate_out, gate_in = map(Descriptor, os.pipe())
             report_out, report_in = map(Descriptor, os.pipe())
             with gate_out, report_in:

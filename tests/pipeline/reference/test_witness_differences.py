@@ -11,10 +11,11 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from pipeline.reference.witness.differences import derivative, differences
-from pipeline.reference.witness.float64_twin import wide_floats, widened
+from pipeline.reference.witness.float64_twin import wide_floats
 from pipeline.reference.witness.results import Differences, Size
 from pipeline.verify.by_witnesses import Yardstick, by_differences
 from pipeline.verify.tape import Observed
+from stages.recipe.by_value import copied
 from tests.pipeline.reference.witnessing import NEAR, Case, bits, case, case_of
 
 layers = keras.layers
@@ -184,12 +185,11 @@ def test_the_users_own_tolerance_counts() -> None:
         assert all(j.row.ok for j in said.judged) is ok
 
 
-def test_every_floating_dtype_of_a_recipe_is_replaced() -> None:
+def test_every_floating_dtype_of_a_copy_is_replaced() -> None:
     model = keras.Sequential(
         [keras.Input((2,), dtype="int32"), layers.Embedding(3, 2), layers.Dense(2, dtype="mixed_bfloat16")]
     )
-    wide = widened(keras.saving.serialize_keras_object(model))
-    copy = keras.saving.deserialize_keras_object(wide)
+    copy = copied(model, "it", floats="float64")
     assert {v.dtype for v in copy.variables} == {"float64"}
     assert {layer.compute_dtype for layer in copy.layers} == {"float64"}
     assert copy.inputs[0].dtype == "int32"

@@ -79,7 +79,7 @@ def case_of(pipe: Pipeline, x: Any, y: Any, weights: Any = None, **options: Any)
 def stages_of(pipe: Pipeline) -> list[HostedStage]:
     """The pipeline's stages, built as the reference builds them."""
     session = pipe._session
-    found = [HostedStage(replace(spec, optimizer=None, undecayed=())) for spec in session._specs()]
+    found = [HostedStage(replace(spec, undecayed=()), updates=False) for spec in session._specs()]
     for stage, segment in zip(found, session.segments, strict=True):
         stage.set("model", snapshot.read(segment.model.variables))
     return found

@@ -38,13 +38,12 @@ class Halves(keras.layers.Layer):
 def top():
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
 
-def refused(make):
-    try: make()
-    except Exception as error: return f"{type(error).__name__}: {error}"
+def less(y_true, y_pred):
+    return keras.ops.mean(abs(y_true - y_pred), axis=-1)
 
-def train(pipe):
+def train(pipe, loss="mse"):
     with pipe:
-        pipe.compile("sgd", "mse")
+        pipe.compile("sgd", loss)
         return pipe.fit(np.ones((8, 4)), np.ones((8, 4)), epochs=2, verbose=0).history["loss"]
 
 def main():
@@ -52,9 +51,8 @@ def main():
     print("seen", json.dumps({
         "file": "__file__" in globals(),
         "loss": train(Pipeline([Segment(bottom), here])),
-        "builder": refused(lambda: Segment(top)),
-        "lambda": refused(lambda: Segment(lambda: top())),
-        "layer": refused(lambda: train(Pipeline([keras.Sequential([keras.Input((4,)), Halves()])]))),
+        "mine": train(Pipeline([Segment(top), keras.Sequential([keras.Input((4,)), Halves()])]), less),
+        "lambda": train(Pipeline([Segment(lambda: top())]), lambda a, b: keras.ops.mean((a - b) ** 2, axis=-1)),
     }), flush=True)
 """
 
@@ -66,7 +64,7 @@ CALLS = {
 
 @pytest.mark.gate
 @pytest.mark.parametrize("where", CALLS)
-def test_works_without_a_main_guard_and_refuses_what_lives_in_main(script, where):
+def test_works_without_a_main_guard_with_all_that_lives_in_main(script, where):
     """A notebook's cells run in a process whose `__main__` has no file, in its main thread, inside an event loop."""
     how, call = CALLS[where]
     (script.folder / "my_parts.py").write_text(MY_PARTS)
@@ -76,13 +74,9 @@ def test_works_without_a_main_guard_and_refuses_what_lives_in_main(script, where
     seen = [json.loads(text.removeprefix("seen ")) for text in output.splitlines() if text.startswith("seen ")]
     assert len(seen) == 1, "the program ran once, and no worker ran it again"
     assert seen[0]["file"] is (where == "script")
-    first, last = seen[0]["loss"]
-    assert last < first
-    assert seen[0]["builder"].startswith("RecipeError: ")
-    assert "'top' from the main script or notebook" in seen[0]["builder"]
-    assert "move it into a module of its own" in seen[0]["builder"]
-    assert "a lambda" in seen[0]["lambda"]
-    assert "'Halves' from the main script or notebook" in seen[0]["layer"]
+    for what in ("loss", "mine", "lambda"):
+        first, last = seen[0][what]
+        assert last < first
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -1,4 +1,4 @@
-"""A segment is frozen, plain data: a builder that runs in its worker only, or a built model that travels as recipe."""
+"""A segment is frozen data: a builder that runs in its worker only, or a built model of which a copy travels."""
 
 import dataclasses
 import json
@@ -10,7 +10,9 @@ import pytest
 
 from pipeline import Pipeline
 from stages.errors import RecipeError, SegmentError
-from stages.recipe.segment import Segment, build_model, names_of
+from stages.recipe.describe import create
+from stages.recipe.segment import Segment, build_part, names_of
+from stages.recipe.stage_objects import Built
 from tests.pipeline import parts
 
 PARTS = "tests.pipeline.parts"
@@ -34,7 +36,7 @@ def test_a_built_model_is_kept():
     segment = Segment.of(model, name="low")
     assert segment.model is model and segment.create() is model and segment.build is None
     assert Segment.of(segment) is segment
-    again = build_model(json.loads(json.dumps(segment.recipe())), "low")
+    again = create(json.loads(json.dumps(segment.recipe()))["model"])
     assert again is not model and json.dumps(again.get_config()) == json.dumps(model.get_config())
 
 
@@ -52,8 +54,8 @@ def test_a_built_model_is_kept():
         (lambda: Segment.of(keras.layers.Dense(3)), "received Dense; wrap a layer"),
         (lambda: Segment.of(parts.not_built()), "has no defined input"),
         (lambda: Segment.of(3), "received int"),
-        (lambda: build_model({"build": f"{PARTS}:not_built", "kwargs": {}}, "low"), "Sequential, which is not built"),
-        (lambda: build_model({"build": f"{PARTS}:not_a_model", "kwargs": {}}, "low"), "it returned int"),
+        (lambda: build_part(Built(f"{PARTS}:not_built", {}), "low"), "Sequential, which is not built"),
+        (lambda: build_part(Built(f"{PARTS}:not_a_model", {}), "low"), "it returned int"),
         (lambda: names_of([Segment(parts.top, name="stage1"), Segment(parts.top)]), "two stages .* 'stage1'"),
     ],
 )  # fmt: skip
@@ -62,9 +64,12 @@ def test_what_is_no_segment(make, match):
         make()
 
 
-def test_a_builder_that_a_worker_cannot_import():
-    with pytest.raises(RecipeError, match="a Segment's builder must be a function that a worker can import"):
-        Segment(lambda: parts.bottom())
+def test_a_builder_without_a_name_runs_in_a_worker_and_has_no_recipe():
+    units, kept = 5, Segment(lambda: parts.bottom(units=units), name="low")
+    with pytest.raises(RecipeError, match=r"a Segment's builder must be a function that a worker can import.*lambda"):
+        kept.recipe()
+    with Pipeline([kept, Segment(parts.top)]) as pipe:
+        assert pipe.get_weights()[1].shape == (5,) and pipe._running().pids[0] != os.getpid()
 
 
 def test_names():
