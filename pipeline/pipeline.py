@@ -110,7 +110,7 @@ class Pipeline:
         self._trainer: Trainer | None = None
         self.history: Any = None
         self._ahead = False  # of the user's own models
-        self._session = Session(self.segments, self.wires, options)
+        self._session = Session(self.segments, self.wires, options, self._original)
         if check_first_batch:
             self._session.look = FirstBatch(self._session, self._original).look
         if not self.transport.startswith("inproc"):
@@ -198,8 +198,8 @@ class Pipeline:
         Args:
             optimizer: Name or Keras optimizer; every stage gets one like it for its own variables. Or a list with one
                 per stage, or a dict by the stages' names.
-            loss: Name, function or Keras loss of the output; for several outputs a list or a dict by their names, None
-                for one without a loss.
+            loss: Name, function or Keras loss of the output; for several outputs one for all of them, or a list or a
+                dict by their names, None for one without a loss.
             loss_weights: For several outputs a list of numbers or a dict by their names.
             metrics: Names, functions or Keras metrics; for several outputs a list of lists or a dict.
             weighted_metrics: The same, updated with sample weights.

@@ -63,11 +63,14 @@ def natural_tape(
         loss += float(sum(value.numpy() for value in values) + sum(share * term.numpy() for term in own))
     for variable, value in zip(states, before, strict=True) if restore else ():
         variable.assign(value)
-    return loss, [None if total is None else total.numpy() for total in sums]
+    return loss, [None if total is None else tf.convert_to_tensor(total).numpy() for total in sums]
 
 
 def _plus(a: Any, b: Any) -> Any:
-    if b is None:
-        return a
-    b = tf.convert_to_tensor(b)  # sparse ones become dense before they are added
-    return b if a is None else a + b
+    """The sum; an embedding's rows stay as the tapes gave them, one behind the other, and become dense at the end."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)

@@ -80,9 +80,12 @@ class OneTape:
 
 
 def _plus(a: Any, b: Any) -> Any:
-    """The sum; a single contribution stays as the tape gave it, for an embedding sparse, as the optimizer gets it."""
+    """The sum; an embedding's rows stay as the tapes gave them, one behind the other, as the optimizer gets them."""
     if a is None or b is None:
         return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
     return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 

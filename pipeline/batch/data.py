@@ -11,12 +11,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from pipeline.batch.inputs import InputNames
 from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import Batch
 from pipeline.errors import DataError
 from stages.grid import is_over_time
-from stages.tape.tensors import compatible, flatten
+from stages.tape.tensors import compatible
 
 InputSpec = tuple[str, tuple[int | None, ...]]
 """dtype and shape with None for free dimensions."""
@@ -33,11 +34,12 @@ def make_batch(
     judged: Sequence[str] = (),
     windows: int = 1,
     judged_over_time: Sequence[str] = (),
+    names: InputNames | None = None,
 ) -> Batch:
     """One batch, converted, checked and cut.
 
     Args:
-        x: Array or tensor (n, ...), or a list or dict of them in the order of the pipeline's inputs.
+        x: Array or tensor (n, ...), or a list or dict of them; see `InputNames`.
         y: Targets (n, ...), for several outputs a list in their order or a dict by their names; None where the mode
             needs none.
         sample_weight: (n,) or the shape of the loss's elements, or None; one array for all outputs, or as `y`.
@@ -47,11 +49,12 @@ def make_batch(
         judged: Those that have a loss to compute; empty where the mode needs none.
         windows: Into how many windows the time axis is cut; as equal as they can be, the first ones longer.
         judged_over_time: Those of `judged` whose targets have a time axis too.
+        names: How x names the inputs; default: as `inputs` does.
 
     Raises:
         DataError: Everything that does not fit.
     """
-    arrays = _inputs(x, inputs)
+    arrays = _inputs(x, inputs, names or InputNames.of(tuple(inputs)))
     size = next(iter(arrays.values())).shape[0]
     targets = _targets(y, size, labels, judged) if judged else {}
     weights = _weights(sample_weight, size, labels, judged) if judged else {}
@@ -98,6 +101,17 @@ def _check_steps(what: str, array: np.ndarray[Any, Any], steps: int) -> None:
         )
 
 
+def refuse_text(x: Any) -> None:
+    """Refuse arrays of text among those given to Keras, whose own words would not say what to do.
+
+    Raises:
+        DataError: One of the arrays of x is text.
+    """
+    for array in keras.tree.flatten(x):
+        if isinstance(array, str | bytes) or (isinstance(array, np.ndarray) and array.dtype.kind in "SUO"):
+            raise DataError(f"x must be arrays of numbers, received text; {TEXT}")
+
+
 def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray[Any, Any]:
     """Keras's meaning of `class_weight`: each sample weighs what its class does, 1 where the class is not named.
 
@@ -125,23 +139,20 @@ def to_numpy(value: Any, what: str) -> np.ndarray[Any, Any]:
     except ValueError as error:
         raise DataError(f"{what} must be an array of numbers; its rows differ in shape ({error})") from error
     if array.dtype.kind not in "biufc" and array.dtype.name not in _EXTENDED:
-        raise DataError(f"{what} must be an array of numbers, received dtype {array.dtype}")
+        text = f"; {TEXT}" if array.dtype.kind in "SUO" else ""
+        raise DataError(f"{what} must be an array of numbers, received dtype {array.dtype}{text}")
     return array
 
 
+TEXT = (
+    "text is turned into numbers where the data come from, with tf.data: "
+    "data.map(lambda x, y: (lookup(x), y)), lookup being a StringLookup or TextVectorization layer"
+)
 _EXTENDED = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
-def _inputs(x: Any, inputs: Mapping[str, InputSpec | None]) -> dict[str, np.ndarray[Any, Any]]:
-    if isinstance(x, Mapping) and set(x) == set(inputs):
-        leaves: Sequence[Any] = [x[name] for name in inputs]
-    else:
-        leaves = flatten(x) if isinstance(x, list | tuple | Mapping) and not _is_rows(x, len(inputs)) else [x]
-    if len(leaves) != len(inputs):
-        raise DataError(
-            f"the pipeline takes {len(inputs)} input(s) ({', '.join(inputs)}), x has {len(leaves)}; pass them as a "
-            "list in this order or as a dict by these names"
-        )
+def _inputs(x: Any, inputs: Mapping[str, InputSpec | None], names: InputNames) -> dict[str, np.ndarray[Any, Any]]:
+    leaves = names.arrays(x)
     arrays = {name: _input(leaf, name, spec) for (name, spec), leaf in zip(inputs.items(), leaves, strict=True)}
     sizes = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(sizes.values())) != 1:
@@ -149,11 +160,6 @@ def _inputs(x: Any, inputs: Mapping[str, InputSpec | None]) -> dict[str, np.ndar
     if not all(sizes.values()):
         raise DataError("x has no samples; a step needs at least one")
     return arrays
-
-
-def _is_rows(x: Any, count: int) -> bool:
-    """Whether a list is one array written as Python rows, not a list of input arrays."""
-    return count == 1 and isinstance(x, list | tuple) and len(x) > 0 and not hasattr(x[0], "shape")
 
 
 def _input(leaf: Any, name: str, spec: InputSpec | None) -> np.ndarray[Any, Any]:

@@ -40,7 +40,7 @@ def objectives(
 
     Args:
         labels: The outputs' names, in order.
-        loss: For one output a loss; for several a list in their order, or a dict by their names.
+        loss: For one output a loss; for several a list in their order, a dict by their names, or one for all of them.
         loss_weights: None, or as `loss`.
         metrics: For one output a metric or a list; for several a list with one entry per output, or a dict.
         weighted_metrics: As `metrics`.
@@ -54,7 +54,10 @@ def objectives(
         weight = None if weights is None else _number(weights, label)
         lists = [_flat(_single(given, label, "metrics", lists=True)) for given in (metrics, weighted_metrics)]
         return (Objective(label, _single(loss, label, "loss"), weight, *lists),)
-    losses = _each(labels, loss, "loss", complete=True)
+    for_all = loss is not None and not isinstance(loss, Mapping | list | tuple)
+    losses = dict.fromkeys(labels, loss) if for_all else _each(labels, loss, "loss", complete=True)
+    if for_all and isinstance(loss_weights, int | float):
+        loss_weights = [loss_weights] * len(labels)
     weights = _each(labels, loss_weights, "loss_weights")
     lists = [_each(labels, metrics, "metrics"), _each(labels, weighted_metrics, "weighted_metrics")]
     return tuple(

@@ -41,7 +41,7 @@ class StepResult:
         metrics: The metrics so far.
         outputs: In prediction: {tensor name: array (n, ...)}.
         spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
-        squared_norm: Sum of squares of all gradients of all stages, where it was asked for.
+        squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
         finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
         roundings: Of a compiled reference: how far its gradients, and what it has at the cuts, are from those of the
             same tape run eagerly, each as a part of the largest of its kind.
@@ -54,7 +54,7 @@ class StepResult:
     metrics: dict[str, float]
     outputs: dict[str, np.ndarray[Any, Any]]
     spans: list[list[tuple[float, float]]]
-    squared_norm: float | None = None
+    squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     finite: bool = True
     roundings: Mapping[str, float] = field(default_factory=dict)
     own_losses: Mapping[int, float] = field(default_factory=dict)

@@ -257,11 +257,15 @@ class Compiled:
         if self.optimizer is None:
             raise CompileError("training needs an optimizer; call compile(optimizer='adam', loss=...)")
 
-    def clip_scale(self, squared_norm: float | None) -> float | None:
-        """The factor on all gradients that brings their global norm to at most `global_clipnorm`; Keras's formula."""
-        if self.global_clipnorm is None or squared_norm is None:
+    def clip_scale(self, squared_norms: Sequence[float]) -> float | None:
+        """The factor on all gradients that brings their global norm to at most `global_clipnorm`; Keras's formula.
+
+        Args:
+            squared_norms: Of every variable's gradient, in the order in which one optimizer has the variables.
+        """
+        if self.global_clipnorm is None or not squared_norms:
             return None
-        norm = np.sqrt(np.float32(squared_norm))
+        norm = np.sqrt(np.float32(keras.ops.sum(keras.ops.stack([np.float32(one) for one in squared_norms]))))
         clip = np.float32(self.global_clipnorm)
         if not norm:
             return 1.0

@@ -59,8 +59,9 @@ class Split:
     prediction: Prediction | None = None
 
     def pack(self, outputs: Sequence[Any]) -> Any:
-        """Flat outputs in the nesting in which the model gives them."""
-        return keras.tree.pack_sequence_as(output_structure(graph_model(self.model)), list(outputs))
+        """Flat outputs in the nesting in which the model gives them; as from Keras, a list of one is that one."""
+        found = keras.tree.pack_sequence_as(output_structure(graph_model(self.model)), list(outputs))
+        return found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
 
 
 def split_model(

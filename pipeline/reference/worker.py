@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from pipeline.reference.explain import explain_joined
 from pipeline.reference.one_tape.batch import Whole
@@ -175,9 +174,13 @@ class ReferenceWorker(BaseWorker):
         """The part of the one tape's gradients that belongs to a stage."""
         return [None if g is None else np.array(dense(g)) for g in self._found[index]]
 
-    def set_gradients(self, index: int, arrays: Sequence[Array | None]) -> None:
+    def given_gradients(self, index: int) -> Sequence[Any | None]:
+        """As the one tape gave them."""
+        return self._found[index]
+
+    def set_given_gradients(self, index: int, gradients: Sequence[Any | None]) -> None:
         """Let the next update be made from others."""
-        self._found[index] = [None if array is None else tf.constant(array) for array in arrays]
+        self._found[index] = list(gradients)
 
     def optimizer_values(self, index: int) -> Sequence[Array]:
         """Those of the optimizer whose first stage it is."""

@@ -180,7 +180,7 @@ class Driver:
                 metrics={name: v for answer in answers for name, v in answer.metrics.items()},
                 outputs=self._outputs(batch) if mode is Mode.PREDICT else {},
                 spans=[list(answer.spans) for answer in answers],
-                squared_norm=sum(answer.squared_norm or 0.0 for answer in answers) if norms else None,
+                squared_norms={place: norm for answer in answers for place, norm in answer.squared_norms.items()},
                 finite=all(answer.finite for answer in answers),
                 roundings=max((answer.roundings for answer in answers), key=len),
                 own_losses=own,
@@ -215,7 +215,7 @@ class Driver:
             loss_scale=loss_scale,
             truncate=plan.truncate,
             observe=observe,
-            squared_norm=norms,
+            squared_norms=norms,
         )
         number = self._order(order)
         self._feed(mode, batch)

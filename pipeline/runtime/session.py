@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.data import InputSpec, make_batch
+from pipeline.batch.inputs import InputNames
 from pipeline.batch.step import Batch, StepResult
 from pipeline.compiled.compiled import Compiled
 from pipeline.compiled.optimizer_slots import Slots, State, described_slots
@@ -45,6 +46,7 @@ class Session:
         segments: What the stages are built from.
         wires: How they are connected.
         options: How it runs.
+        original: The model that was split, if one was.
 
     Attributes:
         compiled: What `compile` was given; None before.
@@ -56,8 +58,10 @@ class Session:
         segments: Sequence[Segment],
         wires: Wires,
         options: Options,
+        original: Any | None = None,
     ) -> None:
         self.segments, self.wires, self.options = tuple(segments), wires, options
+        self.original = original
         self.compiled: Compiled | None = None
         self.look: Callable[[str, Batch], None] = lambda mode, batch: None
         self._plans: dict[tuple[int, int, bool], Plan] = {}
@@ -180,13 +184,29 @@ class Session:
                 look(driver)
             if result.finite:
                 rates = compiled.learning_rates(len(self.segments))
-                driver.apply(rates, compiled.clip_scale(result.squared_norm), loss_scale)
+                driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)
                 compiled.count_update()
             else:
                 driver.discard()
             if scaling is not None:
                 scaling.decide(result.finite)
         return result
+
+    def _in_model_order(self, values: Mapping[tuple[int, int], float]) -> list[float]:
+        """Values by (stage, place of a trainable variable), in the order of the variables of the model that was split.
+
+        Without one, stage after stage.
+        """
+        if not values:
+            return []
+        number = {} if self.original is None else {id(v): n for n, v in enumerate(self.original.variables)}
+        found = {}
+        for i, description in self.driver().descriptions.items():
+            model = self.segments[i].model
+            variables = [None] * len(description.variables) if model is None else model.variables
+            for variable, info in zip(variables, description.variables, strict=True):
+                found[i, info.place] = (number.get(id(variable), len(number)), i, info.place)
+        return [values[place] for place in sorted(values, key=found.__getitem__)]
 
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
         """Loss and metrics of one batch; the result and the number of samples."""
@@ -359,6 +379,7 @@ class Session:
             y,
             sample_weight,
             inputs=self._input_specs(),
+            names=InputNames.of(self.wires.inputs, getattr(self.original, "input", None)),
             microbatches=self.options.microbatches,
             labels=self.wires.labels,
             judged=judged,

@@ -14,18 +14,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.batch.data import refuse_text
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training.callbacks import prepared, watchers_among
+from pipeline.training.model_without_layers import ModelWithoutLayers
 from pipeline.verify.every import VerifyEvery
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
 
-class Trainer(keras.Model):  # type: ignore[misc]
+class Trainer(ModelWithoutLayers):
     """The Keras side of a pipeline: what callbacks know as ``self.model``.
 
     Args:
@@ -40,6 +42,7 @@ class Trainer(keras.Model):  # type: ignore[misc]
         self._totals: dict[str, np.float32] = {}
         self._samples = np.float32(0.0)
         self._order: list[str] = []
+        self._logs: dict[str, Any] = {}
         self._watchers: tuple[StepWatcher, ...] = ()
         if session.compiled is not None:
             session.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
@@ -56,6 +59,7 @@ class Trainer(keras.Model):  # type: ignore[misc]
         finalize = self.session.needs_compile("fit").averages
         verifying = () if verify_every is None else (VerifyEvery.of(verify_every),)
         callbacks = prepared(callbacks, self.session, finalize, verifying)
+        refuse_text(args[0] if args else kwargs.get("x"))
         self._watchers = watchers_among(callbacks)
         try:
             return super().fit(*args, callbacks=callbacks, **kwargs)
@@ -65,11 +69,13 @@ class Trainer(keras.Model):  # type: ignore[misc]
     def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
         """Keras's `evaluate`, its list in Keras's order."""
         callbacks = prepared(callbacks, self.session, finalize=False)
+        refuse_text(args[0] if args else kwargs.get("x"))
         logs = super().evaluate(*args, callbacks=callbacks, return_dict=True, **kwargs)
         return self.returned(logs, return_dict)
 
     def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
         """Keras's `predict`, with callbacks that were looked through first."""
+        refuse_text(args[0] if args else kwargs.get("x"))
         return super().predict(*args, callbacks=prepared(callbacks, self.session, finalize=False), **kwargs)
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -110,7 +116,7 @@ class Trainer(keras.Model):  # type: ignore[misc]
         if len(losses) > 1:
             metrics = dict(sorted(metrics.items()))
         logs = {**{name: float(total / self._samples) for name, total in self._totals.items()}, **metrics}
-        self._order = list(logs)
+        self._order, self._logs = list(logs), logs
         return logs
 
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
@@ -151,12 +157,12 @@ class Trainer(keras.Model):  # type: ignore[misc]
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
-        self._totals, self._samples = {}, np.float32(0.0)
+        self._totals, self._samples, self._logs = {}, np.float32(0.0), {}
         self.pipe.reset_metrics()
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """Nothing: every step returns its logs whole."""
-        return {}
+        """The logs as the last step left them, also one of an evaluation by a callback."""
+        return dict(self._logs)
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """The pipeline's weights."""

@@ -73,7 +73,7 @@ class Steps:
             ours, gradients = self._live_step()
             theirs = reference.run(plan, Mode.TRAIN, self.batch, loss_scale=loss_scale)
             if not eager:
-                reference.set("gradients", gradients)
+                reference.set("given gradients", gradients)
             if ours.finite:
                 reference.apply(rates, None, loss_scale)
             else:
@@ -93,9 +93,9 @@ class Steps:
         return self.session.needs_compile("verify").run_eagerly
 
     def _live_step(self) -> tuple[StepResult, dict[int, list[Array | None]]]:
-        """One training step as `fit` makes it: its result, and its gradients before they were applied."""
+        """One training step as `fit` makes it: its result, and its gradients as the optimizers got them."""
         found: dict[int, list[Array | None]] = {}
-        result = self.session.step(self.batch, look=lambda driver: found.update(driver.get("gradients")))
+        result = self.session.step(self.batch, look=lambda driver: found.update(driver.get("given gradients")))
         return result, found
 
     def _add(self, kind: str, stage: int, name: str, step: int, ours: Array | None, theirs: Array | None) -> None:

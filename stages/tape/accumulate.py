@@ -8,9 +8,12 @@ continues the sequence is added at once, so a schedule that runs backwards in as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import tensorflow as tf
+
+from stages.tape.embedding_rows import added, is_sparse, joined
 
 Gradients = Sequence[Any | None]
 Contribution = list[Any | None]
@@ -20,15 +23,19 @@ Contribution = list[Any | None]
 class OrderedSum:
     """Per-variable sums of gradients, added in ascending microbatch order.
 
-    None is "no gradient": it adds nothing, and a variable that only ever got None sums to None. A single contribution
-    stays as the tape gave it, `tf.IndexedSlices` for an embedding: an optimizer rounds these differently, as in Keras.
+    None is "no gradient": it adds nothing, and a variable that only ever got None sums to None. The sum of
+    `tf.IndexedSlices` is all their rows, in order; beside a dense tensor they become dense.
 
     Args:
         kept_apart: Variables (by place) of which every microbatch's contribution is kept besides the sum.
+
+    Attributes:
+        fixed_rows: Variables whose rows are the same in every microbatch, so that their values are added.
     """
 
     def __init__(self, kept_apart: Sequence[int] = ()) -> None:
         self._kept_apart = tuple(kept_apart)
+        self.fixed_rows: frozenset[int] = frozenset()
         self._sums: list[Any | None] | None = None
         self._next = 0
         self._early: dict[int, list[Any | None]] = {}
@@ -60,9 +67,18 @@ class OrderedSum:
         return self._sums
 
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
-        """What was added to some of the variables that are kept apart: one entry per call of `add`, in order."""
+        """What was added to some of the variables that are kept apart: one entry per call of `add`, in order.
+
+        Of `fixed_rows` all is in the first entry.
+        """
         self.total()
-        return [[dense(apart[place]) for place in places] for apart in self._apart]
+        found = [[apart[place] for place in places] for apart in self._apart]
+        for column, place in enumerate(places):
+            if place in self.fixed_rows and found:
+                total = reduce(lambda a, b: plus(a, b, True), (entry[column] for entry in found))
+                for number, entry in enumerate(found):
+                    entry[column] = None if number else total
+        return found
 
     def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
         """Put other sums in place of some."""
@@ -86,13 +102,20 @@ class OrderedSum:
         if self._sums is None:
             self._sums = list(gradients)
         else:
-            self._sums = [plus(a, b) for a, b in zip(self._sums, gradients, strict=True)]
+            self._sums = plus_all(self._sums, gradients, self.fixed_rows)
 
 
-def plus(a: Any | None, b: Any | None) -> Any | None:
-    """The sum, where None adds nothing."""
+def plus_all(a: Gradients, b: Gradients, fixed_rows: frozenset[int] = frozenset()) -> list[Any | None]:
+    """The sum of two microbatches' gradients; of the variables in `fixed_rows` both have the same rows."""
+    return [plus(x, y, i in fixed_rows) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+
+
+def plus(a: Any | None, b: Any | None, fixed_rows: bool = False) -> Any | None:
+    """The sum, where None adds nothing; rows of an embedding beside rows are all of them, unless they are the same."""
     if a is None or b is None:
         return b if a is None else a
+    if is_sparse(a) and is_sparse(b):
+        return added(a, b) if fixed_rows and a.values.shape == b.values.shape else joined([a, b])
     return tf.add(dense(a), dense(b))
 
 

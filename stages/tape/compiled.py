@@ -6,7 +6,8 @@ backward are one function (*fused*): the loss's output gradient exists as soon a
 the inputs are kept and backward runs the forward pass again, from the same states.
 
 Gradients are added to accumulator variables inside the backward function, in the order of the calls: a schedule that
-goes backward in ascending order sums in ascending order. The optimizer runs as one function over the accumulators.
+goes backward in ascending order sums in ascending order. An embedding's, which are rows (`tf.IndexedSlices`), are
+given out and kept in that order. The optimizer runs as one function over the accumulators and the rows.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import tensorflow as tf
 
 from stages.loss.heads import Heads, Objective
-from stages.tape.accumulate import Contribution, dense
+from stages.tape.accumulate import Contribution, dense, plus
+from stages.tape.compiled_layout import Layout
 from stages.tape.direct_calls import direct, portable, portable_dtype, restore
 from stages.tape.eager import Blocks, Key, Masked, Opened, rescaled, update
+from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
 from stages.tape.graph_split import Traced, depends_on, split_functions
 from stages.tape.model_call import Part, States, spread, watch
 from stages.tape.tensors import is_differentiable
@@ -35,61 +38,13 @@ def _scalar(value: float) -> Any:
     return tf.constant(value, tf.float32)
 
 
-@dataclass
-class _Layout:
-    """What arguments a function takes, and what its trace learned.
-
-    Attributes:
-        inputs: How many input tensors there are, masks included.
-        takes: Which inputs have a mask.
-        weighted: With an objective: which heads have sample weights; None without one.
-        heads: With an objective: which heads it is for; None: all.
-        window: 0, or 1 for any later window, which has no regularisers of weights.
-        wanted: Which inputs are differentiated.
-        outputs: Dtypes of the outputs, masks included.
-        masked: Which outputs have a mask.
-        own: Whether the part has losses of its own.
-        depends: For each wanted input and then each variable, the seeds its gradient depends on; None if it has none.
-    """
-
-    inputs: int
-    takes: tuple[int, ...] = ()
-    weighted: tuple[bool, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    window: int = 0
-    wanted: tuple[bool, ...] = ()
-    outputs: tuple[Any, ...] = ()
-    masked: tuple[int, ...] = ()
-    own: bool = False
-    depends: tuple[frozenset[int] | None, ...] = ()
-
-    def unpack(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Objective | None]:
-        """Inputs, and the objective that stands behind them."""
-        if self.weighted is None:
-            return arguments, None
-        end = len(arguments) - len(self.weighted)
-        tensors, weights = arguments[:end], arguments[end:]
-        return tensors[: self.inputs], Objective.of_tensors(tensors[self.inputs :], self.weighted, weights, self.heads)
-
-    def results(self, found: Sequence[Any]) -> tuple[tuple[Any, ...], Any | None, tuple[Any, ...], list[Any]]:
-        """Outputs, own loss, the heads' losses, and what is kept for backward."""
-        ends = list(accumulate((len(self.outputs), self.own, len(self.weighted or ())), initial=0))
-        outputs = tuple(restore(t, dtype) for t, dtype in zip(found, self.outputs))  # noqa: B905 - a prefix
-        own = found[ends[1]] if self.own else None
-        return outputs, own, tuple(found[ends[2] : ends[3]]), list(found[ends[3] :])
-
-    def reached(self, alive: frozenset[int]) -> tuple[bool, ...]:
-        """For each wanted input and variable, whether its gradient depends on one of these seeds."""
-        return tuple(seeds is not None and not seeds.isdisjoint(alive) for seeds in self.depends)
-
-
 @dataclass(frozen=True, slots=True)
 class _Pair:
     """Forward and backward of one signature; `source` is what they need to live (`stages.graph_split`)."""
 
     forward: Callable[..., list[Any]]
     backward: Callable[..., list[Any]]
-    layout: _Layout
+    layout: Layout
     source: Any = None
 
 
@@ -125,6 +80,7 @@ class CompiledTapes:
     _open: dict[Key, _Open] = field(default_factory=dict)
     _accumulators: list[Any] = field(default_factory=list)
     _reached: list[bool] = field(default_factory=list)
+    _rows: Rows = field(default_factory=Rows)
     _variables: tuple[Any, ...] = ()
 
     def forward(
@@ -152,8 +108,7 @@ class CompiledTapes:
         scalars = (_scalar(share), _scalar(self.loss_scale))
         _, own, losses, gradients = layout.results(run(*_arguments(inputs, objective), *scalars))
         reached = layout.reached(frozenset((0,)))
-        self._mark(reached[sum(layout.wanted) :])
-        found = iter(gradients)
+        found = iter(self._collected(gradients, layout, reached[sum(layout.wanted) :]))
         inside = [next(found) if there else None for there in reached[: sum(layout.wanted)]]
         self._open[key] = _Open(None, (), (), share, spread(layout.wanted, inside))
         return Opened(None, (), own, losses)
@@ -185,41 +140,55 @@ class CompiledTapes:
         alive |= set(range(len(places), len(places) + layout.own + (layout.weighted is not None)))
         seeds += [_scalar(opened.share * self.loss_scale)] * layout.own
         seeds += [_scalar(self.loss_scale)] * (layout.weighted is not None)
-        found = iter(opened.pair.backward(*opened.kept, *seeds))
         reached = layout.reached(frozenset(alive))
         count = sum(layout.wanted)
-        self._mark(reached[count:])
+        found = iter(self._collected(opened.pair.backward(*opened.kept, *seeds), layout, reached[count:]))
         exists = [seeds_ is not None for seeds_ in layout.depends[:count]]
         results = [next(found) if there else None for there in exists]
         return spread(layout.wanted, [r if there else None for r, there in zip(results, reached, strict=False)])
 
-    def _mark(self, reached: Sequence[bool]) -> None:
-        """Note which variables an objective reaches."""
+    def _collected(self, results: Sequence[Any], layout: Layout, reached: Sequence[bool]) -> Sequence[Any]:
+        """Note which variables an objective reaches and keep the rows of embeddings; the rest of a backward's results.
+
+        Args:
+            results: dL/dinputs, then values and places of the rows.
+            layout: Of the function that gave them.
+            reached: For each variable, whether its gradient depends on a seed that was given.
+        """
+        end = len(results) - 2 * len(layout.rows)
+        for n, i in enumerate(layout.rows):
+            if reached[i]:
+                values, places = results[end + 2 * n : end + 2 * n + 2]
+                self._rows.add(i, sparse(values, places, self._variables[i].shape), i in layout.fixed_rows)
         for i, there in enumerate(reached):
-            self._reached[i] = self._reached[i] or there
+            self._reached[i] = self._reached[i] or (there and i not in layout.rows)
+        return results[:end]
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables; None for a variable that no objective reaches."""
-        self._prepare()
-        return [
-            accumulator.read_value() if reached else None
-            for accumulator, reached in zip(self._accumulators, self._reached, strict=True)
-        ]
+        return [dense(gradient) for gradient in self.as_given()]
 
     def as_given(self) -> list[Any | None]:
-        """The same: compiled sums are dense."""
-        return self.gradients()
+        """The same; of an embedding that is no more than that, all rows (`tf.IndexedSlices`)."""
+        self._prepare()
+        return [
+            plus(accumulator.read_value() if reached else None, self._rows.of(i))
+            for i, (accumulator, reached) in enumerate(zip(self._accumulators, self._reached, strict=True))
+        ]
 
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
         """What all microbatches together added to some variables, as one entry."""
-        found = self.gradients()
+        found = self.as_given()
         return [[found[place] for place in places]]
 
     def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
         """Put other sums in place of some accumulated ones."""
         self._prepare()
         for place, total in zip(places, totals, strict=True):
-            if total is not None:
+            if is_sparse(total):
+                self._rows.replace(place, total)
+            elif total is not None:
+                self._rows.replace(place, None)
                 self._accumulators[place].assign(total)
                 self._reached[place] = True
 
@@ -227,16 +196,23 @@ class CompiledTapes:
         """Update the variables from the accumulators (over `divisor`, times `scale`) and clear them, in one call."""
         self._prepare()
         self._open.clear()
-        reached = tuple(self._reached)
-        name = ("apply", optimizer, reached, scale is not None, divisor is not None)
+        for i in self._rows.variables():
+            if self._reached[i]:  # rows beside a dense gradient are dense
+                self._accumulators[i].assign_add(dense(self._rows.of(i)))
+                self._rows.replace(i, None)
+        places = tuple(self._rows.variables())
+        flat = [part for i in places for part in parts_of(self._rows.of(i))]
+        self._rows.clear()
+        name = ("apply", optimizer, tuple(self._reached), places, scale is not None, divisor is not None)
         if name not in self._functions:
-            trace = self._trace_apply(optimizer, scale is not None, divisor is not None)
-            self._functions[name] = direct(trace, [_SCALAR, _SCALAR])
-        self._functions[name](_scalar(float(scale or 0.0)), _scalar(float(divisor or 1.0)))
+            trace = self._trace_apply(optimizer, places, scale is not None, divisor is not None)
+            self._functions[name] = direct(trace, [_SCALAR, _SCALAR, *map(_spec, flat)])
+        self._functions[name](_scalar(float(scale or 0.0)), _scalar(float(divisor or 1.0)), *flat)
 
     def clear(self) -> None:
         """Drop what is open and set the sums to zero."""
         self._open.clear()
+        self._rows.clear()
         for accumulator in self._accumulators:
             accumulator.assign(tf.zeros_like(accumulator))
 
@@ -247,6 +223,7 @@ class CompiledTapes:
             return
         self._variables = variables
         self._functions.clear()
+        self._rows.clear()
         self._accumulators = [tf.Variable(tf.zeros_like(v.value), trainable=False) for v in variables]
         self._reached = [False] * len(variables)
 
@@ -270,11 +247,11 @@ class CompiledTapes:
         if found is None:
             self._prepare()
             specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
-            layout = _Layout(len(inputs), tuple(masked), weighted, heads, later)
+            layout = Layout(len(inputs), tuple(masked), weighted, heads, later)
             found = self._functions[key] = trace(layout, *specs)
         return found
 
-    def _trace_pair(self, layout: _Layout, *specs: Any) -> _Pair:
+    def _trace_pair(self, layout: Layout, *specs: Any) -> _Pair:
         """Forward and backward that hand the tape's intermediates over."""
 
         def joint(*arguments: Any) -> Traced:
@@ -282,13 +259,13 @@ class CompiledTapes:
             seeds = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in differentiable]
             seeds += [tf.compat.v1.placeholder(tf.float32, ()) for _ in range(_scalars(layout))]
             gradients = differentiate(seeds)
-            layout.depends = depends_on(gradients, seeds)
+            layout.depends = depends_on(gradients[: len(gradients) - len(layout.rows)], seeds)
             return Traced(results, seeds, gradients)
 
         functions = split_functions(joint, specs, lambda gradients: self._finish(gradients, layout))
         return _Pair(functions.forward, functions.backward, layout, functions.source)
 
-    def _trace_recomputing(self, layout: _Layout, *specs: Any) -> _Pair:
+    def _trace_recomputing(self, layout: Layout, *specs: Any) -> _Pair:
         """A forward that keeps arguments and states, and a backward that runs it again from them."""
         states = States(self.part.model)
 
@@ -310,7 +287,7 @@ class CompiledTapes:
             states.write(before)
             _, _, differentiate = self._taped(arguments, layout, counts=False)
             found = differentiate(seeds)
-            layout.depends = depends_on(found, seeds)
+            layout.depends = depends_on(found[: len(found) - len(layout.rows)], seeds)
             gradients = self._finish(found, layout)
             states.write(now)
             return gradients
@@ -326,7 +303,7 @@ class CompiledTapes:
         return _Pair(direct(forward, specs), direct(backward, [*kept, *seeds]), layout)
 
     def _taped(
-        self, arguments: Sequence[Any], layout: _Layout, counts: bool = True
+        self, arguments: Sequence[Any], layout: Layout, counts: bool = True
     ) -> tuple[list[Any], list[Any], Callable[..., list[Any | None]]]:
         """Run the part under a tape.
 
@@ -356,19 +333,24 @@ class CompiledTapes:
             scales = [tf.cast(scale, term.dtype) for scale in scalars for term in terms]
             output_gradients = [*seeds[: len(targets)], *shares, *scales]
             found = tape.gradient([*targets, *own, *terms], sources, output_gradients=output_gradients)
-            return [dense(gradient) for gradient in found]
+            return layout.flat(found, sum(layout.wanted))
 
         return [*outputs, *([tf.add_n(own)] if own else []), *values], targets, differentiate
 
-    def _finish(self, gradients: Sequence[Any | None], layout: _Layout) -> list[Any]:
-        """Accumulate dL/dvariables; return the dL/dinputs that exist."""
-        inputs = len(gradients) - len(self._variables)
-        for accumulator, gradient in zip(self._accumulators, gradients[inputs:], strict=True):
-            if gradient is not None:
+    def _finish(self, gradients: Sequence[Any | None], layout: Layout) -> list[Any]:
+        """Accumulate dL/dvariables; return the dL/dinputs that exist, then values and places of embeddings' rows."""
+        inputs = sum(layout.wanted)
+        of_variables = gradients[inputs : inputs + len(self._variables)]
+        for i, (accumulator, gradient) in enumerate(zip(self._accumulators, of_variables, strict=True)):
+            if gradient is not None and i not in layout.rows:
                 accumulator.assign_add(gradient)
-        return [gradient for gradient in gradients[:inputs] if gradient is not None]
+        indices = gradients[inputs + len(self._variables) :]
+        found = [gradient for gradient in gradients[:inputs] if gradient is not None]
+        for i, places in zip(layout.rows, indices, strict=True):
+            found += [of_variables[i], tf.cast(places, tf.int64)]
+        return found
 
-    def _trace_fused(self, layout: _Layout, *specs: Any) -> tuple[Callable[..., list[Any]], _Layout]:
+    def _trace_fused(self, layout: Layout, *specs: Any) -> tuple[Callable[..., list[Any]], Layout]:
         def fused(*arguments: Any) -> list[Any]:
             *given, share, scale = arguments
             inputs, objective = layout.unpack(given)
@@ -384,15 +366,15 @@ class CompiledTapes:
             seeds += [tf.cast(share * scale, term.dtype) for term in own]
             found: list[Any | None] = [None] * len(sources)
             if seeds:
-                found = [dense(g) for g in tape.gradient([*terms, *own], sources, output_gradients=seeds)]
+                found = tape.gradient([*terms, *own], sources, output_gradients=seeds)
             layout.own = bool(own)
             layout.depends = tuple(None if gradient is None else frozenset((0,)) for gradient in found)
             total = [tf.add_n(own) * share] if own else []
-            return [*total, *values, *self._finish(found, layout)]
+            return [*total, *values, *self._finish(layout.flat(found, sum(layout.wanted)), layout)]
 
         return direct(fused, [*specs, _SCALAR, _SCALAR]), layout
 
-    def _trace_inference(self, layout: _Layout, *specs: Any) -> tuple[Callable[..., list[Any]], _Layout]:
+    def _trace_inference(self, layout: Layout, *specs: Any) -> tuple[Callable[..., list[Any]], Layout]:
         def infer(*arguments: Any) -> list[Any]:
             *given, share = arguments
             inputs, objective = layout.unpack(given)
@@ -407,16 +389,21 @@ class CompiledTapes:
 
         return direct(infer, [*specs, _SCALAR]), layout
 
-    def _trace_apply(self, optimizer: Any, scaled: bool, divided: bool) -> Callable[..., list[Any]]:
-        reached = list(zip(self._variables, self._accumulators, self._reached, strict=True))
+    def _trace_apply(
+        self, optimizer: Any, with_rows: Sequence[int], scaled: bool, divided: bool
+    ) -> Callable[..., list[Any]]:
+        """An update from the accumulators that were reached, and from the rows of some variables."""
+        reached = [i for i, there in enumerate(self._reached) if there]
 
-        def apply(scale: Any, divisor: Any) -> list[Any]:
-            pairs = [(accumulator, variable) for variable, accumulator, there in reached if there]
-            gradients = [tf.convert_to_tensor(accumulator) for accumulator, _ in pairs]
+        def apply(scale: Any, divisor: Any, *flat: Any) -> list[Any]:
+            found = {i: tf.convert_to_tensor(self._accumulators[i]) for i in reached}
+            for n, i in enumerate(with_rows):
+                found[i] = sparse(flat[2 * n], flat[2 * n + 1], self._variables[i].shape)
+            gradients = [found[i] for i in sorted(found)]
             gradients = rescaled(gradients, scale if scaled else None, divisor if divided else None)
-            update(optimizer, gradients, [variable for _, variable in pairs])
-            for accumulator, _ in pairs:
-                accumulator.assign(tf.zeros_like(accumulator))
+            update(optimizer, gradients, [self._variables[i] for i in sorted(found)])
+            for i in reached:
+                self._accumulators[i].assign(tf.zeros_like(self._accumulators[i]))
             return [tf.constant(True)]
 
         return apply
@@ -435,6 +422,6 @@ def _arguments(inputs: Sequence[Any], objective: Objective | None) -> tuple[Any,
     return (*inputs, *objective.tensors(), *(_scalar(weight) for weight in objective.weights))
 
 
-def _scalars(layout: _Layout) -> int:
+def _scalars(layout: Layout) -> int:
     """How many seeds are scalars: one for own losses, one for the heads' losses."""
     return layout.own + (layout.weighted is not None)

@@ -27,6 +27,7 @@ import tensorflow as tf
 from stages.keras_internals import update_nothing
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, OrderedSum, dense
+from stages.tape.embedding_rows import fixed_rows, free_batch, is_sparse
 from stages.tape.model_call import Part, States, spread, watch
 from stages.tape.tensors import is_differentiable
 
@@ -151,6 +152,8 @@ class _Record:
     outputs: tuple[Any, ...]
     targets: list[Any]
     seeds: list[Any]
+    inputs: Sequence[Any]
+    masked: Masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,7 @@ class EagerTapes:
         self._part, self._heads, self._recompute = part, heads or Heads(), recompute
         self._open: dict[Key, _Record | _Again] = {}
         self._sum = OrderedSum(kept_apart)
+        self._fixed_rows: dict[Any, frozenset[int]] = {}
         self.loss_scale = 1.0
         self.blocks = Blocks()
 
@@ -233,7 +237,7 @@ class EagerTapes:
         seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
         targets = [*terms, *own]
         fills = [tf.fill((), tf.cast(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]
-        self._open[key] = _Record(tape, wanted, sources, outputs, targets, fills)
+        self._open[key] = _Record(tape, wanted, sources, outputs, targets, fills, free_batch(inputs), masked)
         return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
     def _losses(self, outputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
@@ -254,8 +258,17 @@ class EagerTapes:
                 targets = joint(record.targets, [output for output, _ in pairs])
             found = record.tape.gradient(targets, record.sources, output_gradients=seeds)
         inputs = sum(record.wanted)
+        if key.microbatch and any(map(is_sparse, found[inputs:])):
+            self._sum.fixed_rows = self._rows_for_all_samples(record)
         self._sum.add(self.blocks.of(key), found[inputs:], self.blocks.completes(key))
         return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
+
+    def _rows_for_all_samples(self, record: _Record) -> frozenset[int]:
+        """Which embeddings this pass looked up once for all samples; found out once for inputs of these shapes."""
+        name = (tuple(record.inputs), tuple(record.masked), len(self._part.trainable_variables))
+        if name not in self._fixed_rows:
+            self._fixed_rows[name] = fixed_rows(self._part, record.inputs, record.masked)
+        return self._fixed_rows[name]
 
     def _record(self, key: Key) -> _Record:
         """Take the open tape of a forward pass, running it again where only its inputs were kept."""

@@ -29,6 +29,7 @@ import numpy as np
 
 from stages.actions import Action, from_array
 from stages.recipe.settings import settle
+from stages.tape.embedding_rows import from_parts, parts_of
 from stages.tape.tensors import to_array, to_tensor
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, StageSpec
@@ -169,7 +170,11 @@ class BaseWorker(ABC):
         """A stage's gradients of the last step, in the order of its trainable variables."""
 
     @abstractmethod
-    def set_gradients(self, index: int, arrays: Sequence[Array | None]) -> None:
+    def given_gradients(self, index: int) -> Sequence[Any | None]:
+        """The same as the optimizer gets them: tensors, or rows of an embedding (`tf.IndexedSlices`)."""
+
+    @abstractmethod
+    def set_given_gradients(self, index: int, gradients: Sequence[Any | None]) -> None:
         """Put others in their place."""
 
     @abstractmethod
@@ -299,6 +304,9 @@ class BaseWorker(ABC):
         hosted = self.hosted[index]
         if what == "gradients":
             return self.gradients(index)
+        if what == "given gradients":
+            parts = [part for gradient in self.given_gradients(index) for part in parts_of(gradient)]
+            return [None if part is None else to_array(part) for part in parts]
         if what == "optimizer":
             return self.optimizer_values(index)
         if what == "kept states":
@@ -315,8 +323,11 @@ class BaseWorker(ABC):
     def _set(self, what: str, index: int, arrays: Sequence[Array | None]) -> None:
         """Write what a stage has under a name; the inverse of `_values`."""
         values = [array for array in arrays if array is not None]
-        if what == "gradients":
-            self.set_gradients(index, arrays)
+        if what == "given gradients":
+            variables = self.hosted[index].stage.trainable_variables
+            tensors = [None if array is None else to_tensor(np.array(array)) for array in arrays]
+            pairs = zip(tensors[::2], tensors[1::2], variables, strict=True)
+            self.set_given_gradients(index, [from_parts(values, places, v.shape) for values, places, v in pairs])
         elif what == "optimizer":
             self.set_optimizer_values(index, values)
         elif what == "kept states":

@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from stages.errors import SegmentError
 from stages.grid import is_over_time
@@ -22,6 +21,7 @@ from stages.recipe.keras_state import as_unbuilt
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
+from stages.tape.eager import rescaled
 from stages.tape.model_call import changed_by_calls
 from stages.worker import snapshot
 from stages.worker.description import NOT_TRAINED, StageDescription, TensorInfo, VariableInfo
@@ -254,18 +254,18 @@ class HostedStage:
             outputs=_tensor_infos(getattr(model, "outputs", None)),
         )
 
-    def squared_norm(self, loss_scale: float = 1.0) -> float:
-        """Sum of squares of the gradients, for clipping by the norm over all stages; shared ones once.
+    def squared_norms(self, loss_scale: float = 1.0) -> dict[int, float]:
+        """{place of a variable: sum of squares of its gradient}, for clipping by the norm over all stages.
 
-        As Keras, of what the optimizer gets: where an embedding's rows are not summed, of each of them.
+        As in Keras: of what the optimizer gets, so that an embedding's rows are squared before they are summed. Those
+        of variables that an earlier stage has too are that stage's.
 
         Args:
-            loss_scale: How much too large the accumulated ones are.
+            loss_scale: How much too large the accumulated gradients are.
         """
-        scale, others = np.float32(loss_scale), self._others
-        given = [g for place, g in enumerate(self.stage.as_given()) if g is not None and place not in others]
-        values = [np.asarray(g.values if isinstance(g, tf.IndexedSlices) else g) for g in given]
-        return float(sum(np.sum(np.square(g / scale, dtype=np.float32)) for g in values))
+        given = {k: g for k, g in enumerate(self.stage.as_given()) if g is not None and k not in self._others}
+        divided = rescaled(list(given.values()), None, None if loss_scale == 1 else loss_scale)
+        return {k: float(keras.ops.sum(keras.ops.square(g))) for k, g in zip(given, divided, strict=True)}
 
     def all_finite(self) -> bool:
         """Whether no accumulated gradient has an infinity or a NaN, for loss scaling."""

@@ -148,7 +148,7 @@ class StepOrder(Order):
         truncate: How many windows a state's gradient goes back through; None: all.
         observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see
             `stages.worker.observers`.
-        squared_norm: Whether the reply says the sum of squares of all gradients.
+        squared_norms: Whether the reply says each gradient's sum of squares.
     """
 
     do: ClassVar[str] = "step"
@@ -161,7 +161,7 @@ class StepOrder(Order):
     loss_scale: float | None = None
     truncate: int | None = None
     observe: str = ""
-    squared_norm: bool = False
+    squared_norms: bool = False
 
     @property
     def command(self) -> str:
@@ -218,7 +218,8 @@ class Get(Order):
     """Read arrays; the reply is {stage: how many}, and all of them, stage after stage.
 
     Attributes:
-        what: ``gradients``, ``kept states``, or as `HostedStage.variables` calls it.
+        what: ``gradients``; ``given gradients``, two arrays a variable as an optimizer gets them: values, and the
+            places of an embedding's rows or None; ``kept states``; or as `HostedStage.variables` calls it.
     """
 
     do: ClassVar[str] = "get"

@@ -72,7 +72,7 @@ class StepReply:
         metrics: Those so far, of its heads.
         masked: Whether masks of predictions count.
         spans: With a trace: (begin, end) of each action, seconds of the host's monotonic clock.
-        squared_norm: Sum of squares of the gradients, where it was asked for.
+        squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
         finite: Whether no gradient has an infinity or a NaN, where the loss was scaled.
         squares: {place: sum of squares of what crossed a cut}, where norms were asked for.
         roundings: Of a compiled reference: see `pipeline.batch.step.StepResult`.
@@ -82,7 +82,7 @@ class StepReply:
     metrics: Mapping[str, float] = field(default_factory=dict)
     masked: bool = False
     spans: Sequence[tuple[float, float]] = ()
-    squared_norm: float | None = None
+    squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     finite: bool = True
     squares: Mapping[Place, float] = field(default_factory=dict)
     roundings: Mapping[str, float] = field(default_factory=dict)
@@ -90,7 +90,9 @@ class StepReply:
     def plain(self) -> dict[str, Any]:
         """As JSON."""
         losses = {str(stage): [list(by_head), own] for stage, (by_head, own) in self.losses.items()}
-        return {**vars(self), "losses": losses, "squares": [[*place, value] for place, value in self.squares.items()]}
+        norms = [[*place, value] for place, value in self.squared_norms.items()]
+        squares = [[*place, value] for place, value in self.squares.items()]
+        return {**vars(self), "losses": losses, "squared_norms": norms, "squares": squares}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> StepReply:
@@ -100,6 +102,7 @@ class StepReply:
                 **data,
                 "losses": {int(stage): (by_head, own) for stage, (by_head, own) in data["losses"].items()},
                 "spans": [(begin, end) for begin, end in data["spans"]],
+                "squared_norms": {(stage, k): value for stage, k, value in data["squared_norms"]},
                 "squares": {tuple(place): value for *place, value in data["squares"]},
             }
         )

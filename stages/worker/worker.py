@@ -60,7 +60,11 @@ class Worker(BaseWorker):
         program = self._program = Program(order, self.plans[order.plan], self.hosted, links)
         losses = program.run()
         stages = self.hosted.values()
-        squared_norm = sum(hosted.squared_norm(order.scale) for hosted in stages) if order.squared_norm else None
+        squared_norms = {
+            (i, k): norm
+            for i, hosted in self.hosted.items()
+            for k, norm in (hosted.squared_norms(order.scale) if order.squared_norms else {}).items()
+        }
         finite = order.loss_scale is None or all(hosted.all_finite() for hosted in stages)
         for kept in before.values():
             kept.put_back()
@@ -71,7 +75,7 @@ class Worker(BaseWorker):
             metrics=self._metrics() if counts else {},
             masked=any(hosted.prediction_masks for hosted in stages),
             spans=program.spans,
-            squared_norm=squared_norm,
+            squared_norms=squared_norms,
             finite=finite,
             squares=self._seen.squares if isinstance(self._seen, Norms) else {},
         )
@@ -98,7 +102,11 @@ class Worker(BaseWorker):
         """The accumulated ones."""
         return self.hosted[index].gradients()
 
-    def set_gradients(self, index: int, arrays: Sequence[Array | None]) -> None:
+    def given_gradients(self, index: int) -> Sequence[Any | None]:
+        """The accumulated ones."""
+        return self.hosted[index].stage.as_given()
+
+    def set_given_gradients(self, index: int, gradients: Sequence[Any | None]) -> None:
         """Refused: a pipeline's gradients are those of its own step."""
         raise HandoffError(
             f"the gradients of stage {self.hosted[index].spec.name!r} are its own step's; none can be set"

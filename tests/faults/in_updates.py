@@ -18,7 +18,7 @@ def clipped_by_itself(live: Live, place: Place) -> Context:
     """The stage clips by the norm of its own gradients."""
 
     def around(apply: Any, optimizer: Any, scale: Any = None, divisor: Any = None) -> None:
-        norm = np.sqrt(live.hosted[place.stage].squared_norm())
+        norm = np.sqrt(sum(live.hosted[place.stage].squared_norms().values()))
         assert norm > CLIP
         apply(optimizer, float(CLIP / norm), divisor)
 

@@ -15,22 +15,22 @@ OPTIMIZERS = (
     Planted(
         "clipping by the global norm takes its square",
         "pipeline/compiled/compiled.py",
-        "norm = np.sqrt(np.float32(squared_norm))",
-        "norm = np.float32(squared_norm)",
+        "norm = np.sqrt(np.float32(keras.ops.sum(",
+        "norm = np.square(np.float32(keras.ops.sum(",
         _OPTIMIZERS,
     ),
     Planted(
         "the global norm counts a tied variable in every stage that has it",
         _HOSTED,
-        "for place, g in enumerate(self.stage.as_given()) if g is not None and place not in others]",
-        "for place, g in enumerate(self.stage.as_given()) if g is not None]",
+        "for k, g in enumerate(self.stage.as_given()) if g is not None and k not in self._others}",
+        "for k, g in enumerate(self.stage.as_given()) if g is not None}",
         ("test_tied", *_OPTIMIZERS),
     ),
     Planted(
         "scaled gradients are not divided by the loss scale",
         _SESSION,
-        "driver.apply(rates, compiled.clip_scale(result.squared_norm), loss_scale)",
-        "driver.apply(rates, compiled.clip_scale(result.squared_norm), None)",
+        "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)",
+        "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), None)",
         _MIXED,
     ),
     Planted(

@@ -18,6 +18,7 @@ from stages.keras_internals import set_mask, standing_in
 from stages.loss.heads import Objective
 from stages.masks import mask_of, with_mask
 from stages.tape.eager import joint
+from stages.tape.embedding_rows import free_batch
 from stages.tape.tensors import is_differentiable
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
@@ -62,6 +63,8 @@ class JoinedModel:
         self.hosted = hosted
         self.counting = False
         self._watch: Callable[[Any], None] | None = None
+        self._took: dict[int, tuple[list[tf.TensorSpec], list[int]]] = {}
+        """For each stage (by position) what it took in the last pass: its inputs, any number of samples; the masked."""
         self._dead: frozenset[tuple[str, int]] | None = None
         """(tensor, window) between segments or windows that no gradient comes back to; None: not known yet."""
 
@@ -199,6 +202,8 @@ class JoinedModel:
             run.taken[name, i] = tensor
             if mask_of(tensor) is not None:
                 run.masks[name, i] = mask_of(tensor)
+        masked = [n for n, tensor in enumerate(taken) if mask_of(tensor) is not None]
+        self._took[i] = (free_batch([*taken, *(mask_of(taken[n]) for n in masked)]), masked)
         outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=training)
         for tensor, copy in zip(given, taken, strict=True):
             if mask_of(tensor) is not None and mask_of(copy) is None:

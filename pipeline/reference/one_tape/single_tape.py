@@ -30,8 +30,9 @@ from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
 from stages.keras_internals import standing_in
 from stages.masks import mask_of
-from stages.tape.accumulate import dense, plus
-from stages.tape.model_call import States
+from stages.tape.accumulate import dense, plus, plus_all
+from stages.tape.embedding_rows import fixed_rows, is_sparse
+from stages.tape.model_call import Part, States
 from stages.tape.tensors import is_differentiable, to_array
 from stages.worker.hosted_stage import HostedStage, makes_masks
 from stages.worker.observers import ACTIVATION, GRADIENT, MASK, Observer, Sight
@@ -52,6 +53,7 @@ class SingleTape(JoinedModel):
     def __init__(self, hosted: Sequence[HostedStage]) -> None:
         super().__init__(hosted)
         self.observer: Observer | None = None
+        self._looked_up: frozenset[int] | None = None
         self._compiled = tf.function(self._microbatch, autograph=False, reduce_retracing=False)
         self._predicting = tf.function(self._forward, autograph=False, reduce_retracing=False)
 
@@ -95,8 +97,9 @@ class SingleTape(JoinedModel):
                 part.inputs, part.targets, part.sample_weights, mine, share, self._initial(batch, k), fixed
             )
             self._show(k, crossing)
+            same = self._fixed_rows() if k and any(map(is_sparse, blocks[0])) else frozenset()
             for block in blocks:
-                total = [plus(a, b) for a, b in zip(total, block, strict=True)]
+                total = plus_all(total, block, same)
             losses += [dict(zip(self._indices, one, strict=True)) for one in some]
         return reported(losses), self._by_stage(total)
 
@@ -190,15 +193,26 @@ class SingleTape(JoinedModel):
         count = len(self.variables)
         found = iter([dense(g) for g in flat[count * len(runs) :]])
         rest = [next(found) if yes else None for yes in wanted]
-        if len(runs) == 1:  # a single contribution stays sparse where it is: optimizers round these differently
-            return [list(flat[:count])], rest
-        each = [dense(g) for g in flat]
         blocks: list[list[Sequence[Any | None]]] = []
         for w in range(len(runs)):
             if w == 0 or part.begins_block(w):
                 blocks.append([])
-            blocks[-1].append(each[w * count : (w + 1) * count])
+            blocks[-1].append(flat[w * count : (w + 1) * count])
         return [[reduce(plus, terms) for terms in zip(*reversed(block), strict=True)] for block in blocks], rest
+
+    def _fixed_rows(self) -> frozenset[int]:
+        """Which embeddings (by place among the variables) are looked up once for all samples, in the last pass."""
+        if self._looked_up is None:
+            places = {id(variable): n for n, variable in enumerate(self.variables)}
+            found: set[int] = set()
+            for i, hosted in enumerate(self.hosted):
+                variables = hosted.stage.trainable_variables
+                found |= {
+                    places.get(id(variables[k]), -1)
+                    for k in fixed_rows(Part(hosted.stage.model, hosted.spec.name), *self._took[i])
+                }
+            self._looked_up = frozenset(found)
+        return self._looked_up
 
     def _by_stage(self, total: Sequence[Any | None]) -> dict[int, list[Any | None]]:
         """The gradients of each stage's trainable variables, shared ones in each stage that has them."""

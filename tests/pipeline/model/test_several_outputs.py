@@ -257,3 +257,21 @@ def test_an_untouched_input_is_no_output():
     x = keras.Input((3,), name="x")
     with pytest.raises(Exception, match=r"'x'.*one of its inputs, untouched.*Identity"):
         Pipeline.split(keras.Model(x, [layers.Dense(2)(x), x]), stages=1)
+
+
+@pytest.mark.parametrize("weights", [None, 0.5])
+@pytest.mark.parametrize("loss", ["mse", keras.losses.MeanAbsoluteError])
+def test_one_loss_is_that_of_every_output(loss, weights):
+    """Named and logged for each of them, as in Keras."""
+
+    def two():
+        inputs = keras.Input((5,))
+        first = layers.Dense(3, activation="tanh", name="first")(inputs)
+        return keras.Model(inputs, [layers.Dense(1, name="a")(first), layers.Dense(1, name="b")(first)])
+
+    (x, _), (_, _, y) = data()
+    given = loss if isinstance(loss, str) else loss()
+    arguments = {"optimizer": "sgd", "loss": given, "loss_weights": weights}
+    with twins(two, lambda: arguments, at=["first"]) as pair:
+        history = pair.assert_fit_alike(x[0] if isinstance(x, list) else x, [y, 2 * y], batch_size=5, epochs=2)
+    assert sorted(history) == ["a_loss", "b_loss", "loss"]

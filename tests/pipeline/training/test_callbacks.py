@@ -333,3 +333,43 @@ def test_backup_and_restore_goes_on_where_it_was_interrupted(tmp_path):
         assert history.epoch == [2]
         assert int(second.optimizer.iterations) == 6
         assert_same_arrays(second.get_weights(), expected)
+
+
+class Evaluating(keras.callbacks.Callback):
+    """Looks at other data after every batch, with the same metrics."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.evaluate(XN[:8], YN[:8], verbose=0)
+
+
+class Predicting(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.predict(XN[:8], verbose=0)
+
+
+@pytest.mark.parametrize("callback", [Evaluating, Predicting])
+def test_a_callback_that_runs_the_model_leaves_the_logs_of_keras(callback):
+    """An evaluation counts in the same metrics, as in Keras, so that an epoch ends with it; a prediction does not."""
+    with twins(regressor, lambda: {**squares(), "metrics": ["mae"]}) as pair:
+        pair.assert_fit_alike(XN, YN, batch_size=8, epochs=2, callbacks=lambda: [callback()])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: model.layers[0],
+        lambda model: model.get_layer("a"),
+        lambda model: model.weights,
+        lambda model: model.trainable_variables,
+        lambda model: model.trainable_weights,
+    ],
+)
+def test_a_callback_that_asks_for_layers_is_told_where_they_are(ask):
+    """Keras would give it an empty list, and what it wrote would change nothing."""
+    with Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile(**squares(), run_eagerly=True)
+        asking = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: ask(pipe._trainer))
+        with pytest.raises(
+            CompileError, match=r"a callback asks for self\.model\.\w+.* in the workers.*pipe\.merge\(\)"
+        ):
+            pipe.fit(XN, YN, verbose=0, callbacks=[asking])

@@ -89,6 +89,8 @@ def test_global_norm_is_taken_over_all_stages(clip: float, run_eagerly: bool) ->
     """`global_clipnorm` scales all gradients by one factor, and by none when the norm is small."""
     _, ours, theirs = run(lambda: optimizers.SGD(0.5, global_clipnorm=clip), run_eagerly)
     _, unclipped, _ = run(lambda: optimizers.SGD(0.5), run_eagerly)
+    if run_eagerly:  # the norm is that of all variables in their order, as Keras takes it
+        assert_same_bits(ours, theirs, "weight")
     assert difference(ours, theirs) <= 1e-6
     assert (difference(ours, unclipped) > 1e-2) == (clip < 1)
 

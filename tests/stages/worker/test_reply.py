@@ -40,7 +40,7 @@ def test_a_step_s_answer_keeps_every_bit() -> None:
         metrics={"accuracy": 1 / 3},
         masked=True,
         spans=[(0.1, 0.2)],
-        squared_norm=math.pi,
+        squared_norms={(2, 0): math.pi, (3, 1): 1e-300},
         finite=False,
         squares={("activation", 0, 1, "h"): 2.0**-1074},
         roundings={"gradient": 1e-9},

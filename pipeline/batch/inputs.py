@@ -1,0 +1,65 @@
+"""Which array of what a user passes as x goes to which input, as the model that was split reads it.
+
+model of a list, or of one input    x: a list in that order, or a dict by the inputs' names
+model of a dict                     x: a dict with the same keys (not the inputs' names), or a list in the keys' order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import DataError
+from stages.tape.tensors import flatten
+
+
+@dataclass(frozen=True)
+class InputNames:
+    """How a user may name the inputs of a pipeline.
+
+    Attributes:
+        keys: One per input, in the pipeline's order: the model's own keys where it takes a dict, else names.
+        exact: Whether a dict may have no other keys. Keras leaves others out, but for a model that takes a dict.
+        sequence: Whether x may be a list. Keras refuses one for a dict whose keys are not in alphabetical order.
+    """
+
+    keys: tuple[str, ...]
+    exact: bool = True
+    sequence: bool = True
+
+    @classmethod
+    def of(cls, names: Sequence[str], structure: Any = None) -> InputNames:
+        """From the inputs' names and the nesting of inputs of the model that was split (`model.input`), if one was."""
+        if isinstance(structure, Mapping) and len(structure) == len(names):
+            keys = tuple(sorted(structure))
+            return cls(keys, True, list(keys) == list(structure))
+        return cls(tuple(names), structure is None)
+
+    def arrays(self, x: Any) -> list[Any]:
+        """What x has for each input, in the pipeline's order.
+
+        Raises:
+            DataError: Something is missing or too much.
+        """
+        takes = f"the pipeline takes {len(self.keys)} input(s) ({', '.join(self.keys)})"
+        if isinstance(x, Mapping) and not any(isinstance(value, Mapping | list | tuple) for value in x.values()):
+            missing, more = [key for key in self.keys if key not in x], [key for key in x if key not in self.keys]
+            if missing or (more and self.exact):
+                which = [
+                    f"{what} {', '.join(map(repr, some))}" for what, some in (("lacks", missing), ("has", more)) if some
+                ]
+                raise DataError(f"{takes}, x is a dict that {' and '.join(which)}; pass a dict with these keys")
+            return [x[key] for key in self.keys]
+        leaves = flatten(x) if isinstance(x, list | tuple | Mapping) and not self._is_rows(x) else [x]
+        if len(leaves) != len(self.keys):
+            raise DataError(
+                f"{takes}, x has {len(leaves)}; pass them as a list in this order or as a dict by these names"
+            )
+        if not self.sequence and isinstance(x, list | tuple):
+            raise DataError(f"{takes}, whose order in a list nobody can tell; pass x as a dict with these keys")
+        return list(leaves)
+
+    def _is_rows(self, x: Any) -> bool:
+        """Whether a list is one array written as Python rows, not a list of input arrays."""
+        return len(self.keys) == 1 and isinstance(x, list | tuple) and len(x) > 0 and not hasattr(x[0], "shape")

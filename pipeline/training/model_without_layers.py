@@ -1,0 +1,53 @@
+"""What a callback would look for in a model and would not find, or would change in vain: refused, with what to do.
+
+`self.model` in a callback is a Keras model without layers: they and their variables are in the workers. Keras would
+answer with empty lists.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import keras
+
+from pipeline.errors import CompileError
+
+_INSTEAD = (
+    "the layers and their variables are in the workers. To read, take self.model.get_weights(), or pipe.merge(), a "
+    "model with the present weights; to write, self.model.set_weights(...)"
+)
+
+
+def _in_the_workers(name: str) -> property:
+    """A property that says where this is."""
+
+    def refuse(_: Any) -> list[Any]:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("keras."):
+            return []  # Keras's own `fit` asks what the optimizer should finalise, which the workers do
+        raise CompileError(f"a callback asks for self.model.{name}, and a pipeline has none here: {_INSTEAD}")
+
+    return property(refuse)
+
+
+class ModelWithoutLayers(keras.Model):  # type: ignore[misc]
+    """A Keras model whose layers and variables are elsewhere."""
+
+    layers = _in_the_workers("layers")
+    weights = _in_the_workers("weights")
+    variables = _in_the_workers("variables")
+    trainable_weights = _in_the_workers("trainable_weights")
+    trainable_variables = _in_the_workers("trainable_variables")
+    non_trainable_weights = _in_the_workers("non_trainable_weights")
+    non_trainable_variables = _in_the_workers("non_trainable_variables")
+
+    def get_layer(self, name: Any = None, index: Any = None) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            CompileError: Always.
+        """
+        asked = repr(name) if index is None else index
+        raise CompileError(
+            f"a callback asks for self.model.get_layer({asked}), and a pipeline has none here: {_INSTEAD}"
+        )

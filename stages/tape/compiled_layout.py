@@ -1,0 +1,77 @@
+"""What the arguments and results of a stage's compiled functions are, in a flat list of tensors.
+
+forward    inputs, masks, targets, sample weights, weights of losses  ──► outputs, own loss, losses, what is kept
+backward   what is kept, seeds  ──► dL/dinputs, then values (n, ...) and places (n,) of each embedding's rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from stages.loss.heads import Objective
+from stages.tape.accumulate import dense
+from stages.tape.direct_calls import restore
+from stages.tape.embedding_rows import parts_of
+
+
+@dataclass
+class Layout:
+    """What arguments a function takes, and what its trace learned.
+
+    Attributes:
+        inputs: How many input tensors there are, masks included.
+        takes: Which inputs have a mask.
+        weighted: With an objective: which heads have sample weights; None without one.
+        heads: With an objective: which heads it is for; None: all.
+        window: 0, or 1 for any later window, which has no regularisers of weights.
+        wanted: Which inputs are differentiated.
+        outputs: Dtypes of the outputs, masks included.
+        masked: Which outputs have a mask.
+        own: Whether the part has losses of its own.
+        depends: For each wanted input and then each variable, the seeds its gradient depends on; None if it has none.
+        rows: Which variables' gradients are rows of an embedding.
+        fixed_rows: Those of them that are looked up once for all samples.
+    """
+
+    inputs: int
+    takes: tuple[int, ...] = ()
+    weighted: tuple[bool, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    window: int = 0
+    wanted: tuple[bool, ...] = ()
+    outputs: tuple[Any, ...] = ()
+    masked: tuple[int, ...] = ()
+    own: bool = False
+    depends: tuple[frozenset[int] | None, ...] = ()
+    rows: tuple[int, ...] = ()
+    fixed_rows: frozenset[int] = frozenset()
+
+    def unpack(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Objective | None]:
+        """Inputs, and the objective that stands behind them."""
+        if self.weighted is None:
+            return arguments, None
+        end = len(arguments) - len(self.weighted)
+        tensors, weights = arguments[:end], arguments[end:]
+        return tensors[: self.inputs], Objective.of_tensors(tensors[self.inputs :], self.weighted, weights, self.heads)
+
+    def results(self, found: Sequence[Any]) -> tuple[tuple[Any, ...], Any | None, tuple[Any, ...], list[Any]]:
+        """Outputs, own loss, the heads' losses, and what is kept for backward."""
+        ends = list(accumulate((len(self.outputs), self.own, len(self.weighted or ())), initial=0))
+        outputs = tuple(restore(t, dtype) for t, dtype in zip(found, self.outputs))  # noqa: B905 - a prefix
+        own = found[ends[1]] if self.own else None
+        return outputs, own, tuple(found[ends[2] : ends[3]]), list(found[ends[3] :])
+
+    def flat(self, gradients: Sequence[Any | None], inputs: int) -> list[Any | None]:
+        """Gradients of inputs and variables as tensors: behind all of them, the places of embeddings' rows."""
+        pairs = [parts_of(gradient) for gradient in gradients[inputs:]]
+        self.rows = tuple(i for i, (_, places) in enumerate(pairs) if places is not None)
+        values: list[Any] = [values for values, _ in pairs]
+        self.fixed_rows = frozenset(i for i in self.rows if values[i].shape[0] is not None)
+        return [*(dense(gradient) for gradient in gradients[:inputs]), *values, *(pairs[i][1] for i in self.rows)]
+
+    def reached(self, alive: frozenset[int]) -> tuple[bool, ...]:
+        """For each wanted input and variable, whether its gradient depends on one of these seeds."""
+        return tuple(seeds is not None and not seeds.isdisjoint(alive) for seeds in self.depends)

@@ -1,0 +1,116 @@
+"""Arrays reach the inputs that Keras would give them to, by key, by name or by order; what Keras refuses is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from pipeline import DataError, Pipeline
+from tests.pipeline.reference.twins import SEED, assert_same_arrays
+
+layers = keras.layers
+X = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+
+
+def difference(structure: Any) -> Any:
+    """A model that tells its inputs apart; `structure` makes its nesting of inputs."""
+    first, second = keras.Input((4,), name="first"), keras.Input((4,), name="second")
+    x = layers.Subtract()([layers.Dense(4, name="cut")(first), second])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras warns of keys that are no names
+        return keras.Model(structure(first, second), layers.Dense(1)(x))
+
+
+STRUCTURES = {
+    "list": lambda first, second: [first, second],
+    "dict": lambda first, second: {"first": first, "second": second},
+    "keys are the other's names": lambda first, second: {"second": first, "first": second},
+    "keys not in order": lambda first, second: {"z": first, "a": second},
+}
+
+
+@pytest.fixture(params=STRUCTURES)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any, Any]]:
+    """(the nesting of inputs, a Keras model, a pipeline of the same)."""
+    models = []
+    for _ in range(2):
+        keras.utils.set_random_seed(SEED)
+        models.append(difference(STRUCTURES[request.param]))
+    with Pipeline.split(models[1], at=["cut"], microbatches=1, transport="inproc") as pipe:
+        pipe.compile(loss="mse", run_eagerly=True)
+        yield request.param, models[0], pipe
+
+
+TAKES = {
+    "list": {"list", "tuple", "by name", "by name, more"},
+    "dict": {"list", "tuple", "by name"},
+    "keys are the other's names": {"by name"},
+    "keys not in order": {"by key"},
+}
+
+
+def test_arrays_reach_their_inputs_as_in_keras(pair: tuple[str, Any, Any]) -> None:
+    """What is taken gives Keras's predictions; of all the rest Keras at least warns, and it is refused."""
+    kind, model, pipe = pair
+    given: dict[str, Any] = {
+        "list": [X, 2 * X],
+        "tuple": (X, 2 * X),
+        "by name": {"first": X, "second": 2 * X},
+        "by name, more": {"first": X, "second": 2 * X, "a third": X},
+        "by key": {"z": X, "a": 2 * X},
+        "one": [X],
+        "one is missing": {"first": X, "other": X},
+    }
+    for name, x in given.items():
+        tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        if name in TAKES[kind]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a list for a dict
+                expected = np.asarray(model(tensors))
+            assert_same_arrays([pipe.predict_on_batch(x)], [expected])
+        else:
+            with pytest.raises((ValueError, UserWarning)):
+                model(tensors)
+            with pytest.raises(DataError, match=r"the pipeline takes 2 input\(s\) \("):
+                pipe.predict_on_batch(x)
+
+
+def test_an_input_of_one_number_a_sample_takes_no_column() -> None:
+    inputs = keras.Input(())
+    model = keras.Model(inputs, layers.Dense(1)(layers.Reshape((1,))(inputs)))
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile(loss="mse", run_eagerly=True)
+        assert_same_arrays([pipe.predict_on_batch(X[:, 0])], [np.asarray(model(X[:, 0]))])
+        with pytest.raises(DataError, match=r"must have the shape \('n',\) .* received \(6, 1\)"):
+            pipe.predict_on_batch(X[:, :1])
+
+
+def test_a_list_of_one_output_is_that_output() -> None:
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [layers.Dense(1)(layers.Dense(3, name="cut")(inputs))])
+    with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
+        pipe.compile(loss="mse", run_eagerly=True)
+        for found in (pipe.predict(X, verbose=0), pipe.predict_on_batch(X)):
+            assert_same_arrays([found], [np.asarray(model(X))])
+
+
+def test_text_is_refused_with_where_to_turn_it_into_numbers() -> None:
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(1)])
+    words, y = np.array([["a", "b"]] * 4), np.zeros((4, 1), "float32")
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        ways = [
+            lambda: pipe.fit(words, y, verbose=0),
+            lambda: pipe.evaluate(words, y, verbose=0),
+            lambda: pipe.predict(words, verbose=0),
+            lambda: pipe.train_on_batch(words, y),
+            lambda: pipe.predict_on_batch(keras.ops.convert_to_tensor(words)),
+        ]
+        for way in ways:
+            with pytest.raises(DataError, match=r"text is turned into numbers .* with tf.data: data.map\("):
+                way()
