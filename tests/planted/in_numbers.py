@@ -133,7 +133,7 @@ SUMS = (
         "pipeline/reference/one_tape/single_tape.py",
         "share = tf.constant(size / batch.grid.samples)",
         "share = tf.constant(1 / len(batch.grid.sizes))",
-        _OWN,
+        ("test_matrix_1f1b", "test_verify", *_OWN),
     ),
 )
 

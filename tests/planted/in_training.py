@@ -125,6 +125,6 @@ CHECKPOINTS = (
         _SAVING,
         "elif _exchange(place, path):",
         "elif not path:",
-        _CHECKPOINT,
+        (*_CHECKPOINT, "test_failures_killed"),
     ),
 )

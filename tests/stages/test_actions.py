@@ -61,6 +61,15 @@ def test_dependencies_follow_the_numbered_rule(rule, action, wiring, windows, ha
     assert dependencies(action, wiring, windows=windows, halved=halved) == tuple(expected)
 
 
+def test_a_backward_does_not_wait_for_the_window_behind_a_cut_in_time():
+    """Rule 5 with truncation: of five windows cut behind every second, windows 1 and 3 wait for none after them."""
+    waits = {
+        window: Action(B, 0, 0, window + 1) in dependencies(Action(B, 0, 0, window), chain(1), windows=5, truncate=2)
+        for window in range(5)
+    }
+    assert waits == {0: True, 1: False, 2: True, 3: False, 4: False}
+
+
 def test_a_wiring_is_a_mapping_that_knows_its_inverse():
     wiring = Wiring({3: (0, 1), 1: [0], 2: iter((1,))})
     assert wiring == {0: (), 1: (0,), 2: (1,), 3: (0, 1)}
