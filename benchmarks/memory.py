@@ -233,7 +233,7 @@ def growths(setting: Setting, way: Way, eager: bool) -> tuple[list[int], float]:
     with make_pipeline(setting, way) as pipe:
         pipe.compile(optimizer=keras.optimizers.SGD(0.001), loss="mean_squared_error", run_eagerly=eager)
         pipe.train_on_batch(x[: setting.microbatches], y[: setting.microbatches])
-        workers = [Growth(pid) for pid in pipe._running().pids if pid is not None]
+        workers = [Growth(pid) for pid in pipe.session.workers.driver().pids if pid is not None]
         times = []
         for _ in range(setting.steps):
             begin = time.perf_counter()

@@ -107,7 +107,7 @@ def measured(model: Any, data: Iterator[Any], steps: int, options: Any) -> tuple
     with compiled(Pipeline.split(model, microbatches=1, **options)) as pipe:
         x, y = next(data)
         pipe.evaluate(x[:1], y[:1], verbose=0)  # starts the processes
-        pids = [pid for pid in pipe._running().pids if pid is not None]
+        pids = [pid for pid in pipe.session.workers.driver().pids if pid is not None]
         before = [resident(pid, "VmRSS") for pid in pids]
         times = []
         for _ in range(steps + 1):

@@ -24,15 +24,14 @@ from pipeline.cutting.prediction import Prediction
 from pipeline.cutting.splitter import Cut, Split, can_cut, split_model
 from pipeline.errors import CompileError
 from pipeline.model.call_graph import read_graph
-from pipeline.model.merge import Merged, merge
 from pipeline.model.wiring import wire
 from pipeline.own.first_batch import FirstBatch
 from pipeline.plan.plan import Plan
-from pipeline.runtime.driver import Driver
 from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
 from pipeline.saving import files
+from pipeline.saving.merged import merged
 from pipeline.training import as_keras
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
@@ -87,7 +86,7 @@ class Pipeline:
         keep_state: bool = False,
         check_first_batch: bool = True,
     ) -> None:
-        self._split = segments if isinstance(segments, Split) else None
+        split = segments if isinstance(segments, Split) else None
         if isinstance(segments, Split):
             self.segments = segments.segments
             self.wires = wire(self.segments, segments.inputs, segments.outputs, segments.labels)
@@ -109,10 +108,9 @@ class Pipeline:
         self.recompute, self.threads = options.recompute, options.threads
         self._trainer: Trainer | None = None
         self.history: Any = None
-        self._ahead = False  # of the user's own models
-        self._session = Session(self.segments, self.wires, options, self._original)
+        self._session = Session.of(self.segments, self.wires, options, split)
         if check_first_batch:
-            self._session.look = FirstBatch(self._session, self._original).look
+            self._session.steps.look = FirstBatch(self._session).look
         if not self.transport.startswith("inproc"):
             prestart()
 
@@ -160,16 +158,13 @@ class Pipeline:
     @property
     def prediction(self) -> Prediction | None:
         """What a step should cost, by what was measured for `split`; ``prediction.beside(timeline)`` compares."""
-        return None if self._split is None else self._split.prediction
+        split = self._session.setup.split
+        return None if split is None else split.prediction
 
     @property
     def session(self) -> Session:
         """What does the work: workers, steps, values, reference."""
         return self._session
-
-    @property
-    def _original(self) -> Any | None:
-        return None if self._split is None else self._split.model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,7 +174,8 @@ class Pipeline:
     @property
     def optimizer(self) -> Any:
         """The optimizer given to `compile` (of several the first stage's); its learning rate may be set."""
-        return None if self._session.compiled is None else self._session.compiled.optimizer
+        compiled = self._session.workers.compiled
+        return None if compiled is None else compiled.optimizer
 
     def compile(
         self,
@@ -214,7 +210,8 @@ class Pipeline:
             RecipeError: A loss or metric that a worker cannot import.
         """
         refuse_options(steps_per_execution=steps_per_execution, jit_compile=jit_compile)
-        models = [self._split.model] if self._split else [s.model for s in self.segments if s.model is not None]
+        setup = self._session.setup
+        models = list(setup.models.values()) if setup.original is None else [setup.original]
         compiled = Compiled(
             optimizer,
             loss,
@@ -226,7 +223,7 @@ class Pipeline:
             stages=self.names,
             mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
         )
-        compiled.check_schedule(self.schedule, self.microbatches, self._session.options.windows)
+        compiled.check_schedule(self.schedule, self.microbatches, setup.options.windows)
         compiled.check_undecayed([[] if s.model is None else s.model.trainable_variables for s in self.segments])
         self._session.recompile(compiled)
         self._trainer = None
@@ -264,7 +261,7 @@ class Pipeline:
             VerificationError: Something differs by more than its tolerance; no value is that of the step it names.
         """
         trainer = self._ready("fit")
-        self._ahead = True
+        self._session.values.ahead = True
         self.history = trainer.fit(
             x=x,
             y=y,
@@ -336,7 +333,7 @@ class Pipeline:
                 raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
             sample_weight = class_weights(y, class_weight)
         trainer.reset_metrics()
-        self._ahead = True
+        self._session.values.ahead = True
         return trainer.returned(trainer.train_step((x, y, sample_weight)), return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
@@ -347,9 +344,9 @@ class Pipeline:
 
     def predict_on_batch(self, x: Any) -> Any:
         """Outputs (n, ...) of one batch, as `keras.Model.predict_on_batch`."""
-        outputs = self._session.predict(x)
-        if self._split is not None:
-            return self._split.pack(outputs)
+        outputs, split = self._session.steps.predict(x), self._session.setup.split
+        if split is not None:
+            return split.pack(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
     gradients = questions.gradients
@@ -359,12 +356,21 @@ class Pipeline:
 
     summary = as_keras.summary
     count_params = as_keras.count_params
-    metrics_names = property(as_keras.metrics_names)
     __call__ = as_keras.call
+
+    @property
+    def metrics_names(self) -> list[str]:
+        """What the numbers are called that `evaluate` and `train_on_batch` give, in their order.
+
+        All are known after the first batch, as in Keras, which shows the metrics of `compile` as ``compile_metrics``.
+        """
+        if self._session.workers.compiled is None:
+            return []
+        return self._trainer.log_names if self._trainer is not None else ["loss"]
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
-        return self._session.get_weights(self._original)
+        return self._session.values.get_weights()
 
     def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
         """Set all weights, in the order of `get_weights`.
@@ -372,8 +378,7 @@ class Pipeline:
         Raises:
             DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
         """
-        self._ahead = True
-        self._session.set_weights(self._original, weights)
+        self._session.values.set_weights(weights)
 
     save = files.save
     save_weights = files.save_weights
@@ -399,16 +404,17 @@ class Pipeline:
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
-        return self._merged().model
+        return merged(self._session).model
 
     def reset_metrics(self) -> None:
         """Let the metrics count anew."""
-        if self._session.compiled is not None and self._session.compiled.has_metrics:
-            self._running().call(Service.RESET_METRICS)
+        compiled = self._session.workers.compiled
+        if compiled is not None and compiled.has_metrics:
+            self._session.workers.driver().call(Service.RESET_METRICS)
 
     def reset_state(self) -> None:
         """Let the next batch begin with the initial states; for `keep_state`."""
-        self._running().call(Service.RESET_STATE)
+        self._session.workers.driver().call(Service.RESET_STATE)
 
     def close(self) -> None:
         """End the workers; your own model gets the trained values that it has not yet. Idempotent."""
@@ -429,19 +435,12 @@ class Pipeline:
         if hasattr(self, "_session"):
             self._session.close()
 
-    def _running(self) -> Driver:
-        """The workers, started if they are not yet."""
-        return self._session.driver()
-
-    def _merged(self) -> Merged:
-        return merge(self.segments, self.wires, self._original, self._session.values("model"))
-
     def _ready(self, what: str) -> Trainer:
-        self._session.needs_compile(what)
+        self._session.workers.needs_compile(what)
         return self._trained_by()
 
     def _trained_by(self) -> Trainer:
         if self._trainer is None:
             self._trainer = Trainer(self, self._session)
-        self._running()
+        self._session.workers.driver()
         return self._trainer

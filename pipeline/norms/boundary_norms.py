@@ -126,7 +126,7 @@ class BoundaryNorms(StepWatcher):
         super().before_step(session, data)
         if (self.step - 1) % self.every:
             return ""
-        scaling = session.needs_compile("training").loss_scaling
+        scaling = session.workers.needs_compile("training").loss_scaling
         self._loss_scale = 1.0 if scaling is None else scaling.scale
         return "norms"
 
@@ -172,8 +172,8 @@ class BoundaryNorms(StepWatcher):
         """Learn what does not change from step to step; anew for each pipeline."""
         if set(norms) <= set(self._crossings):
             return
-        driver = session.driver()
-        self.names = session.wires.names
+        driver = session.workers.driver()
+        self.names = session.setup.wires.names
         stages = driver.descriptions.values()
         weights = {variable.dtype for stage in stages for variable in stage.variables if variable.trained}
         self.limits = Limits.of(max(weights, key=eps, default="float32"), *self._given)

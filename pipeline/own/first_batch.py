@@ -46,36 +46,35 @@ class FirstBatch:
 
     Args:
         session: The running pipeline.
-        original: The model that was split; None if the pipeline was put together from models.
     """
 
-    def __init__(self, session: Session, original: Any | None) -> None:
-        self._session, self._original = session, original
-        self._seen: dict[str, Any] = {}
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._seen: dict[Mode, Any] = {}
         self._untold = ""
 
-    def look(self, mode: str, batch: Batch) -> None:
+    def look(self, mode: Mode, batch: Batch) -> None:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
 
         Args:
-            mode: ``train``, ``test`` or ``predict``; each is looked at once.
+            mode: `Mode.TRAIN`, `Mode.TEST` or `Mode.PREDICT`; each is looked at once.
             batch: The batch that is about to go through the pipeline.
 
         Raises:
             FirstBatchError: They differ by more than rounding; says where first, and what to do.
         """
-        session = self._session
+        setup, compiled = self._session.setup, self._session.workers.compiled
         if self._untold:  # and yet the workers went through that batch
             untold, self._untold = self._untold, ""
             warnings.warn(
                 f"the first batch could not be compared with the model in this process: calling it raises {untold}",
                 stacklevel=2,
             )
-        if self._seen.get(mode, self) is session.compiled or self._cannot():
+        if self._seen.get(mode, self) is compiled or self._cannot():
             return
-        self._seen[mode] = session.compiled
-        own = OwnModel(session.segments, session.wires, self._original, session.compiled)
-        few, training, values = self._few(batch), mode == "train", session.values("model")
+        self._seen[mode] = compiled
+        own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
+        few, training, values = self._few(batch), mode.training, self._session.values.read("model")
 
         def run(seed: int | None = None) -> Found:
             own.assign(values)
@@ -102,16 +101,16 @@ class FirstBatch:
 
     def _cannot(self) -> bool:
         """Whether there is nothing in this process to compare with, or something else by design."""
-        session = self._session
-        if any(segment.model is None for segment in session.segments) or session.options.keep_state:
+        setup = self._session.setup
+        if len(setup.models) < len(setup.segments) or setup.options.keep_state:
             return True
-        return self._original is None and any(segment.states for segment in session.segments)
+        return setup.original is None and any(segment.states for segment in setup.segments)
 
     def _few(self, batch: Batch) -> Batch:
         """The first samples of a batch, in as many microbatches; all where the model wants a fixed number."""
         samples, parts = sum(batch.sizes), len(batch.sizes)
         rows = min(samples, ROWS * parts)
-        inputs = [symbol for segment in self._session.segments for symbol in segment.model.inputs]
+        inputs = [symbol for model in self._session.setup.models.values() for symbol in model.inputs]
         if rows == samples or any(symbol.shape[0] is not None for symbol in inputs):
             return batch
 
@@ -126,9 +125,9 @@ class FirstBatch:
             sizes=microbatch_sizes(rows, parts),
         )
 
-    def _through_the_pipeline(self, mode: str, few: Batch) -> Found:
+    def _through_the_pipeline(self, mode: Mode, few: Batch) -> Found:
         """Loss and outputs, as far as the mode gives them; all values of the workers are put back."""
-        driver = self._session.driver()
+        driver = self._session.workers.driver()
         driver.keep()
         try:
             result = self._step(mode, few)
@@ -137,16 +136,16 @@ class FirstBatch:
                 driver.put_back()
         return Found(result.loss, result.outputs, {})
 
-    def _step(self, mode: str, few: Batch, observe: str = "") -> StepResult:
-        session = self._session
-        driver, training = session.driver(), mode == "train"
-        scaling = None if session.compiled is None or not training else session.compiled.loss_scaling
+    def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
+        driver, compiled = self._session.workers.driver(), self._session.workers.compiled
+        scaling = None if compiled is None or not mode.training else compiled.loss_scaling
         scale = None if scaling is None else scaling.scale
-        plan = session.plan(few, training=training)
+        plan = self._session.steps.plan(few, training=mode.training)
+        order = Mode.GRADIENTS if mode.training else mode
         try:
-            return driver.run(plan, Mode.GRADIENTS if training else Mode(mode), few, loss_scale=scale, observe=observe)
+            return driver.run(plan, order, few, loss_scale=scale, observe=observe)
         finally:
-            if training and not driver.closed:
+            if mode.training and not driver.closed:
                 driver.discard()
 
     def _sentence(
@@ -162,12 +161,12 @@ class FirstBatch:
 
     def _place(self, own: OwnModel, few: Batch, training: bool) -> str:
         """Which stage is the first to give something else; nothing of a model that is cut in time as well."""
-        if few.lengths or (self._session.compiled is None and training):
+        if few.lengths or (self._session.workers.compiled is None and training):
             return ""
-        driver = self._session.driver()
+        driver = self._session.workers.driver()
         driver.keep()
         try:
-            self._step("train" if training else "predict", few, observe="values")
+            self._step(Mode.TRAIN if training else Mode.PREDICT, few, observe="values")
             seen = driver.seen()
         finally:
             if not driver.closed:
@@ -181,9 +180,9 @@ class FirstBatch:
             whole = np.concatenate([array for _, array in sorted(parts.items())])
             by = _distance(whole, theirs[tensor])
             if by > PLAIN_EPS * eps(whole.dtype.name):
-                name = self._session.wires.names[stage]
+                name = self._session.setup.wires.names[stage]
                 return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."
-        last = self._session.wires.names[-1]
+        last = self._session.setup.wires.names[-1]
         return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -172,7 +173,9 @@ class Driver:
         with self._crew.ending_on_failure(), deferred_interrupts():
             if self._masks_count and mode.with_loss:
                 self._masks_count = self._masked(batch)
-            answers = self._step_of(plan, mode, batch, trace, norms, loss_scale, observe)
+            order = _order_of(plan, mode, batch)
+            order = replace(order, trace=trace, squared_norms=norms, loss_scale=loss_scale, observe=observe)
+            answers = self._step_of(order, plan, batch)
             losses, total, own = losses_of(answers, self.specs)
             return StepResult(
                 loss=total if mode is not Mode.PREDICT else None,
@@ -189,36 +192,15 @@ class Driver:
                 },
             )
 
-    def _step_of(
-        self,
-        plan: Plan,
-        mode: Mode,
-        batch: Batch,
-        trace: bool = False,
-        norms: bool = False,
-        loss_scale: float | None = None,
-        observe: str = "",
-    ) -> list[StepReply]:
-        """Order a step, feed it, and return the workers' answers."""
+    def _step_of(self, order: StepOrder, plan: Plan, batch: Batch) -> list[StepReply]:
+        """Order a step, which gets its number and its plan's here, feed it, and return the workers' answers."""
         if self._undecided:  # whoever ordered that step failed before its update: nothing of it may go into this one
             self.discard()
         identity = self._announce(plan)
         self._step += 1
-        self._undecided = mode.training
-        order = StepOrder(
-            self._step,
-            mode,
-            Grid(tuple(batch.sizes), tuple(batch.lengths)),
-            plan=identity,
-            sample_weights=tuple(batch.sample_weights),
-            trace=trace,
-            loss_scale=loss_scale,
-            truncate=plan.truncate,
-            observe=observe,
-            squared_norms=norms,
-        )
-        number = self._order(order)
-        self._feed(mode, batch)
+        self._undecided = order.mode.training
+        number = self._order(replace(order, step=self._step, plan=identity))
+        self._feed(order.mode, batch)
         return [StepReply.from_plain(reply.value) for reply in self._replies(number)]
 
     def _masked(self, batch: Batch) -> bool:
@@ -227,7 +209,7 @@ class Driver:
         What a microbatch weighs in a masked mean depends on the masks of all microbatches, so they go first.
         """
         plan = forward_only(len(self._worker_of), len(batch.sizes), windows=max(1, len(batch.lengths)))
-        return any(answer.masked for answer in self._step_of(plan, Mode.MASKS, batch))
+        return any(answer.masked for answer in self._step_of(_order_of(plan, Mode.MASKS, batch), plan, batch))
 
     def apply(
         self, learning_rates: Mapping[int, float], scale: float | None = None, divisor: float | None = None
@@ -371,6 +353,12 @@ class Driver:
     def _replies(self, number: int) -> list[Reply]:
         """The workers' answers to an order, in the order of the workers."""
         return [Reply.receive(self._crew.wait, number, self._crew.place(w)) for w in range(len(self.placement))]
+
+
+def _order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:
+    """The order of a step with nothing asked for beside what its mode gives; its numbers are still to be set."""
+    grid = Grid(tuple(batch.sizes), tuple(batch.lengths))
+    return StepOrder(0, mode, grid, sample_weights=tuple(batch.sample_weights), truncate=plan.truncate)
 
 
 __all__ = ["Driver"]

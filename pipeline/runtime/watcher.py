@@ -44,7 +44,7 @@ class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
         """Look at the running pipeline and at (x, y, sample_weight), which it is about to be trained on.
 
         Returns:
-            What the step should note of tensors at the cuts, as `Session.train` takes it; "": nothing.
+            What the step should note of tensors at the cuts, as `StepRunner.train` takes it; "": nothing.
         """
         self.step += 1
         return ""

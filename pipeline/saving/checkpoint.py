@@ -53,9 +53,9 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{path} exists; pass overwrite=True to replace it, or choose another name")
     if path.exists() and not (path / "manifest.json").exists():
         raise CheckpointError(f"{path} exists and is no checkpoint; choose another name")
-    driver = pipe._running()
-    pipe.session.needs_the_trainable_set("save")
-    model, optimizer = pipe.session.values("model"), pipe.session.values("optimizer")
+    driver = pipe.session.workers.driver()
+    pipe.session.workers.needs_the_trainable_set("save")
+    model, optimizer = pipe.session.values.read("model"), pipe.session.values.read("optimizer")
     path.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -83,7 +83,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    compiled, split = pipe.session.compiled, pipe._split
+    compiled, split = pipe.session.workers.compiled, pipe.session.setup.split
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -98,7 +98,7 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for s in pipe.segments
         ],
-        "options": pipe.session.options.saved(),
+        "options": pipe.session.setup.options.saved(),
         "compile": None if compiled is None else compiled.recipe(),
         "loss_scaling": None if compiled is None or compiled.loss_scaling is None else compiled.loss_scaling.state(),
         "undecayed": [] if compiled is None else [_undecayed(pipe, i) for i in range(len(pipe.segments))],
@@ -142,14 +142,14 @@ def load(
 def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
     """Let a new pipeline go on from saved values, compiled as the saved one was."""
     if training["compile"] is None:
-        pipe.session.start_from(State(state.model))
+        pipe.session.workers.start_from(State(state.model))
         return
     arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
     if training["undecayed"]:
         leave_undecayed(arguments["optimizer"], training["undecayed"])
     pipe.compile(**arguments, auto_scale_loss=False)  # an optimizer that scales the loss was saved as one
-    pipe.session.start_from(state)
-    compiled = pipe.session.needs_compile("load")
+    pipe.session.workers.start_from(state)
+    compiled = pipe.session.workers.needs_compile("load")
     if pipe.optimizer is not None and state.slots is not None:
         compiled.build_optimizers()
         compiled.go_on_from(state.slots)
@@ -159,7 +159,7 @@ def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
 
 def _undecayed(pipe: Pipeline, stage: int) -> list[int]:
     """Places of a stage's variables that its optimizer was told, as objects, to leave undecayed."""
-    model, compiled = pipe.segments[stage].model, pipe.session.compiled
+    model, compiled = pipe.segments[stage].model, pipe.session.workers.compiled
     return [] if model is None or compiled is None else compiled.undecayed(stage, model.trainable_variables)
 
 

@@ -55,7 +55,7 @@ def save_weights(pipe: Pipeline, filepath: str | Path, overwrite: bool = True, *
 
 def load_weights(pipe: Pipeline, filepath: str | Path, skip_mismatch: bool = False, **options: Any) -> None:
     """Weights, and the optimizer's state where the file has it, as `keras.Model.load_weights`."""
-    pipe._ahead = True
+    pipe.session.values.ahead = True
     keras_files.load_weights(pipe, Path(filepath), skip_mismatch=skip_mismatch, **options)
 
 

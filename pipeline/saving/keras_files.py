@@ -19,6 +19,7 @@ from pipeline.compiled.optimizer_slots import Place, Slots, State, described_slo
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.model.merge import Merged
+from pipeline.saving.merged import merged as merged_of
 from stages.worker.snapshot import optimizer_slots, read
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ def load(
     parts = [segment.model for segment in pipe.segments]
     state = State({i: read(part.variables) for i, part in enumerate(parts)})
     if not model.compiled:
-        pipe.session.start_from(state)
+        pipe.session.workers.start_from(state)
         return pipe
     given = keras.saving.deserialize_keras_object(model.get_compile_config())
     names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
     pipe.compile(**{name: given[name] for name in names if name in given}, auto_scale_loss=False)
-    compiled, optimizer = pipe.session.needs_compile("load"), model.optimizer
+    compiled, optimizer = pipe.session.workers.needs_compile("load"), model.optimizer
     if optimizer is not None and optimizer.built:
         merged = Merged(
             model, tuple(tuple(p.variables) for p in parts), tuple(tuple(p.trainable_variables) for p in parts)
@@ -59,7 +60,7 @@ def load(
         compiled.go_on_from(state.slots, rate=True)
         if compiled.loss_scaling is not None:
             compiled.loss_scaling.go_on_from(LossScaling(optimizer).state())
-    pipe.session.start_from(state)
+    pipe.session.workers.start_from(state)
     return pipe
 
 
@@ -70,13 +71,13 @@ def save_weights(pipe: Pipeline, path: Path, overwrite: bool, **options: Any) ->
 
 def load_weights(pipe: Pipeline, path: Path, **options: Any) -> None:
     """Read a ``.weights.h5`` file into the stages; the optimizer's state too where the file has it."""
-    driver = pipe._running()
+    driver = pipe.session.workers.driver()
     with h5py.File(path) as file:
         trained = "optimizer" in file and len(file["optimizer"].get("vars", ())) > 0
-    merged = _trained(pipe) if trained and pipe.optimizer is not None else pipe._merged()
+    merged = _trained(pipe) if trained and pipe.optimizer is not None else merged_of(pipe.session)
     merged.model.load_weights(path, **options)
     driver.set("model", merged.values())
-    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe.session.compiled
+    optimizer, compiled = getattr(merged.model, "optimizer", None), pipe.session.workers.compiled
     if optimizer is not None and compiled is not None:
         slots = _slots(merged)
         driver.set("optimizer", slots.for_stages(described_slots(driver.descriptions)))
@@ -90,15 +91,15 @@ def _trained(pipe: Pipeline) -> Merged:
 
     Not compiled where each stage has an optimizer of its own.
     """
-    pipe.session.needs_the_trainable_set("a Keras file")
-    merged, compiled = pipe._merged(), pipe.session.compiled
+    pipe.session.workers.needs_the_trainable_set("a Keras file")
+    merged, compiled = merged_of(pipe.session), pipe.session.workers.compiled
     if compiled is None or not compiled.one_optimizer:
         return merged
     merged.model.compile(**compiled.copies(), auto_scale_loss=False)  # the optimizer scales already, where it should
     optimizer = merged.model.optimizer
     if optimizer is not None:
         optimizer.build(merged.model.trainable_variables)
-        values = pipe.session.slots().ordered(_slot_places(merged))
+        values = pipe.session.values.slots().ordered(_slot_places(merged))
         for variable, value in zip(unscaled(optimizer).variables, values, strict=True):
             variable.assign(value)
         if compiled.constant_rate:

@@ -66,16 +66,6 @@ def count_params(pipe: Pipeline) -> int:
     return _count(pipe, trained=False)
 
 
-def metrics_names(pipe: Pipeline) -> list[str]:
-    """What the numbers are called that `evaluate` and `train_on_batch` give, in their order.
-
-    All are known after the first batch, as in Keras, which shows the metrics of `compile` as ``compile_metrics``.
-    """
-    if pipe.session.compiled is None:
-        return []
-    return pipe._trainer.log_names if pipe._trainer is not None else ["loss"]
-
-
 def call(pipe: Pipeline, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
     """Outputs of one batch as tensors, in inference mode: ``pipe(x)``, as ``model(x)``.
 
@@ -126,13 +116,13 @@ def give_back(pipe: Pipeline) -> None:
 
     Does nothing where nothing was trained or set since the last time, or the workers have ended.
     """
-    if not pipe._ahead or not pipe.session.is_running:
+    if not pipe.session.values.ahead or not pipe.session.workers.are_running:
         return
-    values = pipe.session.values("model")
+    values = pipe.session.values.read("model")
     for i, segment in enumerate(pipe.segments):
         if segment.model is not None:
             snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
-    pipe._ahead = False
+    pipe.session.values.ahead = False
 
 
 def give_back_if_possible(pipe: Pipeline) -> None:
@@ -154,7 +144,7 @@ def _count(pipe: Pipeline, trained: bool) -> int:
             weights = segment.model.trainable_weights if trained else segment.model.weights
             found |= {id(weight): math.prod(weight.shape) for weight in weights}
         else:
-            for k, weight in enumerate(pipe.session.driver().descriptions[i].weights):
+            for k, weight in enumerate(pipe.session.workers.driver().descriptions[i].weights):
                 if weight.trained or not trained:
                     found[i, k] = math.prod(weight.shape)
     return sum(found.values())
@@ -164,7 +154,7 @@ def _given(pipe: Pipeline, stage: int, name: str) -> TensorSpec | None:
     """(dtype, shape) of a tensor that a stage gives."""
     model = pipe.segments[stage].model
     if model is None:
-        return pipe.session.driver().output_spec(stage, name)
+        return pipe.session.workers.driver().output_spec(stage, name)
     names = [one for one, _ in pipe.wires.gives[stage]]
     tensor = model.outputs[names.index(name)]
     return str(tensor.dtype), tuple(tensor.shape)

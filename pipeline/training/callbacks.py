@@ -53,7 +53,7 @@ class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Let every stage's optimizer overwrite its variables."""
-        self._session.driver().call(Service.FINALIZE)
+        self._session.workers.driver().call(Service.FINALIZE)
 
 
 def prepared(callbacks: Any, session: Session, finalize: bool, more: Sequence[StepWatcher] = ()) -> Any:

@@ -44,8 +44,8 @@ class Trainer(ModelWithoutLayers):
         self._order: list[str] = []
         self._logs: dict[str, Any] = {}
         self._watchers: tuple[StepWatcher, ...] = ()
-        if session.compiled is not None:
-            session.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
+        if session.workers.compiled is not None:
+            session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
 
     def call(self, x: Any) -> Any:
@@ -56,7 +56,7 @@ class Trainer(ModelWithoutLayers):
         self, *args: Any, callbacks: Any = None, verify_every: int | VerifyEvery | None = None, **kwargs: Any
     ) -> Any:
         """Keras's `fit`, with callbacks that were looked through first; step watchers see every batch."""
-        finalize = self.session.needs_compile("fit").averages
+        finalize = self.session.workers.needs_compile("fit").averages
         verifying = () if verify_every is None else (VerifyEvery.of(verify_every),)
         callbacks = prepared(callbacks, self.session, finalize, verifying)
         refuse_text(args[0] if args else kwargs.get("x"))
@@ -83,7 +83,7 @@ class Trainer(ModelWithoutLayers):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
         asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
-        result, size = self.session.train(x, y, sample_weight, observe=next(filter(None, asked), ""))
+        result, size = self.session.steps.train(x, y, sample_weight, observe=next(filter(None, asked), ""))
         for watcher in self._watchers:
             watcher.after_step(self.session, result)
         return self._count(result, size)
@@ -92,7 +92,7 @@ class Trainer(ModelWithoutLayers):
         """One batch: loss and metrics."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
-        return self._count(*self.session.test(x, y, sample_weight))
+        return self._count(*self.session.steps.test(x, y, sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """One batch: outputs."""
@@ -105,7 +105,7 @@ class Trainer(ModelWithoutLayers):
         With several outputs that have a loss there is one of each, in Keras's words ``<output>_loss``, unweighted.
         """
         losses = {"loss": result.loss or 0.0}
-        for label in () if self.session.compiled is None else self.session.compiled.loss_labels:
+        for label in () if self.session.workers.compiled is None else self.session.workers.compiled.loss_labels:
             losses[f"{label}_loss"] = result.losses[label]
         for name, value in losses.items():
             self._totals[name] = np.float32(
@@ -134,19 +134,19 @@ class Trainer(ModelWithoutLayers):
     @property
     def metrics(self) -> list[Any]:
         """What callbacks look a metric's direction up in; the values come from the workers."""
-        compiled = self.session.compiled if hasattr(self, "session") else None
+        compiled = self.session.workers.compiled if hasattr(self, "session") else None
         return [] if compiled is None else [m for head in compiled.heads.values() for m in head.judge.metrics]
 
     def _see(self, targets: Any) -> None:
         """Resolve the metrics' names here too, which needs a target and the shape of the predictions."""
-        compiled, wires = self.session.compiled, self.session.wires
+        compiled, wires = self.session.workers.compiled, self.session.setup.wires
         if compiled is None or not compiled.has_metrics or targets is None:
             return
         if all(head.built for head in compiled.heads.values()):
             return
         given = by_label(targets, wires.labels, compiled.judged)
         for (name, stage), label in zip(wires.outputs, wires.labels, strict=True):
-            told = self.session.driver().output_spec(stage, name)
+            told = self.session.workers.driver().output_spec(stage, name)
             if label not in compiled.heads or told is None or given is None:
                 continue
             dtype, shape = told

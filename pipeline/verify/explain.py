@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.reference.explain import LOSS
 from pipeline.reference.orders import Explain
+from pipeline.verify.gradients import named_gradients
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Explanation
 from stages.worker.orders import Mode
 
@@ -30,22 +31,22 @@ __all__ = ["LOSS", "beside", "check_target", "explained", "status_of_array"]
 
 def explained(session: Session, x: Any, y: Any, sample_weight: Any, target: str) -> Explanation:
     """Explain the gradients of a running pipeline; see `Pipeline.explain`."""
-    compiled = session.needs_compile("explain")
+    compiled = session.workers.needs_compile("explain")
     check_target(session, target)
     expected: dict[str, str] = {}
     gradients: Mapping[str, Any] = {}
     if target == LOSS:
-        batch = session.batch(x, y, sample_weight, compiled.judged)
-        _, gradients = session.gradients(batch)
+        batch = session.steps.batch(x, y, sample_weight, compiled.judged)
+        gradients = named_gradients(session, batch)
         expected = {name: status_of_array(gradient) for name, gradient in gradients.items()}
     else:
-        batch = session.batch(x, None, None, judged=())
-    with session.telling_of_the_reference():
-        reference = session.reference()
+        batch = session.steps.batch(x, None, None, judged=())
+    with session.reference.telling():
+        reference = session.reference.synchronised()
         if target == LOSS:  # either way the reference has the batch afterwards
-            session.differentiate(batch, reference)
+            session.steps.differentiate(batch, reference)
         else:
-            reference.run(session.plan(batch, training=False), Mode.PREDICT, batch)
+            reference.run(session.steps.plan(batch, training=False), Mode.PREDICT, batch)
         (reply,) = reference.ask(Explain(target, expected))
     found = Explanation.from_plain(reply.value)
     return beside(found, gradients) if target == LOSS else found
@@ -57,8 +58,8 @@ def check_target(session: Session, target: str) -> None:
     Raises:
         DataError: With the names that there are.
     """
-    known = [LOSS, *(name for gives in session.wires.gives for name, _ in gives)]
-    for name, segment in zip(session.wires.names, session.segments, strict=True):
+    known = [LOSS, *(name for gives in session.setup.wires.gives for name, _ in gives)]
+    for name, segment in zip(session.setup.wires.names, session.setup.segments, strict=True):
         known += [f"{name}/{state}" for state in segment.states]
     if target not in known:
         raise DataError(f"explain: expected a target among {', '.join(known)}, received {target!r}")

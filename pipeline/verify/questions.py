@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.plan.timeline import Timeline
 from pipeline.report.report import Report
 from pipeline.verify.explain import LOSS, explained
+from pipeline.verify.gradients import named_gradients
 from pipeline.verify.question import Question
 from pipeline.verify.verification import verified
 from stages.explanation.rows import Explanation
@@ -30,8 +31,8 @@ def gradients(
         {"<stage>/<variable path>": array of the variable's shape and dtype}; None where the loss does not depend
         on the variable.
     """
-    compiled = pipe.session.needs_compile("gradients")
-    return pipe.session.gradients(pipe.session.batch(x, y, sample_weight, compiled.judged))[1]
+    compiled = pipe.session.workers.needs_compile("gradients")
+    return named_gradients(pipe.session, pipe.session.steps.batch(x, y, sample_weight, compiled.judged))
 
 
 def verify(
@@ -105,4 +106,4 @@ def timeline(pipe: Pipeline, x: Any, y: Any = None, sample_weight: Any = None, *
         x: As in `train_on_batch`, like `y` and `sample_weight`.
         repeats: How many steps to measure, after one that is not counted.
     """
-    return pipe.session.timeline(x, y, sample_weight, repeats)
+    return pipe.session.steps.timeline(x, y, sample_weight, repeats)

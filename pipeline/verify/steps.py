@@ -19,8 +19,10 @@ import numpy as np
 from pipeline.batch.step import Batch, StepResult
 from pipeline.compare.compare import Judged, Order, Part, judge, largest
 from pipeline.compare.tolerance import Tolerance
+from pipeline.compiled.compiled import Compiled
 from pipeline.compiled.optimizer_slots import Slots
 from pipeline.reference.orders import MakeOptimizers
+from pipeline.runtime.values import values_of
 from pipeline.verify.tape import UPDATE, Allowance, Names
 from stages.worker.orders import Mode, Service
 
@@ -54,21 +56,21 @@ class Steps:
     @property
     def refused(self) -> str:
         """Why it cannot be made; "" if it can."""
-        return "" if self.session.needs_compile("verify").optimizer is not None else "compile() was given no optimizer"
+        return "compile() was given no optimizer" if self._compiled.optimizer is None else ""
 
     def run(self) -> list[Judged]:
         """Make the steps and judge them."""
-        driver, eager, compiled = self.session.driver(), self._eager, self.session.needs_compile("verify")
-        reference = self.session.reference()
-        plan = self.session.plan(self.batch, training=True)
+        driver, eager, compiled = self.session.workers.driver(), self._eager, self._compiled
+        reference = self.session.reference.synchronised()
+        plan = self.session.steps.plan(self.batch, training=True)
         described = {int(i): slots for reply in reference.ask(MakeOptimizers()) for i, slots in reply.value.items()}
         driver.call(Service.RESET_METRICS)
         reference.call(Service.RESET_METRICS)
         for step in range(1, self.question.steps + 1):
-            slots = self.session.slots()
-            self.session.reference()  # takes over the values
+            slots = self.session.values.slots()
+            self.session.reference.synchronised()  # takes over the values
             reference.set("optimizer", {i: slots.ordered(_wanted(entries)) for i, entries in described.items()})
-            rates, scaling = compiled.learning_rates(len(self.session.segments)), compiled.loss_scaling
+            rates, scaling = compiled.learning_rates(len(self.session.setup.segments)), compiled.loss_scaling
             loss_scale = None if scaling is None else scaling.scale
             ours, gradients = self._live_step()
             theirs = reference.run(plan, Mode.TRAIN, self.batch, loss_scale=loss_scale)
@@ -83,19 +85,22 @@ class Steps:
             self._tolerances["seed"] = Tolerance.bits()
             self._metrics(step, ours, theirs)
             self._variables(step, reference.get("model"))
-            values = {i: [a for a in arrays if a is not None] for i, arrays in reference.get("optimizer").items()}
-            self._slots(step, _slots_of(described, values))
+            self._slots(step, _slots_of(described, values_of(reference, "optimizer")))
         self._predictions(self.question.steps)
         return self._judged()
 
     @property
     def _eager(self) -> bool:
-        return self.session.needs_compile("verify").run_eagerly
+        return self._compiled.run_eagerly
+
+    @property
+    def _compiled(self) -> Compiled:
+        return self.session.workers.needs_compile("verify")
 
     def _live_step(self) -> tuple[StepResult, dict[int, list[Array | None]]]:
         """One training step as `fit` makes it: its result, and its gradients as the optimizers got them."""
         found: dict[int, list[Array | None]] = {}
-        result = self.session.step(self.batch, look=lambda driver: found.update(driver.get("given gradients")))
+        result = self.session.steps.step(self.batch, look=lambda driver: found.update(driver.get("given gradients")))
         return result, found
 
     def _add(self, kind: str, stage: int, name: str, step: int, ours: Array | None, theirs: Array | None) -> None:
@@ -108,14 +113,14 @@ class Steps:
             self._add("metric", -1, name, step, *(None if v is None else np.asarray(v, np.float32) for v in values))
 
     def _variables(self, step: int, theirs: Mapping[int, Sequence[Array | None]]) -> None:
-        live = self.session.driver()
+        live = self.session.workers.driver()
         for i, arrays in live.get("model").items():
             for variable, ours, expected in zip(live.descriptions[i].variables, arrays, theirs[i], strict=True):
                 kind = "weight" if variable.trained else "statistics" if variable.is_weight else "seed"
                 self._add(kind, i, f"{self.names.stages[i]}/{variable.name}", step, ours, expected)
 
     def _slots(self, step: int, theirs: Slots) -> None:
-        ours, live = self.session.slots(), self.session.driver()
+        ours, live = self.session.values.slots(), self.session.workers.driver()
         for place, slots in ours.of_variable.items():
             owner = _owner(place, live)
             for name, value in slots.items():
@@ -129,11 +134,12 @@ class Steps:
     def _predictions(self, step: int) -> None:
         session = self.session
         batch = Batch(self.batch.inputs, {}, {}, self.batch.sizes, self.batch.lengths)
-        plan = session.plan(batch, training=False)
-        ours, theirs = (driver.run(plan, Mode.PREDICT, batch) for driver in (session.driver(), session.reference()))
+        plan = session.steps.plan(batch, training=False)
+        drivers = (session.workers.driver(), session.reference.synchronised())
+        ours, theirs = (driver.run(plan, Mode.PREDICT, batch) for driver in drivers)
         allowed = Allowance(self._eager, theirs.roundings, self.question.tolerance)
         self._tolerances["prediction"] = allowed.of("prediction")
-        for name, stage in session.wires.outputs:
+        for name, stage in session.setup.wires.outputs:
             self._add("prediction", stage, name, step, ours.outputs.get(name), theirs.outputs.get(name))
 
     def _judged(self) -> list[Judged]:
@@ -158,10 +164,10 @@ class Steps:
 
     def _norm_tolerance(self) -> Tolerance | None:
         """Where gradients are clipped by their global norm: it is summed stage by stage, and by Keras all at once."""
-        compiled = self.session.needs_compile("verify")
+        compiled = self._compiled
         if compiled.global_clipnorm is None or self.question.tolerance is not None:
             return None
-        stages = self.session.driver().descriptions.values()
+        stages = self.session.workers.driver().descriptions.values()
         sizes = [math.prod(variable.shape) for stage in stages for variable in stage.variables]
         terms = len(sizes) + math.ceil(math.log2(max(sizes, default=1) + 1))
         found = Tolerance.reordered("float32", terms)

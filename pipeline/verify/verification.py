@@ -38,9 +38,9 @@ WITNESSES = ("chain", "differences", "batch")
 
 def verified(session: Session, x: Any, y: Any, sample_weight: Any, question: Question) -> Report:
     """Verify one batch; see `Pipeline.verify`."""
-    compiled = session.needs_compile("verify")
-    batch = session.batch(x, y, sample_weight, compiled.judged)
-    with session.telling_of_the_reference():
+    compiled = session.workers.needs_compile("verify")
+    batch = session.steps.batch(x, y, sample_weight, compiled.judged)
+    with session.reference.telling():
         return Verification(session, batch, question).run()
 
 
@@ -63,8 +63,8 @@ class Verification:
     def run(self) -> Report:
         """Make all checks; whatever happens, all values are put back."""
         begin = time.monotonic()
-        compiled, driver = self.session.needs_compile("verify"), self.session.driver()
-        self.session.needs_the_trainable_set("verify")
+        compiled, driver = self.session.workers.needs_compile("verify"), self.session.workers.driver()
+        self.session.workers.needs_the_trainable_set("verify")
         put_back = compiled.keep()
         driver.keep()
         changed: dict[int, list[str]] = {}
@@ -80,12 +80,12 @@ class Verification:
     def _checked(self) -> Report:
         session, asked = self.session, self.question.checks
         names = self._names()
-        ours = self._observed(session.driver(), trace=True)
+        ours = self._observed(session.workers.driver(), trace=True)
         self._timed("hand-off", lambda: hand_off(ours.seen, names))
         theirs, allowed = ours, Allowance(self._eager, {}, self.question.tolerance)
         if set(asked) & {"tape", *WITNESSES}:
             begin = time.monotonic()
-            theirs = self._observed(session.reference())
+            theirs = self._observed(session.reference.synchronised())
             allowed = Allowance(self._eager, theirs.result.roundings, self.question.tolerance)
         if "tape" in asked:
             self._judged += at_cuts(ours.seen, theirs.seen, names, allowed)
@@ -116,7 +116,7 @@ class Verification:
         """Let one of the independent witnesses judge the step, or note why it cannot."""
         begin = time.monotonic()
         question = self.question
-        (reply,) = self.session.reference().ask(Witness(check, question.memory_limit, question.seed))
+        (reply,) = self.session.reference.synchronised().ask(Witness(check, question.memory_limit, question.seed))
         there = [array for array in reply.arrays if array is not None]
         units = len(self.batch.sizes) * max(1, len(self.batch.lengths))
         yardstick = Yardstick(allowed, units, self.question.tolerance)
@@ -130,19 +130,19 @@ class Verification:
 
     @property
     def _eager(self) -> bool:
-        return self.session.needs_compile("verify").run_eagerly
+        return self.session.workers.needs_compile("verify").run_eagerly
 
     def _observed(self, driver: Any, trace: bool = False) -> Observed:
-        result, found = self.session.differentiate(self.batch, driver, observe="values", trace=trace)
+        result, found = self.session.steps.differentiate(self.batch, driver, observe="values", trace=trace)
         return Observed(result, found, driver.seen())
 
     def _names(self) -> Names:
         session = self.session
-        variables = {place: name for place, (name, _) in session.variable_names().items()}
-        specs = session.driver().specs
+        variables = {place: name for place, (name, _) in session.values.variable_names().items()}
+        specs = session.workers.driver().specs
         tied = {(i, tie.place): tie.stages[0] == i for i, spec in specs.items() for tie in spec.ties}
         judges = {label: stage for label, (_, stage) in _outputs(session).items()}
-        return Names(session.wires.names, variables, tied, judges)
+        return Names(session.setup.wires.names, variables, tied, judges)
 
     def _timed(self, check: str, make: Callable[[], list[Judged]]) -> None:
         """Add what a check finds, and what it takes."""
@@ -154,24 +154,24 @@ class Verification:
         """All bits of a stage are as before, or which are not."""
         count = np.asarray(len(changed), np.int64)
         part = Part(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), ", ".join(changed))
-        name = self.session.wires.names[stage]
+        name = self.session.setup.wires.names[stage]
         return judge("undisturbed", "left as it was", name, name, [part], Tolerance.bits())
 
     def _headline(self) -> str:
         session = self.session
-        parts = [f"{len(session.segments)} stages", f"{session.options.microbatches} microbatches"]
+        parts = [f"{len(session.setup.segments)} stages", f"{session.setup.options.microbatches} microbatches"]
         parts += [f"{len(self.batch.lengths)} windows"] if self.batch.lengths else []
-        return ", ".join([*parts, str(session.options.schedule), "eager" if self._eager else "compiled"])
+        return ", ".join([*parts, str(session.setup.options.schedule), "eager" if self._eager else "compiled"])
 
     def _flow(self, ours: Observed) -> Flow:
-        names = self.session.wires.names
+        names = self.session.setup.wires.names
         sizes: dict[tuple[int, int, str], int] = {}
         for sight, array in ours.seen.items():
             if sight.what == ACTIVATION and sight.sent and array is not None:
                 place = (sight.producer, sight.consumer, sight.tensor)
                 sizes[place] = sizes.get(place, 0) + array.nbytes
         edges = tuple(Edge(names[p], names[c], tensor, size) for (p, c, tensor), size in sorted(sizes.items()))
-        timeline = measured_timeline(self.session.plan(self.batch, training=True), ours.result.spans)
+        timeline = measured_timeline(self.session.steps.plan(self.batch, training=True), ours.result.spans)
         return Flow(names, edges, timeline)
 
     def _report(self, report: Report, seconds: float) -> Report:
@@ -212,4 +212,4 @@ def deviation(row: Row) -> Deviation:
 
 def _outputs(session: Session) -> dict[str, tuple[str, int]]:
     """{output label: (tensor, the stage that gives it)}."""
-    return dict(zip(session.wires.labels, session.wires.outputs, strict=True))
+    return dict(zip(session.setup.wires.labels, session.setup.wires.outputs, strict=True))

@@ -116,7 +116,7 @@ class Live:
 
         So is what the driver has learned: when no mask has reached a loss once, it does not look again.
         """
-        before, driver = self.values(), self.pipe._session.driver()
+        before, driver = self.values(), self.pipe.session.workers.driver()
         looks_for_masks = driver._masks_count
         masks = {i: hosted.prediction_masks for i, hosted in self.hosted.items()}
         try:

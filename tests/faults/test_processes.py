@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from pipeline import VerificationError
-from pipeline.runtime import session
+from pipeline.runtime import workers
 from tests.faults.cases import CASES
 
 pytestmark = pytest.mark.gate
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.gate
 @pytest.mark.parametrize("entry", ["flipping", "narrowing"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
-    driver = partial(session.Driver, entry=f"tests.faults.workers:{entry}")
-    monkeypatch.setattr(session, "Driver", driver)
+    driver = partial(workers.Driver, entry=f"tests.faults.workers:{entry}")
+    monkeypatch.setattr(workers, "Driver", driver)
     case = CASES["convolutional"]
     with case.pipeline("1f1b", eager, transport="ipc") as pipe:
         report = pipe.verify(*case.data(0))

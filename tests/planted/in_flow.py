@@ -48,7 +48,7 @@ WIRING = (
     ),
     Planted(
         "weights come in the order of the stages, not of the model that was split",
-        "pipeline/runtime/session.py",
+        "pipeline/runtime/values.py",
         "list(uses.values()) if original is None else [uses[id(weight)] for weight in original.weights]",
         "list(uses.values())",
         ("test_several_outputs", "test_checkpoint", "test_fit"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.planted.planting import Planted
 
-_SESSION, _HOSTED = "pipeline/runtime/session.py", "stages/worker/hosted_stage.py"
+_STEPS, _HOSTED = "pipeline/runtime/step_runner.py", "stages/worker/hosted_stage.py"
 _SAVING, _SCALING = "pipeline/saving/checkpoint.py", "pipeline/compiled/loss_scaling.py"
 _OPTIMIZERS = ("test_exact_optimizers",)
 _MIXED = ("test_means_the_same_mixed",)
@@ -28,7 +28,7 @@ OPTIMIZERS = (
     ),
     Planted(
         "scaled gradients are not divided by the loss scale",
-        _SESSION,
+        _STEPS,
         "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)",
         "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), None)",
         _MIXED,
@@ -70,7 +70,7 @@ OPTIMIZERS = (
     ),
     Planted(
         "the user's optimizer does not count updates",
-        _SESSION,
+        _STEPS,
         "                compiled.count_update()\n",
         "",
         ("test_callbacks", "test_compile"),

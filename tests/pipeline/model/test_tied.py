@@ -112,7 +112,7 @@ def test_microbatches_are_one_tape_and_copies_stay_equal(case, schedule, run_eag
 
 def copies_differ(pipe):
     """Names of variables that stages have different values of."""
-    values = pipe._session.values("weights")
+    values = pipe.session.values.read("weights")
     first, differ = {}, []
     for i, segment in enumerate(pipe.segments):
         for weight, value in zip(segment.model.weights, values[i], strict=True):
@@ -150,8 +150,8 @@ def test_copies_that_drifted_apart_are_found():
     x, y = pairs()
     with Pipeline.split(siamese(), at=[["a_low", "turn"]], microbatches=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
-        values = pipe._session.values("model")
-        pipe._session.driver().set("model", {1: [value + 0.5 for value in values[1]]})
+        values = pipe.session.values.read("model")
+        pipe.session.workers.driver().set("model", {1: [value + 0.5 for value in values[1]]})
         assert not pipe.verify(x, y).ok
 
 

@@ -115,8 +115,8 @@ def test_training_is_bit_for_bit_that_without_it(eager):
         with Pipeline.split(classifier(), at=["a", "drop"], microbatches=2, transport="inproc") as pipe:
             pipe.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"], run_eagerly=eager)
             history = pipe.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[*callbacks]).history
-            session = pipe._session
-            values = [*session.values("model").values(), *session.values("optimizer").values()]
+            session = pipe.session
+            values = [*session.values.read("model").values(), *session.values.read("optimizer").values()]
             return history, [array for part in values for array in part]
 
     norms = BoundaryNorms(every=1)

@@ -132,7 +132,7 @@ def test_targets_are_outputs_and_states_too() -> None:
     hidden = layers.GRU(2, name="gru")(inputs)
     model = keras.Model(inputs, layers.Dense(2, name="last")(hidden))
     pipe = split(model, ["gru"], windows=2)
-    (state,) = pipe._session.segments[0].states
+    (state,) = pipe.session.setup.segments[0].states
     x = np.random.default_rng(1).normal(size=(6, 4, 3)).astype("float32")
     for target in (f"stage0/{state}", "gru"):
         found = joined(pipe, x, target=target)

@@ -24,7 +24,7 @@ REFUSED = {
 
 def verified(kind: str, checks=ALL):
     pipe, x, y, weights = made(kind)
-    names = pipe._session.wires.labels
+    names = pipe.session.setup.wires.labels
     target = dict(zip(names, y, strict=True)) if isinstance(y, list) else y
     with pipe:
         return pipe.verify(x, target, weights, checks=checks)

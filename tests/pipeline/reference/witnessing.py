@@ -78,26 +78,26 @@ def case_of(pipe: Pipeline, x: Any, y: Any, weights: Any = None, **options: Any)
 
 def stages_of(pipe: Pipeline) -> list[HostedStage]:
     """The pipeline's stages, built as the reference builds them."""
-    session = pipe._session
-    found = [HostedStage(replace(spec, undecayed=()), updates=False) for spec in session._specs()]
-    for stage, segment in zip(found, session.segments, strict=True):
+    session = pipe.session
+    found = [HostedStage(replace(spec, undecayed=()), updates=False) for spec in session.workers.specs()]
+    for stage, segment in zip(found, session.setup.segments, strict=True):
         stage.set("model", snapshot.read(segment.model.variables))
     return found
 
 
 def whole(pipe: Pipeline, x: Any, y: Any, weights: Any = None, **options: Any) -> Whole:
     """A batch as the reference gets it."""
-    session = pipe._session
+    setup = pipe.session.setup
     xs, ys = (value if isinstance(value, list) else [value] for value in (x, y))
-    labels = list(session.wires.labels)
+    labels = list(setup.wires.labels)
     given = weights if isinstance(weights, list) else [weights] * len(labels)
-    lengths = microbatch_sizes(xs[0].shape[1], session.options.windows) if session.options.windows > 1 else ()
+    lengths = microbatch_sizes(xs[0].shape[1], setup.options.windows) if setup.options.windows > 1 else ()
     return Whole(
-        dict(zip(session.wires.inputs, xs, strict=True)),
+        dict(zip(setup.wires.inputs, xs, strict=True)),
         dict(zip(labels, ys, strict=True)),
         {label: w for label, w in zip(labels, given, strict=True) if w is not None},
-        Grid(microbatch_sizes(len(xs[0]), session.options.microbatches), lengths),
-        truncate=session.options.truncate,
+        Grid(microbatch_sizes(len(xs[0]), setup.options.microbatches), lengths),
+        truncate=setup.options.truncate,
         **options,
     )
 

@@ -27,7 +27,7 @@ def test_a_slow_update_is_no_stall(monkeypatch):
         pipe.compile(failing_parts.SlowUpdate(0.1), "mse", run_eagerly=True)
         x, y = np.ones((4, 1), "float32"), np.ones((4, 2), "float32")
         pipe.predict_on_batch(x)
-        monkeypatch.setattr(pipe._running()._crew, "_look_seconds", 0.02)
+        monkeypatch.setattr(pipe.session.workers.driver()._crew, "_look_seconds", 0.02)
         losses = [pipe.train_on_batch(x, y) for _ in range(2)]
     assert len(looks) >= 6
     assert losses[1] < losses[0]

@@ -198,7 +198,7 @@ def checkpointed(tmp_path_factory):
         pipe.save(path)
         weights = pipe.get_weights()
         # A forked copy must run no TensorFlow operation and has no workers, so what these give is asked for before.
-        kept = {what: pipe._session.values(what) for what in ("model", "optimizer")}
+        kept = {what: pipe.session.values.read(what) for what in ("model", "optimizer")}
         kept["model"] = {i: [value + 1 for value in values] for i, values in kept["model"].items()}
         stages = []
         with pytest.MonkeyPatch.context() as patch:
@@ -209,7 +209,7 @@ def checkpointed(tmp_path_factory):
 
         def replace():
             checkpoint._manifest = lambda pipe, of: {**stages[0], "stages": of}
-            pipe._session.values = kept.__getitem__
+            pipe.session.values.read = kept.__getitem__
             pipe.save(path)
 
         yield path, weights, replace

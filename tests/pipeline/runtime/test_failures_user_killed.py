@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gate
 PROGRAM = """
 import functools, os
 import numpy as np
-from pipeline.runtime import session
+from pipeline.runtime import workers
 from pipeline import Pipeline, Segment
 from tests.failing_parts import part, say, waiting_builder
 from tests.failures import X, Y, tripping
@@ -21,8 +21,8 @@ if moment == "starting the server":
     say(line)
     pipe.train_on_batch(X, Y)
 elif moment == "connecting":
-    late = functools.partial(session.Driver, entry="tests.failing_parts:late")
-    session.Driver = late
+    late = functools.partial(workers.Driver, entry="tests.failing_parts:late")
+    workers.Driver = late
     os.environ |= {"LINE": line, "GATE": gate}
     pipe = tripping({}, {})
 elif moment == "building":

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import Pipeline, Segment
 from pipeline.errors import PipelineClosedError, StalledError, WiringError, WorkerDiedError, WorkerError
-from pipeline.runtime import session
+from pipeline.runtime import workers
 from pipeline.runtime.driver import Driver
 from tests import failing_parts
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
@@ -113,7 +113,7 @@ def test_terminate_on_nan_stops_at_the_step():
 def test_run_in_which_everybody_waits_says_who_waits_for_whom(monkeypatch):
     """Workers that lose every gradient: the top is done, the others wait for gradients that never come."""
     entry = "tests.failing_parts:forgetful"
-    monkeypatch.setattr(session, "Driver", functools.partial(Driver, entry=entry, look_seconds=0.3))
+    monkeypatch.setattr(workers, "Driver", functools.partial(Driver, entry=entry, look_seconds=0.3))
     pipe = tripping({}, {}, {}, schedule="gpipe")
     with pytest.raises(StalledError) as caught:
         pipe.train_on_batch(X, Y)

@@ -140,7 +140,7 @@ def test_compiling_again_goes_on_if_all_are_the_same() -> None:
             if change:
                 mine[2] = different()[2]
                 pipe.compile(mine, "mse", run_eagerly=True)
-                slots = pipe._session.slots()
+                slots = pipe.session.values.slots()
                 assert [int(slots.own_of(stage)["iterations"]) for stage in range(4)] == [0, 0, 0, 0]
     assert_same_arrays(*runs)
 

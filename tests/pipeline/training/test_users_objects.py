@@ -152,6 +152,6 @@ def test_the_users_variables_of_a_loss_are_known_and_can_be_given_new_values() -
     with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
         pipe.compile("sgd", loss)
         before = pipe.test_on_batch(X, Y)
-        assert {i: [v.name for v in some] for i, some in pipe._session.besides().items()} == {0: [], 1: ["beta"]}
-        pipe._session.driver().set("besides", {1: [np.float32(6.0)]})
+        assert {i: [v.name for v in some] for i, some in pipe.session.workers.besides().items()} == {0: [], 1: ["beta"]}
+        pipe.session.workers.driver().set("besides", {1: [np.float32(6.0)]})
         assert pipe.test_on_batch(X, Y) == pytest.approx(3 * before, rel=1e-6)

@@ -207,7 +207,7 @@ def test_a_wrong_hand_off_is_found(sabotage, eager, monkeypatch):
 
 def everything(pipe):
     """All that a pipeline holds, in its workers and in the user's process."""
-    driver = pipe._session.driver()
+    driver = pipe.session.workers.driver()
     found = {what: driver.get(what) for what in ("model", "optimizer", "metrics")}
     arrays = [array for stages in found.values() for part in stages.values() for array in part]
     return [array.tobytes() for array in arrays] + [int(pipe.optimizer.iterations)]
@@ -322,13 +322,13 @@ def test_the_reference_stays_for_the_next_question_and_ends_with_the_pipeline():
     with three_stages() as pipe:
         x, y = batch()[0], np.zeros((11, 2))
         pipe.verify(x, y).raise_if_failed()
-        first = pipe._session._reference.driver
+        first = pipe.session.reference.driver
         pipe.train_on_batch(x, y)
         pipe.verify(x, y).raise_if_failed()
-        assert pipe._session._reference.driver is first
+        assert pipe.session.reference.driver is first
         first.close()
         pipe.verify(x, y).raise_if_failed()
-        second = pipe._session._reference.driver
+        second = pipe.session.reference.driver
         assert second is not first
         pipe.compile("sgd", "mse", run_eagerly=True)
         assert second.closed

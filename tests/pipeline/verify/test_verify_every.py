@@ -42,8 +42,8 @@ def trained(pipe, **arguments):
     """The history, and everything that training changes: variables, seeds, optimizer, and where the data went on."""
     keras.utils.set_random_seed(SEED + 1)
     history = pipe.fit(X, Y, batch_size=8, epochs=2, verbose=0, validation_split=0.2, **arguments).history
-    session = pipe._session
-    values = [*session.values("model").values(), *session.values("optimizer").values()]
+    session = pipe.session
+    values = [*session.values.read("model").values(), *session.values.read("optimizer").values()]
     after = pipe.train_on_batch(X[:7], Y[:7], return_dict=True)
     drawn = [np.random.random(), float(keras.random.uniform(()))]
     return history, [array for part in values for array in part], after, drawn
@@ -193,14 +193,14 @@ def test_one_reference_serves_all_verifications_and_nothing_is_left(nothing_left
     with running(build=regressor, transport="auto", eager=False) as pipe:
         seen = []
         watch = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: seen.append(pipe._session._reference.driver.pids)
+            on_train_batch_end=lambda batch, logs: seen.append(pipe.session.reference.driver.pids)
         )
         every = VerifyEvery(2)
         pipe.fit(XN, YN, batch_size=5, verbose=0, verify_every=every, callbacks=[watch])
         assert list(every.reports) == [1, 3] and len({tuple(pids) for pids in seen}) == 1
         with pytest.raises(VerificationError, match=r"^step 1 "):
             pipe.fit(XN, YN, verbose=0, verify_every=VerifyEvery(1, tolerance=-1.0))
-        assert not pipe._session._reference.driver.closed
+        assert not pipe.session.reference.driver.closed
         pipe.fit(XN, YN, verbose=0)
 
 
@@ -211,7 +211,7 @@ def test_a_reference_that_dies_is_told_so_and_training_may_go_on(nothing_left):
         def kill(batch, logs):
             before[:] = pipe.get_weights()
             if batch == 0:
-                os.kill(pipe._session._reference.driver.pids[0], signal.SIGKILL)
+                os.kill(pipe.session.reference.driver.pids[0], signal.SIGKILL)
 
         arguments = {
             "batch_size": 10,

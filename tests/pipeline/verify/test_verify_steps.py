@@ -136,9 +136,9 @@ def test_states_kept_between_batches():
     with Pipeline.split(built, at=["low"], **options) as pipe:
         pipe.compile("adam", "mse", run_eagerly=True)
         pipe.train_on_batch(x, y)
-        before = pipe._session.values("kept states")
+        before = pipe.session.values.read("kept states")
         pipe.verify(x, y, checks=("tape", "steps"), steps=2).raise_if_failed()
-        after = pipe._session.values("kept states")
+        after = pipe.session.values.read("kept states")
         assert any(np.any(state) for state in before[0])
         for a, b in zip(before[0], after[0], strict=True):
             assert a.tobytes() == b.tobytes()

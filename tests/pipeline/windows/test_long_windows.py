@@ -91,7 +91,7 @@ def memory(windows: int, truncate: int | None) -> list[dict[str, int]]:
     with Pipeline.split(net, at=["low"], windows=windows, truncate=truncate, microbatches=1) as pipe:
         pipe.compile("sgd", "mse")
         pipe.train_on_batch(x, x[..., :1])
-        pids = pipe._running().pids
+        pids = pipe.session.workers.driver().pids
         return [{what: resident(pid, what) for what in ("VmRSS", "VmHWM")} for pid in pids if pid is not None]
 
 

@@ -69,7 +69,7 @@ def test_a_builder_without_a_name_runs_in_a_worker_and_has_no_recipe():
     with pytest.raises(RecipeError, match=r"a Segment's builder must be a function that a worker can import.*lambda"):
         kept.recipe()
     with Pipeline([kept, Segment(parts.top)]) as pipe:
-        assert pipe.get_weights()[1].shape == (5,) and pipe._running().pids[0] != os.getpid()
+        assert pipe.get_weights()[1].shape == (5,) and pipe.session.workers.driver().pids[0] != os.getpid()
 
 
 def test_names():
@@ -88,7 +88,7 @@ def test_builders_run_in_the_worker_only(monkeypatch):
     with Pipeline(segments, microbatches=2) as pipe:
         pipe.compile("sgd", "mse")
         built_in = pipe.get_weights()[1]
-        assert set(built_in) == {np.float32(pipe._running().pids[0])}
+        assert set(built_in) == {np.float32(pipe.session.workers.driver().pids[0])}
         assert int(built_in[0]) != os.getpid()
         assert np.isfinite(pipe.train_on_batch(np.ones((4, 6), "float32"), np.ones((4, 1), "float32")))
 

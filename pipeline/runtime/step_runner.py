@@ -1,0 +1,211 @@
+"""Steps of a pipeline: batches made ready, plans made once, and forward, backward and update ordered of the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.batch.data import InputSpec, make_batch
+from pipeline.batch.inputs import InputNames
+from pipeline.batch.step import Batch, StepResult
+from pipeline.plan.plan import Plan
+from pipeline.plan.schedules import build_plan, forward_only
+from pipeline.plan.timeline import Timeline, measured_timeline
+from pipeline.runtime.driver import Driver
+from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.runnable import check_runnable
+from pipeline.runtime.setup import Setup
+from pipeline.runtime.workers import Workers
+from stages.grid import is_over_time
+from stages.worker.orders import Mode
+from transport.message import DRIVER
+
+Array = np.ndarray[Any, Any]
+StageGradients = dict[int, list[Array | None]]
+"""{stage: dL/dvariable of each of its trainable variables, in order; None: there is none}."""
+
+
+class StepRunner:
+    """Runs steps on the workers.
+
+    Args:
+        setup: What the pipeline is made of.
+        workers: Who computes.
+
+    Attributes:
+        look: Is shown every batch before it is trained (`Mode.TRAIN`), evaluated (`Mode.TEST`) or predicted
+            (`Mode.PREDICT`).
+
+    Raises:
+        ScheduleError, PlanError: The schedule makes no plan for these stages and options that workers can run.
+    """
+
+    def __init__(self, setup: Setup, workers: Workers) -> None:
+        self._setup, self._workers = setup, workers
+        self.look: Callable[[Mode, Batch], None] = lambda mode, batch: None
+        self._plans: dict[tuple[int, int, bool], Plan] = {}
+        self._plan(setup.options.microbatches, setup.options.windows, training=True)
+
+    def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
+        """Forward, backward and update of one batch, `observe` as for `step`; the result and the number of samples."""
+        compiled = self._workers.needs_compile("training")
+        compiled.needs_optimizer()
+        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        self.look(Mode.TRAIN, batch)
+        return self.step(batch, observe=observe), sum(batch.sizes)
+
+    def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
+        """Forward, backward and update.
+
+        Args:
+            batch: The batch.
+            observe: As `Driver.run` takes it.
+            look: Called with the workers between backward and update.
+        """
+        compiled = self._workers.needs_compile("training")
+        driver, scaling = self._workers.driver(), compiled.loss_scaling
+        loss_scale = None if scaling is None else scaling.scale
+        with deferred_interrupts():
+            plan = self.plan(batch, training=True)
+            norms = compiled.global_clipnorm is not None
+            result = driver.run(plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe)
+            if look is not None:
+                look(driver)
+            if result.finite:
+                rates = compiled.learning_rates(len(self._setup.segments))
+                driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)
+                compiled.count_update()
+            else:
+                driver.discard()
+            if scaling is not None:
+                scaling.decide(result.finite)
+        return result
+
+    def _in_model_order(self, values: Mapping[tuple[int, int], float]) -> list[float]:
+        """Values by (stage, place of a trainable variable), in the order of the variables of the model that was split.
+
+        Without one, stage after stage.
+        """
+        if not values:
+            return []
+        original = self._setup.original
+        number = {} if original is None else {id(v): n for n, v in enumerate(original.variables)}
+        found = {}
+        for i, description in self._workers.driver().descriptions.items():
+            model = self._setup.models.get(i)
+            variables = [None] * len(description.variables) if model is None else model.variables
+            for variable, info in zip(variables, description.variables, strict=True):
+                found[i, info.place] = (number.get(id(variable), len(number)), i, info.place)
+        return [values[place] for place in sorted(values, key=found.__getitem__)]
+
+    def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
+        """Loss and metrics of one batch; the result and the number of samples."""
+        compiled = self._workers.needs_compile("evaluation")
+        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+        self.look(Mode.TEST, batch)
+        plan = self.plan(batch, training=False)
+        return self._workers.driver().run(plan, Mode.TEST, batch), sum(batch.sizes)
+
+    def predict(self, x: Any) -> list[Array]:
+        """The outputs (n, ...) of one batch, in the pipeline's order."""
+        batch = self.batch(x, None, None, judged=())
+        self.look(Mode.PREDICT, batch)
+        found = self._workers.driver().run(self.plan(batch, training=False), Mode.PREDICT, batch).outputs
+        return [found[name] for name, _ in self._setup.wires.outputs]
+
+    def differentiate(
+        self, batch: Batch, driver: Driver, *, observe: str = "", trace: bool = False
+    ) -> tuple[StepResult, StageGradients]:
+        """The result of one batch, and {stage: dL/dvariable of each trainable variable}; nothing is applied.
+
+        Args:
+            batch: The batch.
+            driver: The workers, or the reference.
+            observe: As `Driver.run` takes it, like `trace`.
+        """
+        compiled = self._workers.compiled
+        scaling = None if compiled is None else compiled.loss_scaling
+        loss_scale = None if scaling is None else scaling.scale
+        with deferred_interrupts():  # or the next update would count these gradients too
+            plan = self.plan(batch, training=True)
+            result = driver.run(plan, Mode.GRADIENTS, batch, loss_scale=loss_scale, observe=observe, trace=trace)
+            gradients = driver.get("gradients")
+            driver.discard()
+        if loss_scale is None:
+            return result, gradients
+        return result, {
+            i: [value if value is None else value / value.dtype.type(loss_scale) for value in values]
+            for i, values in gradients.items()
+        }
+
+    def timeline(self, x: Any, y: Any, sample_weight: Any, repeats: int) -> Timeline:
+        """The median of some measured steps, in seconds, of which nothing is applied; a first one is not counted."""
+        batch = self.batch(x, y, sample_weight, judged=self._workers.needs_compile("timeline").judged)
+        plan, driver, found = self.plan(batch, training=True), self._workers.driver(), []
+        for _ in range(repeats + 1):
+            measured = driver.run(plan, Mode.GRADIENTS, batch, trace=True).spans
+            driver.discard()
+            found.append(measured_timeline(plan, measured))
+        return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]
+
+    def plan(self, batch: Batch, training: bool) -> Plan:
+        """The checked plan of a step; made once for each number of microbatches and windows."""
+        return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training)
+
+    def _plan(self, microbatches: int, windows: int, training: bool) -> Plan:
+        key, options = (microbatches, windows, training), self._setup.options
+        if key not in self._plans:
+            wiring, stages = self._setup.wires.upstream(), len(self._setup.segments)
+            if training:
+                plan = build_plan(
+                    options.schedule, stages, microbatches, windows=windows, truncate=options.truncate, wiring=wiring
+                )
+                self._plans[key] = check_runnable(plan)
+            else:
+                self._plans[key] = forward_only(stages, microbatches, windows=windows).validate(wiring)
+        return self._plans[key]
+
+    def batch(self, x: Any, y: Any, sample_weight: Any, judged: Sequence[str]) -> Batch:
+        """One batch, converted, checked and cut.
+
+        Args:
+            x: Arrays (n, ...) as `fit` takes them, like `y` and `sample_weight`.
+            judged: The labels of the outputs that need targets.
+
+        Raises:
+            DataError: Something does not fit.
+        """
+        wires, options = self._setup.wires, self._setup.options
+        return make_batch(
+            x,
+            y,
+            sample_weight,
+            inputs=self._input_specs(),
+            names=InputNames.of(wires.inputs, getattr(self._setup.original, "input", None)),
+            microbatches=options.microbatches,
+            labels=wires.labels,
+            judged=judged,
+            windows=options.windows,
+            judged_over_time=self._over_time(judged) if options.windows > 1 else (),
+        )
+
+    def _over_time(self, labels: Sequence[str]) -> list[str]:
+        """Those outputs that have a time axis."""
+        driver, wires = self._workers.driver(), self._setup.wires
+        places = dict(zip(wires.labels, wires.outputs, strict=True))
+        told = {label: driver.output_spec(stage, name) for label, (name, stage) in places.items()}
+        return [label for label in labels if (spec := told[label]) is not None and is_over_time(spec.shape)]
+
+    def _input_specs(self) -> dict[str, InputSpec | None]:
+        """The pipeline's inputs, with what the stages that take them expect."""
+        found: dict[str, InputSpec | None] = dict.fromkeys(self._setup.wires.inputs)
+        for index, description in self._workers.driver().descriptions.items():
+            for i, (name, source) in enumerate(self._setup.wires.takes[index]):
+                if source == DRIVER and description.inputs is not None:
+                    found[name] = description.inputs[i]
+        return found
+
+
+__all__ = ["StageGradients", "StepRunner"]

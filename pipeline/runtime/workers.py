@@ -1,0 +1,159 @@
+"""The life of a pipeline's workers: started when first needed, stopped by `compile`, started again, ended for good."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from pipeline.compiled.compiled import Compiled
+from pipeline.compiled.optimizer_slots import State, described_slots
+from pipeline.errors import CompileError, PipelineClosedError
+from pipeline.model.wiring import check_shapes
+from pipeline.runtime.driver import Driver
+from pipeline.runtime.setup import Setup
+from pipeline.runtime.stage_specs import SpecOptions, stage_specs
+from pipeline.runtime.values import slots_of, values_of
+from stages.worker import snapshot
+from stages.worker.hosted_stage import StageSpec
+
+
+class Workers:
+    """The workers of one pipeline, or none as yet.
+
+    Args:
+        setup: What the pipeline is made of.
+
+    Attributes:
+        compiled: What `compile` was given; None before.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.compiled: Compiled | None = None
+        self._start: State | None = None
+        self._besides: dict[int, list[Any]] = {}
+        self._driver: Driver | None = None
+        self._closed = False
+        # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
+        built_here = len(setup.models) == len(setup.segments)
+        self._seed = None if built_here or setup.options.scheme == "inproc" else random.getrandbits(31)
+
+    def driver(self) -> Driver:
+        """The workers, started if they are not yet.
+
+        Raises:
+            PipelineClosedError: `close` was called.
+        """
+        if self._closed:
+            raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
+        if self._driver is None:
+            specs, options = [[spec] for spec in self.specs()], self._setup.options
+            driver = Driver(specs, threads=options.threads, transport=options.transport)
+            try:
+                check_shapes(self._setup.wires, driver.descriptions)
+                self._fill(driver)
+            except BaseException:  # Ctrl-C too: workers with some of their values are no workers
+                driver.close("they could not be given their values")
+                raise
+            self._driver, self._start = driver, None
+        return self._driver
+
+    @property
+    def are_running(self) -> bool:
+        """Whether the workers are there."""
+        return self._driver is not None and not self._driver.closed
+
+    def needs_compile(self, what: str) -> Compiled:
+        """What `compile` was given.
+
+        Raises:
+            CompileError: It was not called.
+        """
+        if self.compiled is None:
+            raise CompileError(f"{what} needs an optimizer and a loss; call compile(optimizer=..., loss=...) first")
+        return self.compiled
+
+    def recompile(self, compiled: Compiled) -> None:
+        """Go on under other rules: the values stay, the optimizer's too where it is the same object, as in Keras."""
+        same = self.compiled is not None and self.compiled.has_optimizers_of(compiled)
+        if self._driver is not None and not self._driver.closed:
+            slots = slots_of(self._driver).among(self._trained_before(), self._trained_now()) if same else None
+            self._start = State(values_of(self._driver, "model"), slots)
+            self.stop("compile() was called")
+        elif self._start is not None and not same:
+            self._start = State(self._start.model)
+        self.compiled = compiled
+
+    def start_from(self, state: State) -> None:
+        """Let workers that are still to be started begin with these values."""
+        self._start = state
+
+    def stop(self, why: str) -> None:
+        """End the workers; they start again when needed."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close(why)
+
+    def close(self, why: str) -> None:
+        """End the workers for good. Idempotent."""
+        self._closed = True
+        self.stop(why)
+
+    def needs_the_trainable_set(self, what: str) -> None:
+        """Raise if layer.trainable changed since `compile`: the workers still train the variables of before.
+
+        Args:
+            what: The caller, for the message.
+
+        Raises:
+            CompileError: It changed.
+        """
+        if self._trained_now() != self._trained_before():
+            raise CompileError(
+                f"layer.trainable was changed after compile(), which takes effect with the next compile(); {what} "
+                "needs both to agree: call compile(...) again, or change it back"
+            )
+
+    def _trained_before(self) -> dict[int, list[int]]:
+        """{stage: places of the model's variables that its worker trains, in the order of its trainable ones}."""
+        return {i: list(stage.trained) for i, stage in self.driver().descriptions.items()}
+
+    def _trained_now(self) -> dict[int, list[int]]:
+        """The same for stages that will be built from the models as they are now: layers may have been frozen."""
+        found = self._trained_before()
+        for i, model in self._setup.models.items():
+            number = {id(variable): k for k, variable in enumerate(model.variables)}
+            found[i] = [number[id(variable)] for variable in model.trainable_variables]
+        return found
+
+    def specs(self, reference: bool = False) -> list[StageSpec]:
+        """What each worker is told of its stage.
+
+        Args:
+            reference: For the process that hosts all stages.
+        """
+        options = SpecOptions(self._setup.options.recompute, self._setup.options.keep_state, self._seed)
+        found = stage_specs(self._setup.segments, self._setup.wires, self.compiled, options, reference)
+        if not reference:
+            self._besides = {one.spec.index: one.besides for one in found}
+        return [one.spec for one in found]
+
+    def besides(self) -> dict[int, list[Any]]:
+        """{stage: the user's own variables that its losses and layers use beside those of its model}.
+
+        The workers have copies: ``driver.set("besides", {stage: values})`` gives them new values, in this order.
+        """
+        self.driver()
+        return {i: list(variables) for i, variables in sorted(self._besides.items())}
+
+    def _fill(self, driver: Driver) -> None:
+        """Give fresh workers the values they should start from."""
+        start = self._start
+        if start is None:
+            start = State({i: snapshot.read(model.variables) for i, model in self._setup.models.items()})
+        driver.set("model", start.model)
+        if start.slots is not None:
+            driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
+
+
+__all__ = ["Workers"]
