@@ -193,7 +193,8 @@ class Pipeline:
 
         Args:
             optimizer: Name or Keras optimizer; every stage gets one like it for its own variables. Or a list with one
-                per stage, or a dict by the stages' names.
+                per stage, or a dict by the stages' names. One that has trained your model (``model.optimizer``) goes
+                on: its slots, its count of updates, its schedule; a new object begins anew.
             loss: Name, function or Keras loss of the output; for several outputs one for all of them, or a list or a
                 dict by their names, None for one without a loss.
             loss_weights: For several outputs a list of numbers or a dict by their names.
@@ -206,7 +207,8 @@ class Pipeline:
                 decided by all stages together.
 
         Raises:
-            CompileError: An unknown name, or something that means nothing in a pipeline.
+            CompileError: An unknown name, something that means nothing in a pipeline, or an optimizer that has
+                trained other variables.
             RecipeError: A loss or metric that a worker cannot import.
         """
         refuse_options(steps_per_execution=steps_per_execution, jit_compile=jit_compile)

@@ -369,6 +369,14 @@ def update_nothing(optimizer: Any) -> None:
     optimizer._iterations.assign(count)
 
 
+def variables_known_to(optimizer: Any) -> list[Any]:
+    """The model's variables that an optimizer was built for, in the order of its slots; [] of None and one not built.
+
+    Relies on `_trainable_variables`, which `build` fills.
+    """
+    return list(getattr(optimizer, "_trainable_variables", ()))
+
+
 def excluded_from_decay(optimizer: Any, variables: Sequence[Any]) -> list[int]:
     """Which of some variables, by place, were given to `exclude_from_weight_decay(var_list=...)`.
 

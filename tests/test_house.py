@@ -41,6 +41,7 @@ BY_VALUE = "stages/recipe/by_value.py"
 OF_BY_VALUE = {
     "stages/recipe/stage_objects.py",
     "pipeline/compiled/compiled.py",
+    "pipeline/compiled/trained_optimizers.py",
     "pipeline/model/merge.py",
     "pipeline/model/stateful.py",
     "pipeline/reference/witness/flow.py",

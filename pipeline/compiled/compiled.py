@@ -98,10 +98,12 @@ class Compiled:
         found = tuple(one.label for one in self.objectives if one.loss is not None)
         return found if len(found) > 1 else ()
 
-    def has_optimizers_of(self, other: Compiled) -> bool:
-        """Whether the other one's optimizers are the same objects, so that training goes on with their state."""
-        pairs = list(zip(self.optimizers, other.optimizers, strict=False))
-        return len(self.optimizers) == len(other.optimizers) and all(unscaled(a) is unscaled(b) for a, b in pairs)
+    def stages_with_other_optimizers(self, before: Compiled | None) -> frozenset[int]:
+        """The stages whose optimizer is another object than before; the others go on with its state, as in Keras."""
+        stages = range(len(self._stages))
+        if before is None or len(self.optimizers) != len(before.optimizers):
+            return frozenset(stages)
+        return frozenset(i for i in stages if self._inner_of(i) is not before._inner_of(i))
 
     def recipe(self) -> dict[str, Any]:
         """The arguments of `compile` as plain data, for a checkpoint."""

@@ -119,11 +119,13 @@ class State:
 
     Attributes:
         model: For each stage the values of its model's variables, in order.
-        slots: The optimizer's; None leaves it as new.
+        slots: The optimizer's; None: what the user's own optimizers know, else as new.
+        anew: The stages that are not to take them over, since they have another optimizer now.
     """
 
     model: dict[int, list[Array]] = field(default_factory=dict)
     slots: Slots | None = None
+    anew: frozenset[int] = frozenset()
 
 
 def described_slots(descriptions: Mapping[int, StageDescription]) -> Described:

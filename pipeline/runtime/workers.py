@@ -7,6 +7,13 @@ from typing import Any
 
 from pipeline.compiled.compiled import Compiled
 from pipeline.compiled.optimizer_slots import State, described_slots
+from pipeline.compiled.trained_optimizers import (
+    check_known,
+    check_none_lost,
+    give_back_slots,
+    knows_variables,
+    slots_here,
+)
 from pipeline.errors import CompileError, PipelineClosedError
 from pipeline.model.wiring import check_shapes
 from pipeline.runtime.driver import Driver
@@ -74,14 +81,21 @@ class Workers:
         return self.compiled
 
     def recompile(self, compiled: Compiled) -> None:
-        """Go on under other rules: the values stay, the optimizer's too where it is the same object, as in Keras."""
-        same = self.compiled is not None and self.compiled.has_optimizers_of(compiled)
+        """Go on under other rules: the values stay, an optimizer's too where it is the same object, as in Keras.
+
+        Raises:
+            CompileError: An optimizer has trained other variables, or knows its own no more.
+        """
+        check_known(compiled.optimizers, self._trainable())
+        anew = compiled.stages_with_other_optimizers(self.compiled)
+        check_none_lost([one for i, one in enumerate(compiled.optimizers) if i in anew])
         if self._driver is not None and not self._driver.closed:
-            slots = slots_of(self._driver).among(self._trained_before(), self._trained_now()) if same else None
-            self._start = State(values_of(self._driver, "model"), slots)
+            kept = {i: numbers for i, numbers in self._trained_now().items() if i not in anew}
+            slots = slots_of(self._driver).among(self._trained_before(), kept) if kept else None
+            self._start = State(values_of(self._driver, "model"), slots, anew)
             self.stop("compile() was called")
-        elif self._start is not None and not same:
-            self._start = State(self._start.model)
+        elif self._start is not None:
+            self._start = State(self._start.model, self._start.slots, self._start.anew | anew)
         self.compiled = compiled
 
     def start_from(self, state: State) -> None:
@@ -152,8 +166,28 @@ class Workers:
         if start is None:
             start = State({i: snapshot.read(model.variables) for i, model in self._setup.models.items()})
         driver.set("model", start.model)
+        described = described_slots(driver.descriptions)
+        slots = {}
         if start.slots is not None:
-            driver.set("optimizer", start.slots.for_stages(described_slots(driver.descriptions)))
+            slots = start.slots.for_stages({i: some for i, some in described.items() if i not in start.anew})
+        if self.compiled is not None:
+            known = slots_here(self.compiled.optimizers, self._trainable())
+            slots |= known.for_stages({i: described[i] for i in known.own if i not in slots})
+        if slots:
+            driver.set("optimizer", slots)
+
+    def _trainable(self) -> list[list[Any]]:
+        """For each stage the user's own variables that it trains, as far as they are known here."""
+        models = self._setup.models
+        return [list(models[i].trainable_variables) if i in models else [] for i in range(len(self._setup.segments))]
+
+    def give_back_slots(self) -> None:
+        """Let optimizers that were built for the user's own variables know what those of the stages have learned."""
+        if self.compiled is None or not knows_variables(self.compiled.optimizers):
+            return
+        trained, models = self._trained_before(), self._setup.models
+        parts = [[models[i].variables[number] for number in trained[i]] if i in models else [] for i in sorted(trained)]
+        give_back_slots(self.compiled.optimizers, parts, slots_of(self.driver()))
 
 
 __all__ = ["Workers"]

@@ -114,6 +114,8 @@ def call(pipe: Pipeline, inputs: Any, training: bool | None = None, mask: Any = 
 def give_back(pipe: Pipeline) -> None:
     """Give the user's own models the values that the workers have now: weights, statistics, seeds.
 
+    The optimizer too, if it was built for the models' variables before, as `model.optimizer` of a trained model is.
+
     Does nothing where nothing was trained or set since the last time, or the workers have ended.
     """
     if not pipe.session.values.ahead or not pipe.session.workers.are_running:
@@ -122,6 +124,7 @@ def give_back(pipe: Pipeline) -> None:
     for i, segment in enumerate(pipe.segments):
         if segment.model is not None:
             snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
+    pipe.session.workers.give_back_slots()
     pipe.session.values.ahead = False
 
 

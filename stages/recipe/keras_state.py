@@ -249,6 +249,9 @@ def unbuilt_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     before = {name: _shallow(value) for name, value in state.items()}
     before |= {name: type(state[name])() if type(state[name]) in (list, dict) else [] for name in slots}
     before |= {"_trainable_variables": [], "_trainable_variables_indices": {}, "built": False, **_tracked_variables()}
+    # TensorFlow's own list of what a checkpoint holds, which leads to the variables and slots
+    left = {"_self_unconditional_checkpoint_dependencies": list, "_self_unconditional_dependency_names": dict}
+    before |= {name: kind() for name, kind in left.items() if name in before}
     remade = _made_by_build(type(optimizer), before) if state.get("built") else set()
     own = [value for name, value in state.items() if _is_variable(value) and name not in remade]
     before["_variables"] += [variable for variable in state["_variables"] if any(variable is one for one in own)]

@@ -376,3 +376,11 @@ def test_variables_left_out_of_weight_decay_are_known_as_objects_and_by_name():
 def test_a_tensorboard_that_profiles_is_known(tmp_path):
     assert not internals.profiles(keras.callbacks.TensorBoard(tmp_path, profile_batch=0))
     assert internals.profiles(keras.callbacks.TensorBoard(tmp_path, profile_batch=2))
+
+
+def test_the_variables_that_an_optimizer_was_built_for_are_known():
+    first, second = keras.Variable([1.0]), keras.Variable([2.0])
+    optimizer = keras.optimizers.Adam()
+    assert internals.variables_known_to(optimizer) == internals.variables_known_to(None) == []
+    optimizer.build([second, first])
+    assert [id(variable) for variable in internals.variables_known_to(optimizer)] == [id(second), id(first)]
