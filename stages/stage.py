@@ -9,6 +9,8 @@ Rules:
    an error that names the stage and the microbatch.
 2. The output gradients must have the outputs' shapes and dtypes (`tape.gradient` itself does not check).
 3. A failed call changes neither gradients nor variables.
+4. `trainable` may change from step to step: a microbatch gives gradients to what was trainable in its forward, an
+   update changes what is trainable then.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from stages.loss.head import Head
 from stages.loss.heads import Heads, Objective
 from stages.masks import mask_of, with_mask
 from stages.tape.accumulate import Contribution
+from stages.tape.by_hand import ByHand
 from stages.tape.compiled import CompiledTapes
 from stages.tape.eager import Blocks, EagerTapes, Key, Opened, Tapes
 from stages.tape.misfit_message import named_misfit
@@ -95,6 +98,7 @@ class Stage:
             self._tapes = EagerTapes(self._part, self.heads, recompute, tied)
         else:
             self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=self._ends)
+        self._by_hand = ByHand(model, self.name, recompute)
         self._opened: dict[Key, Opened] = {}
         self._inputs: dict[Key, int] = {}
 
@@ -154,10 +158,14 @@ class Stage:
             The outputs, in the model's nesting.
 
         Raises:
-            HandoffError: The tape of this microbatch is still open, or the inputs do not fit the model.
+            HandoffError: The tape of this microbatch is still open, the inputs do not fit the model, or the call is
+                inside of a `tf.function`.
         """
-        tensors, masked = self._tensors(inputs, microbatch)
-        return self._nest(self.open(tensors, Key(microbatch, window), training, share, masked=masked, state=state))
+        key = Key(microbatch, window)
+        tensors, masked = self._given(inputs, key, "forward")
+        opened = self.open(tensors, key, training, share, masked=masked, state=state)
+        self._by_hand.opened(key, training)
+        return self._nest(opened)
 
     def forward_loss(
         self,
@@ -192,6 +200,8 @@ class Stage:
         heads = len(self.heads)
         if not heads:
             raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
+        key = Key(microbatch, window)
+        tensors, masked = self._given(inputs, key, "forward_loss")
         targets = [target] if heads == 1 else list(target)
         weights = [sample_weight] if heads == 1 else [None] * heads if sample_weight is None else list(sample_weight)
         objective = Objective(
@@ -199,8 +209,8 @@ class Stage:
             tuple(None if one is None else tf.convert_to_tensor(one) for one in weights),
             (weight,) * heads,
         )
-        tensors, masked = self._tensors(inputs, microbatch)
-        opened = self.open(tensors, Key(microbatch, window), True, share, objective, masked, state)
+        opened = self.open(tensors, key, True, share, objective, masked, state)
+        self._by_hand.opened(key)
         (total,) = self.heads.terms(opened.losses)
         return total
 
@@ -227,11 +237,14 @@ class Stage:
 
         Raises:
             HandoffError: There is no open tape for this microbatch and window, the next window is still to go backward,
-                or the gradients do not fit the outputs.
+                the gradients do not fit the outputs, there is nothing to go backward from, or, with `recompute`, the
+                weights are others than in the forward.
         """
         key = Key(microbatch, window)
+        self._by_hand.outside_functions(key, "backward")
         values = self._values_of(key)
         given = self._flat_gradients(output_gradients, values, key)
+        self._by_hand.closing(key, self._opened[key], output_gradients is not None or self.carried is not None)
         found = self.close(given, key, state_gradient)
         return found[0] if len(found) == 1 else list(found)
 
@@ -270,7 +283,7 @@ class Stage:
         count = len(inputs) - len(masked)
         entered: tuple[Any, ...] = ()
         if self.carried is not None:
-            entered = self.carried.enter(key.microbatch, key.window, _samples(inputs), training, state)
+            entered = self.carried.enter(key.microbatch, key.window, int(inputs[0].shape[0]), training, state)
         elif state is not None:
             self._carrying()
         values = (*inputs[:count], *entered)
@@ -297,7 +310,7 @@ class Stage:
         """What a window gives to others; its states stay here for the next one."""
         if self.carried is None:
             return opened
-        values = _values(opened)
+        values = opened.values
         count = len(values) - len(self.carried)
         self.carried.leave(key.microbatch, key.window, tuple(entered), values[count:], training)
         masks = {place: mask for place, mask in opened.masks.items() if place < count}
@@ -317,6 +330,7 @@ class Stage:
             waiting = Key(key.microbatch, key.window + 1) in self._opened
             states = self.carried.gradients(key.microbatch, key.window, waiting, state_gradient)
         inputs = self._inputs.pop(key)
+        self._by_hand.forget(key)
         del self._opened[key]
         found = self._tapes.backward(key, [*output_gradients, *states])
         if self.carried is not None:
@@ -376,6 +390,7 @@ class Stage:
     def _forget_open(self) -> None:
         self._opened.clear()
         self._inputs.clear()
+        self._by_hand.forget()
         if self.carried is not None:
             self.carried.forget()
 
@@ -387,9 +402,10 @@ class Stage:
         """Microbatches whose backward is still to come."""
         return tuple(key.microbatch for key in self._opened)
 
-    def _tensors(self, inputs: Any, microbatch: int) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    def _given(self, inputs: Any, key: Key, call: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """Flat tensors and behind them the masks that ride on them; which values these masks belong to."""
-        leaves = flatten(inputs)
+        self._by_hand.outside_functions(key, call)
+        leaves, microbatch = flatten(inputs), key.microbatch
         masks = {place: mask for place, leaf in enumerate(leaves) if (mask := mask_of(leaf)) is not None}
         return (*self._converted(leaves, microbatch), *masks.values()), tuple(masks)
 
@@ -409,7 +425,7 @@ class Stage:
 
     def _nest(self, opened: Opened) -> Any:
         # The caller's tensors carry their masks, and none of Keras's other hidden attributes (cached logits).
-        values = [with_mask(value, opened.masks.get(place)) for place, value in enumerate(_values(opened))]
+        values = [with_mask(value, opened.masks.get(place)) for place, value in enumerate(opened.values)]
         if opened.structure is not None:
             return keras.tree.pack_sequence_as(opened.structure, values)
         return values[0] if len(values) == 1 else values
@@ -421,7 +437,7 @@ class Stage:
                 f"stage {self.name!r}: no forward of microbatch {key.microbatch} is waiting for its backward (waiting: "
                 f"{waiting or 'none'}); forward it in training first, and go backward once for each"
             )
-        return _values(self._opened[key])
+        return self._opened[key].values
 
     def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: Key) -> list[Any | None]:
         if given is None and self._opened[key].losses:
@@ -432,13 +448,3 @@ class Stage:
 
     def _at(self, key: Key) -> str:
         return f"stage {self.name!r}, backward of microbatch {key.microbatch}"
-
-
-def _samples(inputs: Sequence[Any]) -> int:
-    """How many samples a microbatch has."""
-    return int(inputs[0].shape[0])
-
-
-def _values(opened: Opened) -> tuple[Any, ...]:
-    """The outputs without their masks."""
-    return opened.outputs[: len(opened.outputs) - len(opened.masked)] if opened.outputs else ()

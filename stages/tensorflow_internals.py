@@ -81,6 +81,30 @@ def recording_is_stopped() -> bool:
     return bool(pywrap_tfe.TFE_Py_TapeSetIsStopped())
 
 
+def may_be_recorded() -> bool:
+    """Whether a tape of this thread records what is run now. Relies on `record.could_possibly_record`."""
+    return bool(record.could_possibly_record())
+
+
+def record_as_one(
+    kind: str, outputs: Sequence[Any], inputs: Sequence[Any], variables: Sequence[Any], backward: Callable[..., Any]
+) -> None:
+    """Let the tapes of this thread take something for one operation of theirs.
+
+    Args:
+        kind: What it is called.
+        outputs: Its results, tensors.
+        inputs: What it was made from: tensors, and the handles of variables.
+        variables: The `tf.Variable`s that it read, which tapes begin to watch.
+        backward: From dL/d(each output) to dL/d(each input).
+
+    Relies on `record.record_operation` and `resource_variable_ops.variable_accessed`, as custom gradients and reads do.
+    """
+    for variable in variables:
+        resource_variable_ops.variable_accessed(variable)
+    record.record_operation(kind, list(outputs), list(inputs), backward)
+
+
 def watches_accessed_variables(tape: Any) -> bool:
     """Whether a `tf.GradientTape` watches variables that are read. Relies on `_watch_accessed_variables`."""
     return bool(tape._watch_accessed_variables)

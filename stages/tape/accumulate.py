@@ -59,6 +59,11 @@ class OrderedSum:
             self._fold(self._next)
             self._next += 1
 
+    def widen(self, variables: int) -> None:
+        """Make room for more variables, behind those there are; nothing was added to them yet."""
+        for sums in (*self._early.values(), *([] if self._sums is None else [self._sums])):
+            sums += [None] * (variables - len(sums))
+
     def total(self) -> list[Any | None] | None:
         """The sums so far, in ascending order of what is there; None if nothing was added."""
         for microbatch in sorted(self._early):

@@ -29,6 +29,7 @@ from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
 from stages.tape.graph_split import Traced, depends_on, split_functions
 from stages.tape.model_call import Part, States, spread, watch
 from stages.tape.tensors import is_differentiable
+from stages.tape.trained import Trained
 
 _SCALAR = tf.TensorSpec((), tf.float32)
 
@@ -81,7 +82,7 @@ class CompiledTapes:
     _accumulators: list[Any] = field(default_factory=list)
     _reached: list[bool] = field(default_factory=list)
     _rows: Rows = field(default_factory=Rows)
-    _variables: tuple[Any, ...] = ()
+    _trained: Trained = field(default_factory=Trained)
 
     def forward(
         self,
@@ -158,10 +159,11 @@ class CompiledTapes:
         end = len(results) - 2 * len(layout.rows)
         for n, i in enumerate(layout.rows):
             if reached[i]:
-                values, places = results[end + 2 * n : end + 2 * n + 2]
-                self._rows.add(i, sparse(values, places, self._variables[i].shape), i in layout.fixed_rows)
-        for i, there in enumerate(reached):
-            self._reached[i] = self._reached[i] or (there and i not in layout.rows)
+                values, rows = results[end + 2 * n : end + 2 * n + 2]
+                gradient = sparse(values, rows, layout.variables[i].shape)
+                self._rows.add(layout.places[i], gradient, i in layout.fixed_rows)
+        for i, (place, there) in enumerate(zip(layout.places, reached, strict=True)):
+            self._reached[place] = self._reached[place] or (there and i not in layout.rows)
         return results[:end]
 
     def gradients(self) -> list[Any | None]:
@@ -170,10 +172,9 @@ class CompiledTapes:
 
     def as_given(self) -> list[Any | None]:
         """The same; of an embedding that is no more than that, all rows (`tf.IndexedSlices`)."""
-        self._prepare()
         return [
-            plus(accumulator.read_value() if reached else None, self._rows.of(i))
-            for i, (accumulator, reached) in enumerate(zip(self._accumulators, self._reached, strict=True))
+            plus(self._accumulators[i].read_value() if self._reached[i] else None, self._rows.of(i))
+            for i in self._prepare()
         ]
 
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
@@ -194,38 +195,43 @@ class CompiledTapes:
 
     def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
         """Update the variables from the accumulators (over `divisor`, times `scale`) and clear them, in one call."""
-        self._prepare()
+        trained = self._prepare()
         self._open.clear()
         for i in self._rows.variables():
             if self._reached[i]:  # rows beside a dense gradient are dense
                 self._accumulators[i].assign_add(dense(self._rows.of(i)))
                 self._rows.replace(i, None)
-        places = tuple(self._rows.variables())
-        flat = [part for i in places for part in parts_of(self._rows.of(i))]
-        self._rows.clear()
-        name = ("apply", optimizer, tuple(self._reached), places, scale is not None, divisor is not None)
+        rows = tuple(i for i in self._rows.variables() if i in trained)
+        reached = tuple(i for i in trained if self._reached[i])
+        flat = [part for i in rows for part in parts_of(self._rows.of(i))]
+        order = tuple(i for i in trained if i in reached or i in rows)
+        name = ("apply", optimizer, order, rows, scale is not None, divisor is not None)
         if name not in self._functions:
-            trace = self._trace_apply(optimizer, places, scale is not None, divisor is not None)
+            trace = self._trace_apply(optimizer, order, rows, scale is not None, divisor is not None)
             self._functions[name] = direct(trace, [_SCALAR, _SCALAR, *map(_spec, flat)])
         self._functions[name](_scalar(float(scale or 0.0)), _scalar(float(divisor or 1.0)), *flat)
+        self._zero(kept=reached)
 
     def clear(self) -> None:
         """Drop what is open and set the sums to zero."""
         self._open.clear()
-        self._rows.clear()
-        for accumulator in self._accumulators:
-            accumulator.assign(tf.zeros_like(accumulator))
+        self._zero()
 
-    def _prepare(self) -> None:
-        """Make the accumulators, anew if the set of trainable variables has changed."""
-        variables = tuple(self.part.trainable_variables)
-        if [id(variable) for variable in variables] == [id(variable) for variable in self._variables]:
-            return
-        self._variables = variables
-        self._functions.clear()
+    def _zero(self, kept: Sequence[int] = ()) -> None:
+        """Forget all sums; those of some places are zero already."""
         self._rows.clear()
-        self._accumulators = [tf.Variable(tf.zeros_like(v.value), trainable=False) for v in variables]
-        self._reached = [False] * len(variables)
+        for i, there in enumerate(self._reached):
+            if there and i not in kept:
+                self._accumulators[i].assign(tf.zeros_like(self._accumulators[i]))
+        self._reached = [False] * len(self._reached)
+
+    def _prepare(self) -> tuple[int, ...]:
+        """The places of what is trained at present; a variable that is new gets an accumulator."""
+        places = self._trained.places(self.part.trainable_variables)
+        for variable in self._trained.variables[len(self._accumulators) :]:
+            self._accumulators.append(tf.Variable(tf.zeros_like(variable.value), trainable=False))
+            self._reached.append(False)
+        return places
 
     def _function(
         self,
@@ -242,12 +248,13 @@ class CompiledTapes:
         weighted = None if objective is None else objective.weighted
         shapes = ((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors)
         heads = None if objective is None else objective.heads
-        key = (name, tuple(masked), weighted, heads, later, *shapes)
+        places = self._prepare()
+        key = (name, places, self.part.modes(), tuple(masked), weighted, heads, later, *shapes)
         found = self._functions.get(key)
         if found is None:
-            self._prepare()
             specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
-            layout = Layout(len(inputs), tuple(masked), weighted, heads, later)
+            variables = tuple(self._trained.variables[place] for place in places)
+            layout = Layout(len(inputs), tuple(masked), weighted, heads, later, variables, places)
             found = self._functions[key] = trace(layout, *specs)
         return found
 
@@ -318,7 +325,7 @@ class CompiledTapes:
         inputs, objective = layout.unpack(arguments)
         layout.wanted = self.part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            sources = watch(tape, inputs, layout.wanted, self._variables)
+            sources = watch(tape, inputs, layout.wanted, layout.variables)
             _, outputs, layout.masked, own = self.part.call(inputs, True, layout.takes, layout.window)
             values = [] if objective is None else self.heads.values(outputs, objective)
             terms = [] if objective is None else self.heads.terms(values, objective.heads)
@@ -340,11 +347,11 @@ class CompiledTapes:
     def _finish(self, gradients: Sequence[Any | None], layout: Layout) -> list[Any]:
         """Accumulate dL/dvariables; return the dL/dinputs that exist, then values and places of embeddings' rows."""
         inputs = sum(layout.wanted)
-        of_variables = gradients[inputs : inputs + len(self._variables)]
-        for i, (accumulator, gradient) in enumerate(zip(self._accumulators, of_variables, strict=True)):
+        end = inputs + len(layout.variables)
+        of_variables, indices = gradients[inputs:end], gradients[end:]
+        for i, (place, gradient) in enumerate(zip(layout.places, of_variables, strict=True)):
             if gradient is not None and i not in layout.rows:
-                accumulator.assign_add(gradient)
-        indices = gradients[inputs + len(self._variables) :]
+                self._accumulators[place].assign_add(gradient)
         found = [gradient for gradient in gradients[:inputs] if gradient is not None]
         for i, places in zip(layout.rows, indices, strict=True):
             found += [of_variables[i], tf.cast(places, tf.int64)]
@@ -357,7 +364,7 @@ class CompiledTapes:
             assert objective is not None
             layout.wanted = self.part.wanted(inputs)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                sources = watch(tape, inputs, layout.wanted, self._variables)
+                sources = watch(tape, inputs, layout.wanted, layout.variables)
                 _, outputs, _, own = self.part.call(inputs, True, layout.takes, layout.window)
                 values = self.heads.values(outputs, objective)
                 terms = self.heads.terms(values, objective.heads)
@@ -390,18 +397,18 @@ class CompiledTapes:
         return direct(infer, [*specs, _SCALAR]), layout
 
     def _trace_apply(
-        self, optimizer: Any, with_rows: Sequence[int], scaled: bool, divided: bool
+        self, optimizer: Any, order: Sequence[int], with_rows: Sequence[int], scaled: bool, divided: bool
     ) -> Callable[..., list[Any]]:
-        """An update from the accumulators that were reached, and from the rows of some variables."""
-        reached = [i for i, there in enumerate(self._reached) if there]
+        """An update of the variables of some places, from their accumulators, or from rows where they have some."""
+        variables = self._trained.variables
+        reached = [i for i in order if i not in with_rows]
 
         def apply(scale: Any, divisor: Any, *flat: Any) -> list[Any]:
             found = {i: tf.convert_to_tensor(self._accumulators[i]) for i in reached}
             for n, i in enumerate(with_rows):
-                found[i] = sparse(flat[2 * n], flat[2 * n + 1], self._variables[i].shape)
-            gradients = [found[i] for i in sorted(found)]
-            gradients = rescaled(gradients, scale if scaled else None, divisor if divided else None)
-            update(optimizer, gradients, [self._variables[i] for i in sorted(found)])
+                found[i] = sparse(flat[2 * n], flat[2 * n + 1], variables[i].shape)
+            gradients = rescaled([found[i] for i in order], scale if scaled else None, divisor if divided else None)
+            update(optimizer, gradients, [variables[i] for i in order])
             for i in reached:
                 self._accumulators[i].assign(tf.zeros_like(self._accumulators[i]))
             return [tf.constant(True)]

@@ -27,6 +27,8 @@ class Layout:
         weighted: With an objective: which heads have sample weights; None without one.
         heads: With an objective: which heads it is for; None: all.
         window: 0, or 1 for any later window, which has no regularisers of weights.
+        variables: What is differentiated besides inputs: the part's trainable variables when it was traced.
+        places: Where each of their gradients is summed.
         wanted: Which inputs are differentiated.
         outputs: Dtypes of the outputs, masks included.
         masked: Which outputs have a mask.
@@ -41,6 +43,8 @@ class Layout:
     weighted: tuple[bool, ...] | None = None
     heads: tuple[int, ...] | None = None
     window: int = 0
+    variables: tuple[Any, ...] = ()
+    places: tuple[int, ...] = ()
     wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
     masked: tuple[int, ...] = ()

@@ -4,8 +4,11 @@
 function whose arithmetic takes 30 µs. A stage calls the same few functions with flat tuples of tensors thousands of
 times, so it calls them through the public `StatefulPartitionedCall` operation: 50-70 µs.
 
-Rule: TensorFlow marks 32-bit integers as shape data and refuses them as outputs of that operation, so a function that
-goes through here must not return int32 (see `portable`).
+Rules:
+
+1. TensorFlow marks 32-bit integers as shape data and refuses them as outputs of that operation, so a function that
+   goes through here must not return int32 (see `portable`).
+2. That operation has no gradient. A tape of the user's own that records a call gets one that says so.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from stages.errors import HandoffError
+from stages.tensorflow_internals import may_be_recorded, record_as_one, stop_recording
 
 
 def portable(tensor: Any) -> Any:
@@ -54,7 +60,20 @@ def direct(function: Callable[..., Sequence[Any]], signature: Sequence[Any]) -> 
         return run_for_effect
 
     def run(*tensors: Any) -> list[Any]:
-        result: list[Any] = call(args=[*tensors, *captured], Tout=dtypes, f=concrete)
+        arguments = [*tensors, *captured]
+        if not may_be_recorded():
+            result: list[Any] = call(args=arguments, Tout=dtypes, f=concrete)
+            return result
+        with stop_recording():
+            result = call(args=arguments, Tout=dtypes, f=concrete)
+        record_as_one("CompiledStage", result, arguments, concrete.variables, _no_gradient)
         return result
 
     return run
+
+
+def _no_gradient(*_: Any) -> Any:
+    raise HandoffError(
+        "a tape of your own was asked for a gradient through a compiled stage, which hands its gradients over by "
+        "itself: give dL/dOut to stage.backward(), or make the stage with run_eagerly=True"
+    )

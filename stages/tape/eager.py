@@ -30,6 +30,7 @@ from stages.tape.accumulate import Contribution, OrderedSum, dense
 from stages.tape.embedding_rows import fixed_rows, free_batch, is_sparse
 from stages.tape.model_call import Part, States, spread, watch
 from stages.tape.tensors import is_differentiable
+from stages.tape.trained import Trained
 
 Masked = Sequence[int]
 """Which values the masks behind them belong to."""
@@ -82,6 +83,11 @@ class Opened(NamedTuple):
     own_loss: Any | None
     losses: tuple[Any, ...] = ()
     masked: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The outputs without their masks."""
+        return self.outputs[: len(self.outputs) - len(self.masked)] if self.outputs else ()
 
     @property
     def masks(self) -> dict[int, Any]:
@@ -149,6 +155,7 @@ class _Record:
     tape: Any
     wanted: tuple[bool, ...]
     sources: list[Any]
+    variables: list[Any]
     outputs: tuple[Any, ...]
     targets: list[Any]
     seeds: list[Any]
@@ -161,7 +168,9 @@ class _Again:
     """A forward pass that will be computed again: its arguments, and the states it started from."""
 
     inputs: tuple[Any, ...]
-    states: tuple[Any, ...]
+    variables: list[Any]
+    states: States
+    before: tuple[Any, ...]
     share: float
     masked: tuple[int, ...]
     objective: Objective | None
@@ -182,6 +191,8 @@ class EagerTapes:
     ) -> None:
         self._part, self._heads, self._recompute = part, heads or Heads(), recompute
         self._open: dict[Key, _Record | _Again] = {}
+        self._trained = Trained()
+        self._trained.places(part.trainable_variables)
         self._sum = OrderedSum(kept_apart)
         self._fixed_rows: dict[Any, frozenset[int]] = {}
         self.loss_scale = 1.0
@@ -196,10 +207,12 @@ class EagerTapes:
         objective: Objective | None = None,
     ) -> Opened:
         """Run the part under a tape that stays open (or, recomputing, without one)."""
+        variables = self._part.trainable_variables
         if not self._recompute:
-            opened = self._run(key, inputs, share, masked, objective)
+            opened = self._run(key, inputs, variables, share, masked, objective)
         else:
-            self._open[key] = _Again(tuple(inputs), States(self._part.model).read(), share, tuple(masked), objective)
+            states = States(self._part.model)
+            self._open[key] = _Again(tuple(inputs), variables, states, states.read(), share, tuple(masked), objective)
             called = self._part.call(inputs, training=True, masked=masked, window=key.window)
             own = _weighted_sum(called.own, share)
             opened = Opened(
@@ -225,9 +238,14 @@ class EagerTapes:
         return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
     def _run(
-        self, key: Key, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective | None
+        self,
+        key: Key,
+        inputs: Sequence[Any],
+        variables: list[Any],
+        share: float,
+        masked: Masked,
+        objective: Objective | None,
     ) -> Opened:
-        variables = self._part.trainable_variables
         wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
@@ -237,7 +255,7 @@ class EagerTapes:
         seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
         targets = [*terms, *own]
         fills = [tf.fill((), tf.cast(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]
-        self._open[key] = _Record(tape, wanted, sources, outputs, targets, fills, free_batch(inputs), masked)
+        self._open[key] = _Record(tape, wanted, sources, variables, outputs, targets, fills, free_batch(inputs), masked)
         return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
     def _losses(self, outputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
@@ -260,25 +278,35 @@ class EagerTapes:
         inputs = sum(record.wanted)
         if key.microbatch and any(map(is_sparse, found[inputs:])):
             self._sum.fixed_rows = self._rows_for_all_samples(record)
-        self._sum.add(self.blocks.of(key), found[inputs:], self.blocks.completes(key))
+        if record.variables:  # a part that is frozen at present adds nothing
+            places = self._places(record.variables)
+            gradients = self._trained.spread(places, found[inputs:])
+            self._sum.add(self.blocks.of(key), gradients, self.blocks.completes(key))
         return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
 
     def _rows_for_all_samples(self, record: _Record) -> frozenset[int]:
         """Which embeddings this pass looked up once for all samples; found out once for inputs of these shapes."""
-        name = (tuple(record.inputs), tuple(record.masked), len(self._part.trainable_variables))
+        places = self._places(record.variables)
+        name = (tuple(record.inputs), tuple(record.masked), places)
         if name not in self._fixed_rows:
-            self._fixed_rows[name] = fixed_rows(self._part, record.inputs, record.masked)
+            found = fixed_rows(self._part, record.inputs, record.masked, record.variables)
+            self._fixed_rows[name] = frozenset(places[i] for i in found)
         return self._fixed_rows[name]
+
+    def _places(self, variables: Sequence[Any]) -> tuple[int, ...]:
+        """Where these variables' gradients are summed."""
+        places = self._trained.places(variables)
+        self._sum.widen(len(self._trained.variables))
+        return places
 
     def _record(self, key: Key) -> _Record:
         """Take the open tape of a forward pass, running it again where only its inputs were kept."""
         record = self._open.pop(key)
         if isinstance(record, _Again):
-            states = States(self._part.model)
-            now = states.read()
-            states.write(record.states)
-            self._run(key, record.inputs, record.share, record.masked, record.objective)
-            states.write(now)
+            now = record.states.read()
+            record.states.write(record.before)
+            self._run(key, record.inputs, record.variables, record.share, record.masked, record.objective)
+            record.states.write(now)
             record = self._open.pop(key)
         assert isinstance(record, _Record)
         return record
@@ -289,8 +317,9 @@ class EagerTapes:
 
     def as_given(self) -> list[Any | None]:
         """The same as the tapes gave them: tensors or `tf.IndexedSlices`."""
+        places = self._places(self._part.trainable_variables)
         total = self._sum.total()
-        return [None] * len(self._part.trainable_variables) if total is None else list(total)
+        return [None if total is None else total[place] for place in places]
 
     def contributions(self, places: Sequence[int]) -> list[Contribution]:
         """What each microbatch added to the variables that are kept apart."""

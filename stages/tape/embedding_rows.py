@@ -88,7 +88,9 @@ def added(a: tf.IndexedSlices, b: tf.IndexedSlices) -> tf.IndexedSlices:
     return tf.IndexedSlices(a.values + b.values, a.indices, a.dense_shape)
 
 
-def fixed_rows(part: Part, inputs: Sequence[tf.TensorSpec], masked: Sequence[int]) -> frozenset[int]:
+def fixed_rows(
+    part: Part, inputs: Sequence[tf.TensorSpec], masked: Sequence[int], trained: Sequence[Any] | None = None
+) -> frozenset[int]:
     """Which of a part's variables have as many rows whatever the batch: those that are looked up once for all samples.
 
     That is asked of a trace of the part with a free number of samples. Nothing is computed.
@@ -97,12 +99,14 @@ def fixed_rows(part: Part, inputs: Sequence[tf.TensorSpec], masked: Sequence[int
         part: The model.
         inputs: Its flat inputs; the first axis is free.
         masked: Which of them the masks behind them belong to.
+        trained: The variables; default: those that the part trains at present.
     """
     found: set[int] = set()
+    asked = part.trainable_variables if trained is None else trained
 
     def trace(*tensors: Any) -> None:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            variables = watch(tape, tensors, (False,) * len(tensors), part.trainable_variables)
+            variables = watch(tape, tensors, (False,) * len(tensors), asked)
             called = part.call(tensors, True, masked)
         targets = [t for t in called.outputs if is_differentiable(t.dtype)]
         gradients = tape.gradient([*targets, *called.own], variables)

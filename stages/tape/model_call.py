@@ -53,11 +53,16 @@ class Part:
         self._input_gradients = input_gradients
         self._pack = _packer(model)
         _let_inner_layers_mask(model)
+        self._normalising = [x for x in layers_of(model) if isinstance(x, keras.layers.BatchNormalization)]
 
     @property
     def trainable_variables(self) -> list[Any]:
         """The Keras variables that gradients are taken for, in the model's order."""
         return list(self.model.trainable_variables)
+
+    def modes(self) -> tuple[bool, ...]:
+        """What decides how some layers run besides `training`: a frozen BatchNormalization is one that infers."""
+        return tuple(layer.trainable for layer in self._normalising)
 
     @property
     def regularised(self) -> int:

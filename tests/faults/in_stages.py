@@ -191,7 +191,7 @@ def redrawn(live: Live, place: Place) -> Context:
         def again(key: Any, *given: Any) -> Any:
             now, record = states.read(), tapes._open[key]
             if isinstance(tapes, EagerTapes):
-                tapes._open[key] = replace(record, states=now)
+                tapes._open[key] = replace(record, before=now)
             elif record.pair is not None:
                 kept = record.kept[: len(record.kept) - len(now)]
                 tapes._open[key] = replace(record, kept=(*kept, *map(portable, now)))

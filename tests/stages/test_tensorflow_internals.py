@@ -357,3 +357,15 @@ def test_what_a_tape_is_asked_goes_through_its_class():
             pass
         assert tape.gradient(y, x).numpy() == 6.0
     assert calls[0][0] is x and calls[1] == () and calls[2][0] is y
+
+
+def test_what_runs_without_a_tape_is_taken_for_one_operation_of_a_tape():
+    x, v = tf.constant(3.0), tf.Variable(2.0)
+    assert not internals.may_be_recorded()
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        assert internals.may_be_recorded()
+        with internals.stop_recording():
+            y = x * v
+        internals.record_as_one("Ours", [y], [x, v.handle], [v], lambda seed: [seed * 10.0, seed * 20.0])
+    assert [float(g) for g in tape.gradient(y, [x, v])] == [10.0, 20.0]

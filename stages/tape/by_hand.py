@@ -1,0 +1,88 @@
+"""What is asked of a stage that a user calls by hand, and need not be asked of a worker's.
+
+A kept tape holds what it needs of the weights, so they may change before its backward. A forward pass that is computed
+again (`recompute`) runs with the weights of now: others would give another gradient than that of the outputs that were
+handed on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from stages.errors import HandoffError
+from stages.tape.eager import Key, Opened
+from stages.tape.model_call import changed_by_calls
+
+
+class ByHand:
+    """Checks of a user's calls of one stage.
+
+    Args:
+        model: The stage's.
+        name: The stage's.
+        recompute: Whether forward passes are computed again.
+    """
+
+    def __init__(self, model: Any, name: str, recompute: bool) -> None:
+        self._model, self._name, self._recompute = model, name, recompute
+        self._then: dict[Key, list[tuple[Any, Any]]] = {}
+
+    def outside_functions(self, key: Key, call: str) -> None:
+        """Refuse a call inside of a `tf.function`.
+
+        Raises:
+            HandoffError: It is inside.
+        """
+        if not tf.executing_eagerly():
+            raise HandoffError(
+                f"stage {self._name!r}, microbatch {key.microbatch}: {call}() was called inside of a tf.function, "
+                "where no tape can stay open for a later call; call it from plain Python, and let "
+                "Stage(..., run_eagerly=False) compile what is inside"
+            )
+
+    def opened(self, key: Key, training: bool = True) -> None:
+        """Note, if need be, the weights of a forward pass: no copy unless they are written before its backward."""
+        if self._recompute and training:
+            put_back = {id(variable) for variable in changed_by_calls(self._model)}
+            variables = [v for v in self._model.trainable_variables if id(v) not in put_back]
+            self._then[key] = [(variable, variable.value.read_value()) for variable in variables]
+
+    def closing(self, key: Key, opened: Opened, given: bool) -> None:
+        """Before a backward.
+
+        Args:
+            key: Of which forward pass.
+            opened: What that gave.
+            given: Whether gradients were given, or may have been handed over by the next window.
+
+        Raises:
+            HandoffError: There is nothing to go backward from, or the weights are others than in the forward pass.
+        """
+        where = f"stage {self._name!r}, backward of microbatch {key.microbatch}"
+        if not (given or opened.losses or opened.own_loss is not None):
+            raise HandoffError(
+                f"{where}: there is nothing to go backward from, so nothing would be trained; give dL/dOut, "
+                "backward(output_gradients), or make Stage(model, loss=...) and call forward_loss"
+            )
+        changed = [v.path for v, then in self._then.get(key, ()) if not _same(v.value.read_value(), then)]
+        if changed:
+            raise HandoffError(
+                f"{where}: {', '.join(map(repr, changed))} changed since its forward, which recompute=True would "
+                "compute again with the weights of now; update weights after backward, or leave recompute out"
+            )
+
+    def forget(self, key: Key | None = None) -> None:
+        """A forward pass, or all, will have no backward any more."""
+        if key is None:
+            self._then.clear()
+        else:
+            self._then.pop(key, None)
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Whether two tensors have one buffer, or at least the same bits."""
+    a, b = np.asarray(now), np.asarray(then)
+    return a.__array_interface__["data"] == b.__array_interface__["data"] or a.tobytes() == b.tobytes()
