@@ -23,14 +23,14 @@ TAPES = (
     Planted(
         "recomputing draws another dropout mask",
         _EAGER,
-        "            states.write(record.states)\n",
+        "            record.states.write(record.before)\n",
         "",
         ("test_stage", "test_exact_eager"),
     ),
     Planted(
         "recomputing leaves the statistics of the earlier pass",
         _EAGER,
-        "            states.write(now)\n            record",
+        "            record.states.write(now)\n            record",
         "            record",
         ("test_stage", "test_exact_eager"),
     ),
@@ -72,8 +72,8 @@ TAPES = (
     Planted(
         "compiled, no gradient becomes zeros",
         _COMPILED,
-        "accumulator.read_value() if reached else None",
-        "accumulator.read_value()",
+        "self._accumulators[i].read_value() if self._reached[i] else None",
+        "self._accumulators[i].read_value()",
         (*_STAGE, "test_explain"),
     ),
 )
