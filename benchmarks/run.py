@@ -55,13 +55,13 @@ def peer_case(python: Path, size: tuple[int, int], steps: int) -> dict[str, Any]
 
 def step_times(python: Path | None, steps: int, rounds: int) -> str:
     """Step time against one process of our own, and against the peer, in alternating rounds."""
-    from pipeline.commands.bench import measure
+    from pipeline.commands.bench import measure_step
 
     rows = []
     for size in SIZES:
         ours, peers = [], []
         for _ in range(rounds):
-            ours.append(measure(*size, stages=2, steps=steps))
+            ours.append(measure_step(*size, stages=2, steps=steps))
             if python is not None:
                 peers.append(peer_case(python, size, steps))
         speed_up = median([run.speed_up for run in ours])
@@ -102,7 +102,7 @@ def tiny_stage() -> str:
 
     from stages.stage import Stage
     from stages.tape.direct_calls import direct
-    from stages.tape.eager import Key
+    from stages.tape.eager import PassKey
 
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(64, activation="relu") for _ in range(4)]
@@ -126,8 +126,8 @@ def tiny_stage() -> str:
     stages = {recompute: Stage(model, run_eagerly=False, recompute=recompute) for recompute in (False, True)}
 
     def handed_over(stage: Stage) -> None:
-        stage.open((x,), Key(0), training=True)
-        stage.close((x,), Key(0))
+        stage.open((x,), PassKey(0), training=True)
+        stage.close((x,), PassKey(0))
 
     ways: dict[str, Callable[[], Any]] = {
         "stage, tape kept": lambda: handed_over(stages[False]),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 120
 
 
-class Check(Protocol):
+class AssertSingleTape(Protocol):
     """`pipeline.testing.assert_matches_single_tape`, with the same arguments, for pipelines that are closed for you."""
 
     def __call__(self, pipe: Any, x: Any, y: Any = None, sample_weight: Any = None, **options: Any) -> Report:
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def assert_single_tape() -> Iterator[Check]:
+def assert_single_tape() -> Iterator[AssertSingleTape]:
     """A function that fails the test unless a pipeline matches one tape; its pipelines are closed after the test.
 
     Arguments, result and errors are those of `pipeline.testing.assert_matches_single_tape`.

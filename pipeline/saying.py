@@ -1,24 +1,11 @@
-"""What many messages say alike: the nearest known name, and what counts as a whole number of at least so much."""
+"""What many messages say alike: the nearest known name, and that a whole number is expected."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from operator import index
 from typing import Any
 
-
-def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """The end of a sentence about an unknown name: ``"; did you mean 'gpipe'?"``, or "" where none is like it.
-
-    Args:
-        name: What was given; its case does not count.
-        known: The names that there are.
-        most: How many to offer.
-    """
-    names = {one.lower(): one for one in known}
-    near = [names[one] for one in difflib.get_close_matches(name.lower(), names, n=most, cutoff=0.4)]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+from transport.saying import did_you_mean
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
@@ -29,3 +16,17 @@ def is_whole(value: Any, least: int = 1) -> bool:
         return index(value) >= least
     except TypeError:
         return False
+
+
+def not_whole(what: str, value: Any, least: int = 1) -> str:
+    """The sentence about a value that should be a whole number.
+
+    Args:
+        what: The subject of the sentence, such as ``"`microbatches`"``.
+        value: What was given.
+        least: The smallest number that is one.
+    """
+    return f"{what} must be a whole number of at least {least}, received {value!r}"
+
+
+__all__ = ["did_you_mean", "is_whole", "not_whole"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeline.report.report import SingleTapeError
-from pipeline.verify.question import Asked, Question, named
+from pipeline.verify.question import Asked, Question, checks_named
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
@@ -53,7 +53,7 @@ def assert_matches_single_tape(
     if not report.ok:
         raise SingleTapeError(f"the hand-off is not right: {report.summary()}\n\n{report.text(every=False)}", report)
     checks = question.get("checks", Question.checks)
-    asked = () if checks == "all" else named(checks)
+    asked = () if checks == "all" else checks_named(checks)
     made = {check.name: check for check in report.checks}
     missed = [name for name in asked if name not in made or not made[name].ran]
     if missed:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Action", "Kind", "Wiring", "chain", "dependencies", "from_array", "open_tapes", "to_array"]
+__all__ = ["Action", "Kind", "Wiring", "actions_from_array", "actions_to_array", "chain", "dependencies", "open_tapes"]
 
 
 class Kind(enum.IntEnum):
@@ -189,7 +189,7 @@ def open_tapes(program: Iterable[Action]) -> list[int]:
     return list(accumulate(step[action.kind] for action in program))
 
 
-def to_array(program: Iterable[Action]) -> NDArray[np.int32]:
+def actions_to_array(program: Iterable[Action]) -> NDArray[np.int32]:
     """A program as one array, so that it travels as one tensor.
 
     Returns:
@@ -201,8 +201,8 @@ def to_array(program: Iterable[Action]) -> NDArray[np.int32]:
     return np.array(rows, dtype=np.int32).reshape(len(rows), 4)
 
 
-def from_array(array: NDArray[np.int32]) -> tuple[Action, ...]:
-    """The program that `to_array` turned into `array`.
+def actions_from_array(array: NDArray[np.int32]) -> tuple[Action, ...]:
+    """The program that `actions_to_array` turned into `array`.
 
     Args:
         array: shape (actions, 4), of an integer dtype.

@@ -202,10 +202,10 @@ def standing_in(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
 
 # -- methods that are replaced -----------------------------------------------------------------------------------
 
-Call = Callable[..., Any]
+CallMethod = Callable[..., Any]
 
 
-def wrap_call(layer: Any, wrap: Callable[[Call], Call]) -> Callable[[], None]:
+def wrap_call(layer: Any, wrap: Callable[[CallMethod], CallMethod]) -> Callable[[], None]:
     """Replace a layer's `call` by what `wrap` makes of it; the returned function puts back what was there.
 
     Relies on `Layer.__call__` looking `self.call` up at every call. The instance's attribute is set past Keras's own
@@ -255,7 +255,7 @@ def predictions() -> list[tuple[type, str]]:
 
 
 @contextmanager
-def replaced_draws(replace: Mapping[str, Callable[[Call], Call]]) -> Iterator[None]:
+def replaced_draws(replace: Mapping[str, Callable[[CallMethod], CallMethod]]) -> Iterator[None]:
     """Replace random functions of Keras's TensorFlow backend in the whole process for a while.
 
     Args:

@@ -29,7 +29,7 @@ from stages.masks import mask_of, with_mask
 from stages.tape.accumulate import Contribution
 from stages.tape.by_hand import ByHand
 from stages.tape.compiled import CompiledTapes
-from stages.tape.eager import Blocks, EagerTapes, Key, Opened, Tapes
+from stages.tape.eager import Blocks, EagerTapes, Opened, PassKey, Tapes
 from stages.tape.misfit_message import named_misfit
 from stages.tape.model_call import Part
 from stages.tape.output_gradients import check_gradients, flat_gradients
@@ -99,8 +99,8 @@ class Stage:
         else:
             self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=self._ends)
         self._by_hand = ByHand(model, self.name, recompute)
-        self._opened: dict[Key, Opened] = {}
-        self._inputs: dict[Key, int] = {}
+        self._opened: dict[PassKey, Opened] = {}
+        self._inputs: dict[PassKey, int] = {}
 
     def _states(self, model: Any, names: Sequence[str]) -> Carried | None:
         if not names:
@@ -161,7 +161,7 @@ class Stage:
             HandoffError: The tape of this microbatch is still open, the inputs do not fit the model, or the call is
                 inside of a `tf.function`.
         """
-        key = Key(microbatch, window)
+        key = PassKey(microbatch, window)
         tensors, masked = self._given(inputs, key, "forward")
         opened = self.open(tensors, key, training, share, masked=masked, state=state)
         self._by_hand.opened(key, training)
@@ -200,7 +200,7 @@ class Stage:
         heads = len(self.heads)
         if not heads:
             raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
-        key = Key(microbatch, window)
+        key = PassKey(microbatch, window)
         tensors, masked = self._given(inputs, key, "forward_loss")
         targets = [target] if heads == 1 else list(target)
         weights = [sample_weight] if heads == 1 else [None] * heads if sample_weight is None else list(sample_weight)
@@ -240,7 +240,7 @@ class Stage:
                 the gradients do not fit the outputs, there is nothing to go backward from, or, with `recompute`, the
                 weights are others than in the forward.
         """
-        key = Key(microbatch, window)
+        key = PassKey(microbatch, window)
         self._by_hand.outside_functions(key, "backward")
         values = self._values_of(key)
         given = self._flat_gradients(output_gradients, values, key)
@@ -272,7 +272,7 @@ class Stage:
     def open(
         self,
         inputs: Sequence[Any],
-        key: Key,
+        key: PassKey,
         training: bool,
         share: float = 1.0,
         objective: Objective | None = None,
@@ -306,7 +306,7 @@ class Stage:
         self._inputs[key] = count
         return opened
 
-    def _left(self, key: Key, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
+    def _left(self, key: PassKey, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
         """What a window gives to others; its states stay here for the next one."""
         if self.carried is None:
             return opened
@@ -319,7 +319,7 @@ class Stage:
     def close(
         self,
         output_gradients: Sequence[Any | None],
-        key: Key,
+        key: PassKey,
         state_gradient: Sequence[Any | None] | None = None,
     ) -> tuple[Any | None, ...]:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
@@ -327,7 +327,7 @@ class Stage:
         check_gradients(output_gradients, values, self._at(key))
         states: Sequence[Any | None] = ()
         if self.carried is not None:
-            waiting = Key(key.microbatch, key.window + 1) in self._opened
+            waiting = PassKey(key.microbatch, key.window + 1) in self._opened
             states = self.carried.gradients(key.microbatch, key.window, waiting, state_gradient)
         inputs = self._inputs.pop(key)
         self._by_hand.forget(key)
@@ -402,7 +402,7 @@ class Stage:
         """Microbatches whose backward is still to come."""
         return tuple(key.microbatch for key in self._opened)
 
-    def _given(self, inputs: Any, key: Key, call: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    def _given(self, inputs: Any, key: PassKey, call: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         """Flat tensors and behind them the masks that ride on them; which values these masks belong to."""
         self._by_hand.outside_functions(key, call)
         leaves, microbatch = flatten(inputs), key.microbatch
@@ -430,7 +430,7 @@ class Stage:
             return keras.tree.pack_sequence_as(opened.structure, values)
         return values[0] if len(values) == 1 else values
 
-    def _values_of(self, key: Key) -> tuple[Any, ...]:
+    def _values_of(self, key: PassKey) -> tuple[Any, ...]:
         if key not in self._opened:
             waiting = sorted(self.open_microbatches())
             raise HandoffError(
@@ -439,12 +439,12 @@ class Stage:
             )
         return self._opened[key].values
 
-    def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: Key) -> list[Any | None]:
+    def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: PassKey) -> list[Any | None]:
         if given is None and self._opened[key].losses:
             return [None] * len(outputs)
         if self._opened[key].losses and not any(self._consumed or ()):
             raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
         return flat_gradients(given, outputs, self._at(key))
 
-    def _at(self, key: Key) -> str:
+    def _at(self, key: PassKey) -> str:
         return f"stage {self.name!r}, backward of microbatch {key.microbatch}"

@@ -16,7 +16,17 @@ from tests.sources import ROOT, imported, modules
 
 ORDER = {
     "stages": (
-        *("origin", "versions", "errors", "actions", "grid", "keras_internals", "tensorflow_internals", "masks"),
+        *(
+            "origin",
+            "versions",
+            "errors",
+            "actions",
+            "grid",
+            "plain_text",
+            "keras_internals",
+            "tensorflow_internals",
+            "masks",
+        ),
         *(
             "recipe",
             "process",

@@ -36,7 +36,7 @@ from transport.errors import MalformedMessage, MessageTooLarge, TransportError, 
 from transport.limits import DEFAULT_LIMITS, Limits
 from transport.message import KINDS, Message
 
-VERSION: Final = 1
+WIRE_VERSION: Final = 1
 
 Raw: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 Frame: TypeAlias = "bytes | bytearray | memoryview"
@@ -100,7 +100,7 @@ def encode(message: Message, limits: Limits = DEFAULT_LIMITS) -> tuple[bytes] | 
     try:
         packed: bytes = _packers.pack(
             [
-                VERSION,
+                WIRE_VERSION,
                 message.kind,
                 incarnation,
                 step,
@@ -152,9 +152,9 @@ def decode_header(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> Header:
     if type(fields) is not list or len(fields) != _FIELDS:
         raise MalformedMessage(f"expected a header of {_FIELDS} fields, received {_show(fields)}")
     version, kind, incarnation, step, stage, source, tensor, microbatch, window, value = fields[:10]
-    if version != VERSION:
+    if version != WIRE_VERSION:
         raise MalformedMessage(
-            f"this side speaks version {VERSION} of the wire format, received {_show(version)}; "
+            f"this side speaks version {WIRE_VERSION} of the wire format, received {_show(version)}; "
             "install the same tapeline on both sides"
         )
     numbers = (incarnation, step, stage, source, microbatch, window)
@@ -196,10 +196,10 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
     received = memoryview(frames[1])
     if received.nbytes != header.nbytes:
         raise wrong_size(header, received.nbytes)
-    return assemble(header, copied(received))
+    return assemble(header, aligned_copy(received))
 
 
-def copied(frame: Frame) -> Raw:
+def aligned_copy(frame: Frame) -> Raw:
     """A fresh aligned copy of a raw frame."""
     source = np.frombuffer(frame, np.uint8)
     copy = aligned_empty(source.nbytes)

@@ -119,7 +119,7 @@ class InprocOutbox(Outbox):
         if self.closed:
             raise ChannelClosed(f"the outbox to {self.address} is closed")
         header, *raws = codec.encode(message, self._limits)
-        raw = codec.copied(raws[0]) if raws else None
+        raw = codec.aligned_copy(raws[0]) if raws else None
         if not self._inbox.put(header, raw):
             self._lost = self.closed = True
             raise self._gone(message)

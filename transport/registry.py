@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -11,6 +10,7 @@ from transport.channel import Transport
 from transport.errors import BadAddress
 from transport.inproc import InprocTransport
 from transport.limits import DEFAULT_LIMITS, Limits
+from transport.saying import did_you_mean
 from transport.zeromq import IpcTransport, TcpTransport
 
 TRANSPORTS: dict[str, Callable[[Path | None, Limits], Transport]] = {
@@ -38,7 +38,6 @@ def open_transport(
     """
     scheme = scheme_or_address.partition("://")[0]
     if scheme not in TRANSPORTS:
-        near = difflib.get_close_matches(scheme, TRANSPORTS, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise BadAddress(f"unknown transport {scheme!r}, known are {', '.join(TRANSPORTS)}{hint}")
+        known = ", ".join(TRANSPORTS)
+        raise BadAddress(f"unknown transport {scheme!r}, known are {known}{did_you_mean(scheme, TRANSPORTS)}")
     return TRANSPORTS[scheme](None if directory is None else Path(directory), limits)

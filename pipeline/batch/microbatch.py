@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from operator import index
 
 from pipeline.errors import MicrobatchError
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 
 __all__ = ["microbatch_sizes", "microbatch_slices"]
 
@@ -54,5 +54,5 @@ def microbatch_slices(batch: int, microbatches: int) -> tuple[slice, ...]:
 
 def _at_least_one(name: str, value: int, why: str) -> int:
     if not is_whole(value):
-        raise MicrobatchError(f"`{name}` must be a whole number of at least 1, received {value!r}: {why}")
+        raise MicrobatchError(f"{not_whole(f'`{name}`', value)}: {why}")
     return index(value)

@@ -15,7 +15,7 @@ from pipeline.saying import did_you_mean
 
 
 @dataclass(frozen=True)
-class Objective:
+class OutputObjective:
     """What judges one output.
 
     Attributes:
@@ -35,7 +35,7 @@ class Objective:
 
 def objectives(
     labels: Sequence[str], loss: Any, loss_weights: Any, metrics: Any, weighted_metrics: Any
-) -> tuple[Objective, ...]:
+) -> tuple[OutputObjective, ...]:
     """One objective per output.
 
     Args:
@@ -53,7 +53,7 @@ def objectives(
         weights = _single(loss_weights, label, "loss_weights")
         weight = None if weights is None else _number(weights, label)
         lists = [_flat(_single(given, label, "metrics", lists=True)) for given in (metrics, weighted_metrics)]
-        return (Objective(label, _single(loss, label, "loss"), weight, *lists),)
+        return (OutputObjective(label, _single(loss, label, "loss"), weight, *lists),)
     for_all = loss is not None and not isinstance(loss, Mapping | list | tuple)
     losses = dict.fromkeys(labels, loss) if for_all else _each(labels, loss, "loss", complete=True)
     if for_all and isinstance(loss_weights, int | float):
@@ -61,7 +61,7 @@ def objectives(
     weights = _each(labels, loss_weights, "loss_weights")
     lists = [_each(labels, metrics, "metrics"), _each(labels, weighted_metrics, "weighted_metrics")]
     return tuple(
-        Objective(
+        OutputObjective(
             label,
             losses.get(label),
             None if weights.get(label) is None else _number(weights[label], label),

@@ -71,7 +71,7 @@ def median_time(step: Callable[[], Any], steps: int) -> float:
     return statistics.median(times)
 
 
-def measure(width: int, microbatch: int, stages: int, steps: int) -> StepTime:
+def measure_step(width: int, microbatch: int, stages: int, steps: int) -> StepTime:
     """Time a pipeline and one process on the same batch, alternating, medians over all rounds."""
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((MICROBATCHES * microbatch, width), dtype="float32") for _ in range(2))
@@ -92,7 +92,7 @@ def measure(width: int, microbatch: int, stages: int, steps: int) -> StepTime:
     return StepTime(width, microbatch, stages, statistics.median(rounds[stages]), statistics.median(rounds[1]), bound)
 
 
-def table(rows: Sequence[StepTime]) -> Table:
+def bench_table(rows: Sequence[StepTime]) -> Table:
     """The figures as a rich table."""
     found = Table(title=f"{LAYERS} x Dense(N, relu), SGD, {MICROBATCHES} microbatches, one thread per process")
     for name in ("N", "microbatch", "stages", "one process", "pipeline", "speed-up", "bubble bound"):
@@ -112,8 +112,8 @@ def table(rows: Sequence[StepTime]) -> Table:
 
 def run(sizes: Sequence[tuple[int, int]], stages: int, steps: int, output: Path | None) -> int:
     """Measure, print, and write JSON if asked."""
-    rows = [measure(width, microbatch, stages, steps) for width, microbatch in sizes]
-    Console().print(table(rows))
+    rows = [measure_step(width, microbatch, stages, steps) for width, microbatch in sizes]
+    Console().print(bench_table(rows))
     if output is not None:
         output.write_text(json.dumps([asdict(row) for row in rows], indent=2), encoding="utf-8")
     return 0

@@ -112,7 +112,7 @@ def _files(given: argparse.Namespace) -> list[Path]:
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    from pipeline.report.text import WIDTH
+    from stages.plain_text import WIDTH
 
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(table)

@@ -17,12 +17,12 @@ from pipeline.compare.rows import ALWAYS, Row
 from pipeline.compare.tolerance import Tolerance
 
 Array = np.ndarray[Any, Any]
-Order = tuple[int, ...]
+FlowOrder = tuple[int, ...]
 """Where in the flow something happens; smaller is earlier."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Pair:
     """One comparison of two arrays; None is "there is none".
 
     Attributes:
@@ -34,7 +34,7 @@ class Part:
 
     ours: Array | None
     theirs: Array | None
-    order: Order = ()
+    order: FlowOrder = ()
     where: str = ""
 
 
@@ -43,7 +43,7 @@ class Judged:
     """A row of the report, and where in the flow its first deviation is (None: it has none)."""
 
     row: Row
-    order: Order | None
+    order: FlowOrder | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def judge(
     kind: str,
     stage: str,
     name: str,
-    parts: Sequence[Part],
+    parts: Sequence[Pair],
     tolerance: Tolerance,
     *,
     scale: float | None = None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.plan.timeline import Timeline
 
-__all__ = ["ALWAYS", "CHECKS", "KINDS", "Check", "Deviation", "Edge", "Flow", "Row"]
+__all__ = ["ALWAYS", "CHECKS", "ROW_KINDS", "Check", "Deviation", "Edge", "Flow", "Row"]
 
 CHECKS = {
     "tape": "one tape over the joined model, on the same microbatches",
@@ -28,7 +28,7 @@ ALWAYS = {
 """The checks that every verification makes."""
 
 
-KINDS = (
+ROW_KINDS = (
     "activation",
     "received activation",
     "loss",
@@ -53,7 +53,7 @@ class Row:
 
     Attributes:
         check: Key of `CHECKS` or `ALWAYS`.
-        kind: One of `KINDS`.
+        kind: One of `ROW_KINDS`.
         stage: The stage that computed it (of something received: that received it); "" for what belongs to none.
         name: The tensor's name, or ``<stage>/<variable path>``.
         shape: Of a tensor at a cut: with the whole batch's samples.

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.batch.outputs import objectives
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
-from pipeline.compiled.optimizer_slots import Slots
+from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.errors import CompileError
 from pipeline.plan.schedules import gpipe
 from pipeline.saying import did_you_mean
@@ -246,7 +246,7 @@ class Compiled:
         for iteration in self._iterations:
             iteration.value.assign_add(1)
 
-    def go_on_from(self, slots: Slots, rate: bool = False) -> None:
+    def go_on_from(self, slots: OptimizerSlots, rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
         for stage, (optimizer, iteration) in enumerate(zip(self.optimizers, self._iterations, strict=True)):
             own = slots.own_of(stage)

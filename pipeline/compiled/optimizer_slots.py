@@ -14,17 +14,17 @@ import numpy as np
 
 from pipeline.errors import CheckpointError, CompileError
 from stages.worker.description import StageDescription
-from stages.worker.snapshot import Slot
+from stages.worker.snapshot import OptimizerSlot
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, int]
 """(stage, index among its trainable variables)."""
-Described = Mapping[int, Sequence[Slot]]
+Described = Mapping[int, Sequence[OptimizerSlot]]
 """For each stage what its optimizer's variables belong to."""
 
 
 @dataclass
-class Slots:
+class OptimizerSlots:
     """Optimizer values by variable and slot name.
 
     Attributes:
@@ -36,7 +36,7 @@ class Slots:
     own: dict[int, dict[str, Array]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entries: Iterable[tuple[Place, str, Array]]) -> Slots:
+    def of(cls, entries: Iterable[tuple[Place, str, Array]]) -> OptimizerSlots:
         """From (place, with the index -1 for the optimizer's own; slot name; value)."""
         slots = cls()
         for place, name, value in entries:
@@ -50,8 +50,8 @@ class Slots:
         return self.own[stage] if stage in self.own else self.own.get(min(self.own, default=0), {})
 
     @classmethod
-    def of_stages(cls, described: Described, values: Mapping[int, Sequence[Array]]) -> Slots:
-        """From every stage's optimizer variables, as the stages describe them (see `stages.worker.snapshot.Slot`)."""
+    def of_stages(cls, described: Described, values: Mapping[int, Sequence[Array]]) -> OptimizerSlots:
+        """From the stages' optimizer variables, which they describe by `stages.worker.snapshot.OptimizerSlot`."""
         return cls.of(
             ((i, slot.variable), slot.name, value)
             for i, slots in described.items()
@@ -78,7 +78,7 @@ class Slots:
         """The values in the order of stages that describe their optimizer variables so."""
         return {i: self.ordered([((i, slot.variable), slot.name) for slot in slots]) for i, slots in described.items()}
 
-    def among(self, before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> Slots:
+    def among(self, before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> OptimizerSlots:
         """The same slots when other variables of the same stages are trained.
 
         Args:
@@ -88,7 +88,7 @@ class Slots:
         Raises:
             CompileError: The optimizer has no slots for a variable.
         """
-        found = Slots(own=self.own)
+        found = OptimizerSlots(own=self.own)
         for i, numbers in after.items():
             places = {number: k for k, number in enumerate(before[i])}
             for k, number in enumerate(numbers):
@@ -100,7 +100,7 @@ class Slots:
                 found.of_variable[i, k] = self.of_variable.get((i, places[number]), {})
         return found
 
-    def moved(self, old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> Slots:
+    def moved(self, old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> OptimizerSlots:
         """The same slots under other cuts.
 
         Args:
@@ -110,11 +110,11 @@ class Slots:
         at = {id(variable): (i, k) for i, part in enumerate(old) for k, variable in enumerate(part)}
         places = {(i, k): at[id(variable)] for i, part in enumerate(new) for k, variable in enumerate(part)}
         slots = {place: self.of_variable.get(before, {}) for place, before in places.items()}
-        return Slots(slots, {0: self.own_of(0)} if self.own else {})
+        return OptimizerSlots(slots, {0: self.own_of(0)} if self.own else {})
 
 
 @dataclass
-class State:
+class StartValues:
     """Values that fresh workers start from.
 
     Attributes:
@@ -124,7 +124,7 @@ class State:
     """
 
     model: dict[int, list[Array]] = field(default_factory=dict)
-    slots: Slots | None = None
+    slots: OptimizerSlots | None = None
     anew: frozenset[int] = frozenset()
 
 

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from pipeline.compiled.loss_scaling import unscaled
-from pipeline.compiled.optimizer_slots import Place, Slots
+from pipeline.compiled.optimizer_slots import OptimizerSlots, Place
 from pipeline.errors import CompileError
 from stages.keras_internals import variables_known_to
 from stages.recipe.by_value import copied
@@ -26,7 +26,7 @@ Parts = Sequence[Sequence[Any]]
 """For each stage its trainable variables, the user's own objects."""
 
 
-def slots_here(optimizers: Sequence[Any], parts: Parts) -> Slots:
+def slots_here(optimizers: Sequence[Any], parts: Parts) -> OptimizerSlots:
     """What optimizers in the user's process know of their variables; `own` has the stages of which they know anything.
 
     Args:
@@ -34,13 +34,13 @@ def slots_here(optimizers: Sequence[Any], parts: Parts) -> Slots:
         parts: The stages' variables.
     """
     described = _described(optimizers, parts)
-    found = Slots.of((place, name, np.asarray(variable.numpy())) for place, name, variable in described)
+    found = OptimizerSlots.of((place, name, np.asarray(variable.numpy())) for place, name, variable in described)
     if len(optimizers) == 1 and found.own:
         found.own = dict.fromkeys(range(len(parts)), found.own[0])
     return found
 
 
-def give_back_slots(optimizers: Sequence[Any], parts: Parts, slots: Slots) -> None:
+def give_back_slots(optimizers: Sequence[Any], parts: Parts, slots: OptimizerSlots) -> None:
     """The inverse: let them know of their variables what the stages' optimizers know.
 
     Not the learning rate, which is the user's: a callback may have set it after the last update.

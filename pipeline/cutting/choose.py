@@ -15,7 +15,7 @@ from pipeline.cutting.optimise import BALANCES, balanced_cuts
 from pipeline.cutting.prediction import Prediction, predict
 from pipeline.cutting.transfer import measure_transfer
 from pipeline.errors import SplitError
-from pipeline.model.call_graph import Graph
+from pipeline.model.call_graph import CallGraph
 from pipeline.plan.plan import Plan
 
 __all__ = ["Balanced", "balance"]
@@ -35,7 +35,7 @@ class Balanced:
 
 
 def balance(
-    graph: Graph,
+    graph: CallGraph,
     stages: int,
     by: str,
     sample: Any = None,

@@ -11,13 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.cutting.costs import CallCost, Costs
+from stages.plain_text import plain_text
 
 __all__ = ["CutRow", "CutTable", "cut_table"]
 
@@ -96,10 +95,8 @@ class CutTable:
         return table
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=140, color_system=None).print(self.table())
         headline = f"Cuts of {self.model}, before | behind; times of a microbatch of {self.samples} sample(s)"
-        return f"{headline}\n{text.getvalue().rstrip()}"
+        return f"{headline}\n{plain_text(self.table(), width=140)}"
 
 
 def cut_table(

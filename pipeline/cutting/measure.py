@@ -35,7 +35,7 @@ from pipeline.batch.data import make_batch
 from pipeline.cutting.cores import few_cores
 from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
 from pipeline.errors import SplitError
-from pipeline.model.call_graph import Call, Graph
+from pipeline.model.call_graph import Call, CallGraph
 from stages.tape.accumulate import dense
 from stages.tape.graph_split import depending_on
 from stages.tape.tensors import flatten, is_differentiable
@@ -49,7 +49,7 @@ _FREE = {"Const", "ReadVariableOp"}
 """Operations whose result costs no memory of its own: it is there anyway."""
 
 
-def measure(graph: Graph, sample: Any, *, repeats: int = REPEATS, threads: int | None = None) -> Costs:
+def measure(graph: CallGraph, sample: Any, *, repeats: int = REPEATS, threads: int | None = None) -> Costs:
     """Run the calls of a model on real data, forward and backward in training mode, and time each.
 
     Args:
@@ -78,7 +78,7 @@ def measure(graph: Graph, sample: Any, *, repeats: int = REPEATS, threads: int |
         return _measured(graph, inputs, names, repeats, threads)
 
 
-def weigh(graph: Graph) -> Costs:
+def weigh(graph: CallGraph) -> Costs:
     """The costs that are known without running anything: parameters. Seconds and bytes are 0."""
     names = graph.tensor_names()
     calls = tuple(CallCost(call.name, call.reads, call.makes, weights=_weights(call)) for call in graph.calls)
@@ -89,7 +89,9 @@ def weigh(graph: Graph) -> Costs:
     return Costs(calls, tensors, graph.inputs, graph.outputs)
 
 
-def _measured(graph: Graph, inputs: Sequence[Any], names: dict[int, str], repeats: int, threads: int | None) -> Costs:
+def _measured(
+    graph: CallGraph, inputs: Sequence[Any], names: dict[int, str], repeats: int, threads: int | None
+) -> Costs:
     run = _Run(graph)
     signature = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
     function = tf.function(run.trace, autograph=False).get_concrete_function(tf.TensorSpec((), tf.float32), *signature)
@@ -136,7 +138,7 @@ def _weights(call: Call) -> tuple[Weight, ...]:
 
 
 @contextmanager
-def _undisturbed(graph: Graph) -> Iterator[None]:
+def _undisturbed(graph: CallGraph) -> Iterator[None]:
     """Put back, bit for bit, what running the model's layers changes: statistics, seed generators, losses."""
     layers = {id(call.operation): call.operation for call in graph.calls}.values()
     variables = {id(v): v.value for layer in layers for v in getattr(layer, "variables", ())}
@@ -186,7 +188,7 @@ class _Run:
         kept: For each call the tensors in the trace that its backward reads.
     """
 
-    graph: Graph
+    graph: CallGraph
     sizes: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, Any] = field(default_factory=dict)
     sources: dict[int, str] = field(default_factory=dict)

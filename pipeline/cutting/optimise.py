@@ -27,12 +27,12 @@ import numpy as np
 
 from pipeline.cutting.costs import Costs, Transfer
 from pipeline.errors import SplitError
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 
 __all__ = ["BALANCES", "Allowed", "balanced_cuts"]
 
 BALANCES = ("time", "parameters", "memory")
-SLOTS = 2
+SENDING_SLOTS = 2
 """Adam's: two values beside each trainable one."""
 
 Allowed = Sequence[bool] | Callable[[int, int], bool]
@@ -46,7 +46,7 @@ def balanced_cuts(
     *,
     microbatches: int = 8,
     transfer: Transfer | None = None,
-    slots: int = SLOTS,
+    slots: int = SENDING_SLOTS,
     allowed: Allowed | None = None,
 ) -> tuple[int, ...]:
     """Cuts that make the heaviest stage as light as possible; among equals, those with the least load in total.
@@ -73,7 +73,7 @@ def balanced_cuts(
         raise SplitError(f"balance must be one of {', '.join(map(repr, BALANCES))}, received {by!r}")
     for name, number in (("stages", stages), ("microbatches", microbatches)):
         if not is_whole(number):
-            raise SplitError(f"the number of {name} must be a whole number of at least 1, received {number!r}")
+            raise SplitError(not_whole(f"the number of {name}", number))
     if stages > calls:
         raise SplitError(
             f"the model has {calls} layer(s) to give to stages, {stages} stages were asked for; ask for at most {calls}"

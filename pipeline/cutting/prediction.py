@@ -15,19 +15,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from io import StringIO
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.cutting.costs import CallCost, Costs, Transfer
-from pipeline.cutting.optimise import SLOTS
+from pipeline.cutting.optimise import SENDING_SLOTS
 from pipeline.errors import TimelineError
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan
 from pipeline.plan.simulator import Cost, simulate
 from pipeline.plan.timeline import Timeline
 from stages.actions import Wiring
+from stages.plain_text import plain_text
 
 __all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
 
@@ -150,9 +149,10 @@ class Prediction:
         count = 1 + max(span.action.microbatch for span in measured.spans)
         ours = self.of(count, samples)
         predicted, real = _busy(ours.timeline), _busy(measured)
-        rows = tuple(Row(name, predicted[i], real[i]) for i, name in enumerate(self.names))
-        step = Row("step", ours.step_time, measured.step_time)
-        return Comparison(rows, step, Row("bubble", ours.bubble, measured.bubble), ours.plan.headline(), ours.samples)
+        rows = tuple(ComparisonRow(name, predicted[i], real[i]) for i, name in enumerate(self.names))
+        step = ComparisonRow("step", ours.step_time, measured.step_time)
+        bubble = ComparisonRow("bubble", ours.bubble, measured.bubble)
+        return Comparison(rows, step, bubble, ours.plan.headline(), ours.samples)
 
     def to_json(self) -> str:
         """The prediction as JSON."""
@@ -187,15 +187,15 @@ class Prediction:
         return table
 
     def __str__(self) -> str:
-        return _text(
+        headline = (
             f"Predicted, {self.plan.headline()} of {self.samples} sample(s): step {_ms(self.step_time)} ms, "
-            f"bubble {self.bubble:.1%}",
-            self.table(),
+            f"bubble {self.bubble:.1%}"
         )
+        return f"{headline}\n{plain_text(self.table())}"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """One figure, predicted and measured.
 
     Attributes:
@@ -226,9 +226,9 @@ class Comparison:
         samples: Samples per microbatch that were predicted for.
     """
 
-    rows: tuple[Row, ...]
-    step: Row
-    bubble: Row
+    rows: tuple[ComparisonRow, ...]
+    step: ComparisonRow
+    bubble: ComparisonRow
     plan: str
     samples: int
 
@@ -249,7 +249,8 @@ class Comparison:
         return table
 
     def __str__(self) -> str:
-        return _text(f"Predicted and measured: {self.plan} of {self.samples} sample(s)", self.table())
+        headline = f"Predicted and measured: {self.plan} of {self.samples} sample(s)"
+        return f"{headline}\n{plain_text(self.table())}"
 
 
 def predict(
@@ -260,7 +261,7 @@ def predict(
     microbatches: int = 8,
     transfer: Transfer | None = None,
     names: Sequence[str] = (),
-    slots: int = SLOTS,
+    slots: int = SENDING_SLOTS,
     recompute: bool | Sequence[bool] = False,
 ) -> Prediction:
     """What a split should cost.
@@ -347,9 +348,3 @@ def _busy(timeline: Timeline) -> dict[int, float]:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}"
-
-
-def _text(headline: str, table: Table) -> str:
-    text = StringIO()
-    Console(file=text, width=120, color_system=None).print(table)
-    return f"{headline}\n{text.getvalue().rstrip()}"

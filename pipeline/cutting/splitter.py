@@ -21,10 +21,10 @@ from pipeline.cutting.choose import balance
 from pipeline.cutting.cores import default_threads
 from pipeline.cutting.prediction import Prediction
 from pipeline.errors import SplitError
-from pipeline.model.call_graph import Graph, play, read_graph
+from pipeline.model.call_graph import CallGraph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
 from pipeline.model.stateful import converted
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 from stages.keras_internals import graph_model, output_structure
 from stages.recipe.overrides import why_training_would_differ
 from stages.recipe.segment import Segment
@@ -122,12 +122,12 @@ def split_model(
     )
 
 
-def in_order(graph: Graph, cuts: Sequence[int]) -> list[int]:
+def in_order(graph: CallGraph, cuts: Sequence[int]) -> list[int]:
     """The stage of every call, where stages are stretches of the model's order that begin at `cuts`."""
     return [sum(i >= cut for cut in cuts) for i in range(len(graph.calls))]
 
 
-def can_cut(graph: Graph) -> list[bool]:
+def can_cut(graph: CallGraph) -> list[bool]:
     """For each position before a call, 0 to their number: whether a cut there leaves every layer's state in one stage.
 
     A layer that changes its own variables (statistics, random numbers) and is called several times must have all its
@@ -145,7 +145,7 @@ def can_cut(graph: Graph) -> list[bool]:
     return allowed
 
 
-def _stages_behind(graph: Graph, at: Sequence[Cut]) -> list[int]:
+def _stages_behind(graph: CallGraph, at: Sequence[Cut]) -> list[int]:
     """The stage of every call, for cuts behind named layers or tensors."""
     wanted = [at] if isinstance(at, str) else list(at)
     makers = {tensor: i for i, call in enumerate(graph.calls) for tensor in call.makes}
@@ -171,7 +171,7 @@ def _stages_behind(graph: Graph, at: Sequence[Cut]) -> list[int]:
     return stage_of
 
 
-def _calls_named(graph: Graph, name: str) -> list[int]:
+def _calls_named(graph: CallGraph, name: str) -> list[int]:
     """All calls of a layer, or the one that makes a tensor of this name (``name:1`` is a layer's first)."""
     by_layer = [i for i, call in enumerate(graph.calls) if call.name == name]
     if by_layer:
@@ -186,7 +186,7 @@ def _calls_named(graph: Graph, name: str) -> list[int]:
     raise SplitError(f"the model has no layer {name!r} to cut behind; nearest are {', '.join(map(repr, near))}")
 
 
-def _in_model_order(graph: Graph, wanted: Sequence[Cut]) -> str:
+def _in_model_order(graph: CallGraph, wanted: Sequence[Cut]) -> str:
     """The same names as a call that works, where each cut is one name."""
     if not all(isinstance(cut, str) for cut in wanted):
         return ""
@@ -199,12 +199,12 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _balanced(
-    graph: Graph, stages: int | None, by: str, sample: Any, options: Mapping[str, Any]
+    graph: CallGraph, stages: int | None, by: str, sample: Any, options: Mapping[str, Any]
 ) -> tuple[list[int], Prediction | None]:
     """The stage of every call, the slowest (or largest) stage as small as it can be; what a step should cost."""
     calls = len(graph.calls)
     if stages is None or not is_whole(stages):
-        raise SplitError(f"the number of stages must be a whole number of at least 1, received {stages!r}")
+        raise SplitError(not_whole("the number of stages", stages))
     if stages > calls:
         raise SplitError(
             f"the model has {calls} layer(s) to give to stages, {stages} stages were asked for; ask for at most {calls}"
@@ -224,7 +224,7 @@ def _balanced(
     return in_order(graph, found.cuts), found.prediction
 
 
-def _segments(graph: Graph, stage_of: Sequence[int], carries: bool) -> list[Segment]:
+def _segments(graph: CallGraph, stage_of: Sequence[int], carries: bool) -> list[Segment]:
     """The parts as models; with `carries`, recurrent layers take and give their states."""
     _refuse_shared_state(graph, stage_of)
     names = graph.tensor_names()
@@ -255,7 +255,7 @@ def _segments(graph: Graph, stage_of: Sequence[int], carries: bool) -> list[Segm
     return segments
 
 
-def _refuse_shared_state(graph: Graph, stage_of: Sequence[int]) -> None:
+def _refuse_shared_state(graph: CallGraph, stage_of: Sequence[int]) -> None:
     """Refuse a layer with a state of its own that two stages would use: in one process each use sees the one before."""
     home: dict[int, int] = {}
     for call, stage in zip(graph.calls, stage_of, strict=True):

@@ -18,7 +18,7 @@ import keras
 from pipeline.errors import SplitError
 from stages.keras_internals import graph_model, maker_of, nodes_in_order, output_structure
 from stages.recipe.overrides import CALLING, overridden
-from stages.recipe.running_order import order_of, run_in_order
+from stages.recipe.running_order import order_of_names, run_in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Call:
         operation: The Keras layer or operation object.
         reads: Tensor numbers among its arguments, in flat order.
         makes: Tensor numbers of its results, in flat order.
-        arguments: Positional and keyword arguments, `Slot` where a tensor goes.
+        arguments: Positional and keyword arguments, `ArgumentPlace` where a tensor goes.
     """
 
     operation: Any
@@ -46,21 +46,21 @@ class Call:
         """Make the call on other tensors."""
 
         def fill(argument: Any) -> Any:
-            return tensors[argument.tensor] if isinstance(argument, Slot) else argument
+            return tensors[argument.tensor] if isinstance(argument, ArgumentPlace) else argument
 
         args, kwargs = keras.tree.map_structure(fill, self.arguments)
         return self.operation(*args, **kwargs)
 
 
 @dataclass(frozen=True)
-class Slot:
+class ArgumentPlace:
     """The place of a tensor among a call's arguments."""
 
     tensor: int
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class CallGraph:
     """A model as calls.
 
     Attributes:
@@ -93,7 +93,7 @@ class Graph:
         return names
 
 
-def read_graph(model: Any) -> Graph:
+def read_graph(model: Any) -> CallGraph:
     """The calls of a Sequential or Functional model.
 
     Raises:
@@ -113,10 +113,10 @@ def read_graph(model: Any) -> Graph:
                 f"the output {label!r} of the model {model.name!r} is one of its inputs, untouched, so no stage makes "
                 "it; leave it out of the outputs, or pass it through keras.layers.Identity()"
             )
-    return Graph(model, tuple(reader.calls), inputs, tuple(outputs), labels, reader.symbols)
+    return CallGraph(model, tuple(reader.calls), inputs, tuple(outputs), labels, reader.symbols)
 
 
-def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Sequence[int], name: str) -> Any:
+def play(graph: CallGraph, calls: Sequence[Call], inputs: Sequence[int], outputs: Sequence[int], name: str) -> Any:
     """Some of a graph's calls as a Keras model of their own.
 
     Args:
@@ -135,7 +135,7 @@ def play(graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Se
         results = keras.tree.flatten(call.play(tensors))
         tensors |= dict(zip(call.makes, results, strict=True))
     model = keras.Model([symbols[t] for t in inputs], [tensors[t] for t in outputs], name=name)
-    run_in_order(model, order_of([call.name for call in calls]))
+    run_in_order(model, order_of_names([call.name for call in calls]))
     return model
 
 
@@ -197,7 +197,7 @@ def _is_plain_call(node: Any) -> bool:
 
 def _slots(arguments: Any, numbers: Mapping[int, int]) -> Any:
     def slot(argument: Any) -> Any:
-        return Slot(numbers[id(argument)]) if isinstance(argument, keras.KerasTensor) else argument
+        return ArgumentPlace(numbers[id(argument)]) if isinstance(argument, keras.KerasTensor) else argument
 
     return keras.tree.map_structure(slot, arguments)
 

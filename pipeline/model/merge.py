@@ -19,7 +19,7 @@ from stages.recipe.by_value import copied
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
 
-Values = Mapping[int, Sequence[np.ndarray[Any, Any]]]
+StageValues = Mapping[int, Sequence[np.ndarray[Any, Any]]]
 """For each stage the values of its model's variables, in order."""
 
 
@@ -37,7 +37,7 @@ class Merged:
     variables: tuple[tuple[Any, ...], ...]
     trainable: tuple[tuple[Any, ...], ...]
 
-    def assign(self, values: Values) -> None:
+    def assign(self, values: StageValues) -> None:
         """Give the model a pipeline's values."""
         for i, variables in enumerate(self.variables):
             for variable, value in zip(variables, values[i], strict=True):
@@ -48,7 +48,7 @@ class Merged:
         return {i: snapshot.read(part) for i, part in enumerate(self.variables)}
 
 
-def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, values: Values) -> Merged:
+def merge(segments: Sequence[Segment], wires: Wires, original: Any | None, values: StageValues) -> Merged:
     """The joined model with these values; the segments' own models stay as they are."""
     merged = _composed(segments, wires) if original is None else _like_original(segments, original)
     merged.assign(values)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 
 from pipeline.errors import SplitError
-from pipeline.model.call_graph import Call, Graph, Slot, read_graph
+from pipeline.model.call_graph import ArgumentPlace, Call, CallGraph, read_graph
 from stages.keras_internals import (
     forget_variables,
     layers_of,
@@ -27,7 +27,7 @@ from stages.keras_internals import (
 )
 from stages.layers.initial_states import BeginWith, Begun, LearnedState
 from stages.recipe.by_value import copied
-from stages.recipe.running_order import order_of, run_in_order
+from stages.recipe.running_order import order_of_names, run_in_order
 from stages.tape.tensors import is_differentiable
 
 RNN = keras.layers.RNN
@@ -69,7 +69,7 @@ def stateful(model: Any) -> Stateful:
 
 
 def converted(
-    graph: Graph, calls: Sequence[Call], inputs: Sequence[int], outputs: Sequence[int], name: str
+    graph: CallGraph, calls: Sequence[Call], inputs: Sequence[int], outputs: Sequence[int], name: str
 ) -> Stateful:
     """Some of a graph's calls as a model of their own that takes and gives the states of their recurrent layers.
 
@@ -108,7 +108,7 @@ def converted(
         [*(tensors[number] for number in outputs), *(state.leave for state in states)],
         name=name,
     )
-    run_in_order(joined, order_of(order))
+    run_in_order(joined, order_of_names(order))
     return Stateful(joined, tuple(state.name for state in states))
 
 
@@ -158,7 +158,7 @@ def _arguments(call: Call, tensors: Mapping[int, Any]) -> tuple[Any, list[Any], 
             "leave go_backwards out, or take the whole sequence at once"
         )
     args, kwargs = keras.tree.map_structure(
-        lambda argument: tensors[argument.tensor] if isinstance(argument, Slot) else argument, call.arguments
+        lambda argument: tensors[argument.tensor] if isinstance(argument, ArgumentPlace) else argument, call.arguments
     )
     initial = kwargs.get("initial_state", args[1] if len(args) > 1 else None)
     states = [] if initial is None else [one for one in keras.tree.flatten(initial) if one is not None]
@@ -218,7 +218,7 @@ def _as_layer_takes(layer: Any, states: Sequence[Any]) -> Any:
     return keras.tree.pack_sequence_as(layer.state_size, list(states)) if nested else [states[0]]
 
 
-def _steps(graph: Graph) -> int | None:
+def _steps(graph: CallGraph) -> int | None:
     """The length of the sequences that the recurrent layers read; None is any.
 
     Raises:
@@ -246,7 +246,7 @@ def _free_input(symbol: Any, steps: int | None) -> Any:
     return keras.Input(batch_shape=shape, dtype=symbol.dtype)
 
 
-def _refuse_initial_state_of_a_sequence(call: Call, graph: Graph) -> None:
+def _refuse_initial_state_of_a_sequence(call: Call, graph: CallGraph) -> None:
     """Refuse an initial state that another recurrent layer gives: its first window would need the other's last one."""
     makers = {tensor: one for one in graph.calls for tensor in one.makes}
     _, initial, _ = _arguments(call, {tensor: tensor for one in graph.calls for tensor in one.reads})
@@ -288,7 +288,7 @@ _TIME = (
 """Keras layers that read several time steps at once, or move them."""
 
 
-def _refuse_what_mixes_time(call: Call, graph: Graph) -> None:
+def _refuse_what_mixes_time(call: Call, graph: CallGraph) -> None:
     layer = call.operation
     kind = next((base.__name__ for base in type(layer).__mro__ if base.__name__ in _TIME), None)
     if kind is None or (kind.endswith("Conv1D") and set(layer.kernel_size) == {1}):

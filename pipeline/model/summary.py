@@ -9,18 +9,17 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from io import StringIO
 from itertools import pairwise
 from typing import Any
 
 import keras
 import tensorflow as tf
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import DataError
 from pipeline.model.wiring import Wires
+from stages.plain_text import plain_text
 from stages.recipe.segment import Segment
 from transport.message import DRIVER
 
@@ -80,9 +79,7 @@ def summary_text(
     lines = Text(
         f" Total params: {total:,}\n Trainable params: {trained:,}\n Non-trainable params: {total - trained:,}"
     )
-    out = Console(file=StringIO(), width=width, color_system=None)
-    out.print(layers, _crossing(wires, given, width), lines, sep="\n")
-    return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    return plain_text(layers, _crossing(wires, given, width), lines, width=width)
 
 
 def _columns(names: list[str], positions: Sequence[float], width: int, more: str, wanted: bool) -> Table:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.batch.step import StepResult
 from pipeline.compare.tolerance import eps
 from pipeline.errors import CompileError
-from pipeline.norms.flags import NOT_FINITE, Boundary, Crossing, Limits, found, in_order, ratios
+from pipeline.norms.flags import NOT_FINITE, Boundary, Crossing, FlagLimits, boundaries_in_order, found, ratios
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.saying import is_whole
@@ -33,7 +33,7 @@ class Flag:
 
     Attributes:
         boundary: Which.
-        kind: One of `pipeline.norms.flags.KINDS`.
+        kind: One of `pipeline.norms.flags.FLAG_KINDS`.
         step: The first step that was so.
         last: The last one.
         count: How many measured steps were so.
@@ -100,7 +100,7 @@ class BoundaryNorms(StepWatcher):
         self.skipped: list[int] = []
         self.norms: dict[Boundary, list[float]] = {}
         self.names: tuple[str, ...] = ()
-        self.limits = Limits.of("float32", *self._given)
+        self.limits = FlagLimits.of("float32", *self._given)
         self._flags: dict[tuple[Boundary, str], Flag] = {}
         self._marks: dict[Boundary, dict[str, list[int]]] = {}
         self._first: dict[Boundary, float] = {}
@@ -119,7 +119,7 @@ class BoundaryNorms(StepWatcher):
     @property
     def boundaries(self) -> tuple[Boundary, ...]:
         """What was measured: activations as they flow, then gradients as they flow."""
-        return tuple(in_order(self.norms))
+        return tuple(boundaries_in_order(self.norms))
 
     def before_step(self, session: Session, data: tuple[Any, Any, Any]) -> str:
         """Let the workers measure, if it is this step's turn."""
@@ -153,20 +153,20 @@ class BoundaryNorms(StepWatcher):
 
     def save(self, path: str | Path) -> Path:
         """Draw the norms over time and save the picture; the suffix chooses the format (png, svg, pdf)."""
-        from pipeline.norms.figure import save
+        from pipeline.norms.figure import save_norms
 
-        return save(self, Path(path))
+        return save_norms(self, Path(path))
 
     def figure(self) -> Figure:
         """The figure that `save` saves."""
-        from pipeline.norms.figure import figure
+        from pipeline.norms.figure import norms_figure
 
-        return figure(self)
+        return norms_figure(self)
 
     def __str__(self) -> str:
-        from pipeline.norms.text import text
+        from pipeline.norms.text import norms_text
 
-        return text(self)
+        return norms_text(self)
 
     def _describe(self, session: Session, norms: Mapping[Boundary, float]) -> None:
         """Learn what does not change from step to step; anew for each pipeline."""
@@ -176,7 +176,7 @@ class BoundaryNorms(StepWatcher):
         self.names = session.setup.wires.names
         stages = driver.descriptions.values()
         weights = {variable.dtype for stage in stages for variable in stage.variables if variable.trained}
-        self.limits = Limits.of(max(weights, key=eps, default="float32"), *self._given)
+        self.limits = FlagLimits.of(max(weights, key=eps, default="float32"), *self._given)
         for boundary in norms:
             dtype, shape = driver.output_spec(boundary.producer, boundary.tensor) or ("float32", ())
             self._crossings[boundary] = Crossing(dtype, math.prod(size for size in shape[1:] if size is not None))

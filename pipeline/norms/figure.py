@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary
-from pipeline.norms.text import summary
+from pipeline.norms.text import norms_in_a_line
 from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
 from stages.worker.observers import ACTIVATION, GRADIENT
 
@@ -38,18 +38,18 @@ _MARKED = 40
 """Beyond so many marks on one line they say no more than every so many-th of them."""
 
 
-def save(norms: BoundaryNorms, path: Path) -> Path:
+def save_norms(norms: BoundaryNorms, path: Path) -> Path:
     """Draw and save; missing folders are made. Equal norms give equal files."""
     from matplotlib import rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
     with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        figure(norms).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
+        norms_figure(norms).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
     return path
 
 
-def figure(norms: BoundaryNorms) -> Figure:
+def norms_figure(norms: BoundaryNorms) -> Figure:
     """The figure; see the module."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def figure(norms: BoundaryNorms) -> Figure:
     FigureCanvasAgg(drawn)
     colour = INK if not norms.steps else _BAD if norms.flags else _GOOD
     at = _LEFT / _WIDTH, 1 - 0.3 / height
-    drawn.text(*at, summary(norms), fontsize=13, fontweight="bold", color=colour, va="center")
+    drawn.text(*at, norms_in_a_line(norms), fontsize=13, fontweight="bold", color=colour, va="center")
     for number, what in enumerate(panels):
         bottom = height - _HEAD - number * (_PANEL + _GAP) - _PANEL
         box = (_LEFT / _WIDTH, bottom / height, 1 - (_LEFT + _RIGHT) / _WIDTH, _PANEL / height)

@@ -33,7 +33,7 @@ from stages.worker.observers import ACTIVATION, GRADIENT
 from transport.dtypes import DTYPES
 
 VANISHING, EXPLODING, NOT_FINITE = "vanishing", "exploding", "not finite"
-KINDS = (VANISHING, EXPLODING, NOT_FINITE)
+FLAG_KINDS = (VANISHING, EXPLODING, NOT_FINITE)
 """What a norm may be flagged as."""
 
 
@@ -54,7 +54,7 @@ class Boundary(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class FlagLimits:
     """When a ratio is too small or too large.
 
     Attributes:
@@ -68,7 +68,7 @@ class Limits:
     why: str
 
     @classmethod
-    def of(cls, dtype: str, vanishing: float | None = None, exploding: float | None = None) -> Limits:
+    def of(cls, dtype: str, vanishing: float | None = None, exploding: float | None = None) -> FlagLimits:
         """By the rules of the module for weights of a dtype, where the user gave none."""
         root = math.sqrt(eps(dtype) or eps("float32"))
         given = [name for name, one in (("vanishing", vanishing), ("exploding", exploding)) if one is not None]
@@ -89,7 +89,7 @@ class Crossing:
     elements: int = 1
 
 
-def in_order(boundaries: Iterable[Boundary]) -> list[Boundary]:
+def boundaries_in_order(boundaries: Iterable[Boundary]) -> list[Boundary]:
     """Activations as they flow, then gradients as they flow."""
     given = list(boundaries)
     forward = sorted(boundary for boundary in given if boundary.what == ACTIVATION)
@@ -134,7 +134,7 @@ def found(
     norms: Mapping[Boundary, float],
     first: Mapping[Boundary, float],
     crossings: Mapping[Boundary, Crossing],
-    limits: Limits,
+    limits: FlagLimits,
     loss_scale: float = 1.0,
 ) -> dict[tuple[Boundary, str], str]:
     """What the rules of the module flag in one step.
@@ -152,7 +152,7 @@ def found(
     flags: dict[tuple[Boundary, str], str] = {}
     beside = ratios(norms, crossings)
     passed = _passed(norms)
-    for boundary in in_order(norms):
+    for boundary in boundaries_in_order(norms):
         norm, backward, ratio = norms[boundary], boundary.what == GRADIENT, beside[boundary]
         source = "next to the loss" if backward else "next to the input"
         tiny = smallest(crossings[boundary].dtype) / (loss_scale if backward else 1.0)

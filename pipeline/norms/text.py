@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from io import StringIO
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stages.plain_text import plain_text
 from stages.worker.observers import GRADIENT
 
 if TYPE_CHECKING:
     from pipeline.norms.boundary_norms import BoundaryNorms
 
-WIDTH = 120
-"""Characters in a line."""
 _COLUMNS = ("from", "to", "tensor", "first", "last", "smallest", "largest", "last, beside", "flagged")
 
 
-def text(norms: BoundaryNorms) -> str:
+def norms_text(norms: BoundaryNorms) -> str:
     """What was measured, as lines; what is beside what says `pipeline.boundary_flags`."""
-    written = StringIO()
-    console = Console(file=written, width=WIDTH, color_system=None, legacy_windows=False)
-    console.print(Text(summary(norms)))
+    lines = [norms_in_a_line(norms)]
     for flag in norms.flags:
         since = f" ({flag.count} of {len(norms.steps)} measured)" if len(norms.steps) > 1 else ""
-        console.print(Text(f"  {flag.sentence}{since}"), soft_wrap=True)
-    if norms.steps:
-        console.print(_table(norms))
-    return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())
+        lines.append(f"  {flag.sentence}{since}")
+    return "\n".join([*lines, *([plain_text(_table(norms))] if norms.steps else [])])
 
 
-def summary(norms: BoundaryNorms) -> str:
+def norms_in_a_line(norms: BoundaryNorms) -> str:
     """One line."""
     if not norms.steps:
         return f"no norms were measured in {norms.step} steps"

@@ -21,7 +21,7 @@ from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.step import Batch, StepResult
 from pipeline.compare.tolerance import eps
 from pipeline.errors import FirstBatchError
-from pipeline.own.model import Found, OwnModel
+from pipeline.own.model import OwnModel, OwnResult
 from stages.worker.observers import ACTIVATION
 from stages.worker.orders import Mode
 
@@ -38,7 +38,7 @@ PLAIN_EPS = 64
 MARGIN = 32
 """A larger one must stay below so many times what one rounding of every variable changes, the largest of `TRIES`."""
 TRIES = 3
-LOSS = "the loss"
+THE_LOSS = "the loss"
 
 
 class FirstBatch:
@@ -76,7 +76,7 @@ class FirstBatch:
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
         few, training, values = self._few(batch), mode.training, self._session.values.read("model")
 
-        def run(seed: int | None = None) -> Found:
+        def run(seed: int | None = None) -> OwnResult:
             own.assign(values)
             if seed is not None:
                 own.disturb(seed)
@@ -125,7 +125,7 @@ class FirstBatch:
             sizes=microbatch_sizes(rows, parts),
         )
 
-    def _through_the_pipeline(self, mode: Mode, few: Batch) -> Found:
+    def _through_the_pipeline(self, mode: Mode, few: Batch) -> OwnResult:
         """Loss and outputs, as far as the mode gives them; all values of the workers are put back."""
         driver = self._session.workers.driver()
         driver.keep()
@@ -134,7 +134,7 @@ class FirstBatch:
         finally:
             if not driver.closed:
                 driver.put_back()
-        return Found(result.loss, result.outputs, {})
+        return OwnResult(result.loss, result.outputs, {})
 
     def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
         driver, compiled = self._session.workers.driver(), self._session.workers.compiled
@@ -149,9 +149,9 @@ class FirstBatch:
                 driver.discard()
 
     def _sentence(
-        self, what: str, ours: Found, theirs: Found, by: float, own: OwnModel, few: Batch, training: bool
+        self, what: str, ours: OwnResult, theirs: OwnResult, by: float, own: OwnModel, few: Batch, training: bool
     ) -> str:
-        values = f" ({ours.loss:.7g} there, {theirs.loss:.7g} here)" if what == LOSS else ""
+        values = f" ({ours.loss:.7g} there, {theirs.loss:.7g} here)" if what == THE_LOSS else ""
         return (
             f"the first batch, looked at before it counts: {what} in the workers differs from that of the model in "
             f"this process by {by:.1e} of its size{values}, far more than rounding. {self._place(own, few, training)} "
@@ -186,11 +186,11 @@ class FirstBatch:
         return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
 
 
-def _apart(ours: Found, theirs: Found) -> dict[str, float]:
+def _apart(ours: OwnResult, theirs: OwnResult) -> dict[str, float]:
     """How far two results are apart, each as a part of the largest |value|; what only one has is left out."""
     found = {}
     if ours.loss is not None and theirs.loss is not None:
-        found[LOSS] = _distance(np.asarray(ours.loss), np.asarray(theirs.loss))
+        found[THE_LOSS] = _distance(np.asarray(ours.loss), np.asarray(theirs.loss))
     for name, array in theirs.outputs.items():
         if name in ours.outputs:
             found[f"the output {name!r}"] = _distance(ours.outputs[name], array)

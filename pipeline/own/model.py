@@ -22,21 +22,21 @@ import tensorflow as tf
 from pipeline.batch.step import Batch
 from pipeline.compare.tolerance import eps
 from pipeline.compiled.compiled import Compiled
+from pipeline.model.merge import StageValues
 from pipeline.model.wiring import Wires
-from stages.keras_internals import input_structure
-from stages.masks import mask_of, with_mask
+from stages.loss.head import LossModel
+from stages.masks import joined_with_masks
 from stages.recipe.segment import Segment
 from stages.tape.accumulate import dense
 from stages.tape.eagerly import eagerly
+from stages.tape.model_call import packer
 from stages.worker import snapshot
 
 Array = np.ndarray[Any, Any]
-Values = Mapping[int, Sequence[Array]]
-"""{stage: the values of its model's variables, in order}."""
 
 
 @dataclass(frozen=True)
-class Found:
+class OwnResult:
     """What the user's own objects give for one batch.
 
     Attributes:
@@ -86,7 +86,7 @@ class OwnModel:
             for variable, value in before:
                 variable.value.assign(value)
 
-    def assign(self, values: Values) -> None:
+    def assign(self, values: StageValues) -> None:
         """Give the user's variables the values of the stages; see `put_back`."""
         for stage, part in enumerate(self._parts):
             snapshot.write(part.variables, values[stage], f"stage {self.wires.names[stage]!r}")
@@ -103,7 +103,7 @@ class OwnModel:
                 noise = 1 + eps(value.dtype.name) * draw.uniform(-1, 1, tuple(value.shape))
                 variable.value.assign(tf.cast(tf.cast(value, tf.float64) * noise, value.dtype))
 
-    def run(self, batch: Batch, training: bool, gradients: bool = False) -> Found:
+    def run(self, batch: Batch, training: bool, gradients: bool = False) -> OwnResult:
         """One batch through the user's own objects, eagerly.
 
         Args:
@@ -134,7 +134,7 @@ class OwnModel:
             values = tape.gradient(loss, [variable.value for variable in wanted.values()])
             found = {key: None if g is None else np.asarray(dense(g)) for key, g in zip(wanted, values, strict=True)}
         arrays = {name: np.asarray(tensor) for name, tensor in outputs.items()}
-        return Found(None if loss is None else float(loss), arrays, found)
+        return OwnResult(None if loss is None else float(loss), arrays, found)
 
     def parts(self, batch: Batch, training: bool) -> dict[str, Array]:
         """What every part of the model gives, {tensor name: array (n, ...)}: where a difference begins."""
@@ -150,7 +150,7 @@ class OwnModel:
         if self._original is None:
             return self._through_parts(rows, training)
         tensors = [tf.convert_to_tensor(rows[name]) for name in self.wires.inputs]
-        given = _packed(self._original, tensors)
+        given = packer(self._original)(tensors)
         outputs = keras.tree.flatten(self._original(given, training=training))
         return {name: tensor for (name, _), tensor in zip(self.wires.outputs, outputs, strict=True)}, list(
             self._original.losses
@@ -161,7 +161,7 @@ class OwnModel:
         losses: list[Any] = []
         for i, part in enumerate(self._parts):
             taken = [tensors[name] for name, _ in self.wires.takes[i]]
-            given = _packed(part, taken)
+            given = packer(part)(taken)
             outputs = keras.tree.flatten(part(given, training=training))
             tensors |= {name: tensor for (name, _), tensor in zip(self.wires.gives[i], outputs, strict=True)}
             losses += part.losses
@@ -175,7 +175,7 @@ class OwnModel:
             return tf.zeros((), keras.config.floatx())
         labels = [one.label for one in objectives]
         if self._judge is None:
-            self._judge = _Judge()
+            self._judge = LossModel()
             several = len(labels) > 1
             weights = {one.label: 1.0 if one.weight is None else one.weight for one in objectives}
             weighed = any(one.weight is not None for one in objectives)
@@ -194,17 +194,6 @@ class OwnModel:
         return self._judge.compute_loss(None, targets, predicted, given)
 
 
-class _Judge(keras.Model):  # type: ignore[misc]
-    """A Keras model without layers, whose trainer resolves and applies the user's losses."""
-
-    def __init__(self) -> None:
-        super().__init__(name="own_objective")
-        self.built = True
-
-    def call(self, prediction: Any) -> Any:
-        return prediction
-
-
 def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
     begin = 0
     for size in batch.sizes:
@@ -212,18 +201,6 @@ def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
         begin += size
 
 
-def _packed(model: Any, tensors: Sequence[Any]) -> Any:
-    """Flat inputs in the nesting that the model is called with."""
-    structure = input_structure(model)
-    if structure is None:
-        return tensors[0] if len(tensors) == 1 else list(tensors)
-    return keras.tree.pack_sequence_as(structure, list(tensors))
-
-
 def _joined(tensors: Sequence[Any]) -> Any:
-    """Microbatches as one batch, their masks too."""
-    if len(tensors) == 1:
-        return tensors[0]
-    masks = [mask_of(tensor) for tensor in tensors]
-    whole = tf.concat(tensors, 0)
-    return with_mask(whole, None if masks[0] is None else tf.concat(masks, 0))
+    """Microbatches as one batch, their masks too; a single one as it is, with all that Keras has put on it."""
+    return tensors[0] if len(tensors) == 1 else joined_with_masks(tensors)

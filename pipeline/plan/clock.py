@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stages.actions import Action
 
-__all__ = ["Blocked", "Clock", "Tick", "run"]
+__all__ = ["Blocked", "Clock", "Tick", "run_clock"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Clock:
     blocked: tuple[Blocked, ...]
 
 
-def run(
+def run_clock(
     programs: Sequence[Sequence[Action]],
     needs: Callable[[Action], Iterable[Action]],
     duration: Callable[[Action], float] = lambda action: 1,

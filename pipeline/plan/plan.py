@@ -14,7 +14,7 @@ from functools import cached_property
 
 from pipeline.errors import PlanError, ScheduleError
 from pipeline.plan import rules
-from pipeline.plan.clock import Tick, run
+from pipeline.plan.clock import Tick, run_clock
 from stages.actions import Action, Kind, Wiring, chain, dependencies, open_tapes
 
 __all__ = ["Plan", "validate"]
@@ -128,7 +128,7 @@ class Plan:
             raise ScheduleError(f"an action takes at least 1 slot, received forward={forward}, backward={backward}")
         needs = Wiring.of(chain(self.stages) if wiring is None else wiring)
         slots = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
-        clock = run(
+        clock = run_clock(
             self.programs,
             lambda a: self.dependencies(a, needs),
             lambda a: slots.get(a.kind, -(-backward // 2)),

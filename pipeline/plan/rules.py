@@ -28,7 +28,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Fault
-from pipeline.plan.clock import Blocked, run
+from pipeline.plan.clock import Blocked, run_clock
 from stages.actions import Action, Kind, Wiring, open_tapes
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ Programs = Sequence[tuple[Action, ...]]
 
 _LISTED = 6
 _DEADLOCKS = 8
-_HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def faults(plan: Plan, wiring: Mapping[int, Iterable[int]]) -> tuple[Fault, ...]:
@@ -176,9 +176,9 @@ def _kind(plan: Plan) -> Iterator[Fault]:
             yield Fault("kind", f"worker {worker} has {action}, but a plan without training has only forwards")
         return
     whole = {(a.stage, a.microbatch, a.window) for _, a in backwards if a.kind is Kind.BACKWARD}
-    halves = {(a.stage, a.microbatch, a.window) for _, a in backwards if a.kind in _HALVES}
+    halves = {(a.stage, a.microbatch, a.window) for _, a in backwards if a.kind in HALVES}
     for where in sorted(whole & halves):
-        actions = ", ".join(str(Action(kind, *where)) for kind in _HALVES)
+        actions = ", ".join(str(Action(kind, *where)) for kind in HALVES)
         yield Fault(
             "kind",
             f"{Action(Kind.BACKWARD, *where)} is a whole backward, yet the plan also has halves ({actions})",
@@ -203,7 +203,7 @@ def _wanted(plan: Plan, stage: int, present: Container[Action]) -> set[Action]:
     for microbatch, window in product(range(plan.microbatches), range(plan.windows)):
         where = (stage, microbatch, window)
         wanted.add(Action(Kind.FORWARD, *where))
-        halves = {Action(kind, *where) for kind in _HALVES}
+        halves = {Action(kind, *where) for kind in HALVES}
         whole = Action(Kind.BACKWARD, *where)
         if plan.training:
             wanted |= halves if whole not in present and any(half in present for half in halves) else {whole}
@@ -229,7 +229,7 @@ def _before_and_deadlock(plan: Plan, programs: Programs, wiring: Wiring) -> Iter
                 yield needed
 
     for _ in range(_DEADLOCKS):
-        clock = run(programs, needs)
+        clock = run_clock(programs, needs)
         if not clock.blocked:
             return
         circle = _circle(clock.blocked, positions)

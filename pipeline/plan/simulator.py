@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from pipeline.errors import PlanError, TimelineError
 from pipeline.plan import rules
-from pipeline.plan.clock import run
+from pipeline.plan.clock import run_clock
 from pipeline.plan.plan import Plan
 from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Action, Kind, Wiring, chain
@@ -87,7 +87,7 @@ def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iter
         producer = needed.stage if action.kind is Kind.FORWARD else action.stage
         return each[producer].transfer
 
-    clock = run(
+    clock = run_clock(
         plan.programs, lambda action: plan.dependencies(action, wiring), lambda a: each[a.stage].of(a.kind), delay
     )
     if clock.blocked:

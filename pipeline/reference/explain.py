@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError
-from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker, Explanation, Row
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker, Explanation, ExplanationRow
 
 if TYPE_CHECKING:
     from pipeline.reference.one_tape.batch import Whole
@@ -45,7 +45,7 @@ def explain_joined(
         weights = tape.weights(batch)
     names = {id(stage.stage.model): stage.spec.name for stage in hosted}
     variables = _variables(hosted)
-    rows: dict[str, Row] = {}
+    rows: dict[str, ExplanationRow] = {}
     notes: dict[str, None] = {}
     for k in range(len(batch.grid.sizes)):
         run = _Run(tape, batch, weights, k, target)
@@ -81,10 +81,10 @@ class _Run:
         outputs = [name for stage in tape.hosted for name, _ in stage.spec.outputs]
         states = [name for stage in tape.hosted for name in state_names(stage)]
         # Joints make zeros of "no gradient", so there are none here.
-        tape._dead = frozenset((name, w) for name in (*outputs, *states) for w in range(batch.grid.windows))
+        tape.dead = frozenset((name, w) for name in (*outputs, *states) for w in range(batch.grid.windows))
         mine = by_head(of_microbatch(self.weights, k))
         share = batch.grid.sizes[k] / batch.grid.samples
-        runs = tape._windows(batch.microbatch(k), mine, share, tape._initial(batch, k))
+        runs = tape.run_windows(batch.microbatch(k), mine, share, tape.initial_states(batch, k))
         self._last = runs[-1]
         if self.target == LOSS:
             terms = [term * seed for run in runs for term, seed in zip(run.targets, run.seeds, strict=True)]
@@ -136,17 +136,17 @@ def _undisturbed(hosted: Sequence[HostedStage]) -> Any:
 _RANK = {NOT_CONNECTED: 0, ZERO: 1, CONNECTED: 2, NOT_FINITE: 3}
 
 
-def _worse(before: Row | None, now: Row) -> Row:
+def _worse(before: ExplanationRow | None, now: ExplanationRow) -> ExplanationRow:
     """What two microbatches say together: one that is not finite counts, then one that has a gradient."""
     return now if before is None or _RANK[now.status] > _RANK[before.status] else before
 
 
-def _undecided(row: Row, status: str | None) -> bool:
+def _undecided(row: ExplanationRow, status: str | None) -> bool:
     """Whether a later microbatch may say more."""
     return row.status == ZERO or (status == NOT_FINITE and row.status != NOT_FINITE)
 
 
-def _truncated(row: Row, free: Row, truncate: int) -> Row:
+def _truncated(row: ExplanationRow, free: ExplanationRow, truncate: int) -> ExplanationRow:
     """A row, if truncation is why there is no gradient: without it there is one."""
     from stages.explanation.reasons import ADVICE
 
@@ -158,7 +158,7 @@ def _truncated(row: Row, free: Row, truncate: int) -> Row:
     return replace(row, reason="truncation", why=why, advice=ADVICE["truncation"], blockers=places)
 
 
-def _handed_off(row: Row, crossing: Mapping[tuple[str, str], str]) -> Row:
+def _handed_off(row: ExplanationRow, crossing: Mapping[tuple[str, str], str]) -> ExplanationRow:
     """A row, with the integers that cross a cut where that is how the gradient ends."""
     if row.status != NOT_CONNECTED or not row.blockers:
         return row

@@ -17,9 +17,9 @@ from pipeline.reference.one_tape.batch import Whole
 from pipeline.reference.one_tape.optimizer import ReferenceOptimizer, reference_optimizers, share_values
 from pipeline.reference.one_tape.single_tape import SingleTape
 from pipeline.reference.orders import Explain, MakeOptimizers, Witness
-from pipeline.reference.witness.chain import chain
+from pipeline.reference.witness.chain import by_chain_rule
 from pipeline.reference.witness.differences import differences
-from pipeline.reference.witness.results import Differences, Gradients
+from pipeline.reference.witness.results import Differences, WitnessGradients
 from pipeline.reference.witness.whole_batch import batch_at_once
 from stages.actions import Action
 from stages.errors import HandoffError
@@ -28,7 +28,7 @@ from stages.tape.tensors import to_array
 from stages.worker.base import BaseWorker, serve
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import Kept
-from stages.worker.observers import Sight, Values
+from stages.worker.observers import Sight, ValueObserver
 from stages.worker.orders import Apply, Mode, Order, StepOrder
 from stages.worker.reply import Reply, StepReply
 from transport.message import DRIVER, Key, Message
@@ -79,8 +79,8 @@ class ReferenceWorker(BaseWorker):
 
     def _do_witness(self, order: Witness) -> Reply:
         hosted, batch = self.tape.hosted, self.batch
-        witnesses: dict[str, Callable[[], Gradients | Differences]] = {
-            "chain": lambda: chain(hosted, batch, order.memory_limit),
+        witnesses: dict[str, Callable[[], WitnessGradients | Differences]] = {
+            "chain": lambda: by_chain_rule(hosted, batch, order.memory_limit),
             "differences": lambda: differences(hosted, batch, order.seed),
             "batch": lambda: batch_at_once(hosted, batch),
         }
@@ -105,7 +105,7 @@ class ReferenceWorker(BaseWorker):
         tape.counting = any(head.has_metrics for hosted in tape.hosted for head in hosted.heads)
 
         def run(compiled: bool) -> tuple[Any, dict[Sight, Array | None]]:
-            seen = Values()
+            seen = ValueObserver()
             tape.observer = seen if observe else None
             losses, self._found = tape.sums(batch, weights, compiled)
             return losses, seen.seen
@@ -126,7 +126,7 @@ class ReferenceWorker(BaseWorker):
                 roundings[f"{what} at a cut"] = largest_difference(
                     [(seen_eagerly[sight], seen[sight]) for sight in places]
                 )
-        self._seen = Values(seen)
+        self._seen = ValueObserver(seen)
         by_stage = {int(index): (by_head, own) for index, (by_head, own) in losses.items()}
         return StepReply(by_stage, metrics=self._metrics(), roundings=roundings)
 

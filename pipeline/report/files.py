@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.report.report import Report
 
 
-def save(report: Report, path: Path) -> Path:
+def save_report(report: Report, path: Path) -> Path:
     """Write a report; missing folders are made, a file that is there is replaced.
 
     Args:

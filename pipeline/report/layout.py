@@ -45,7 +45,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Part:
+class Clickable:
     """Something in the picture that can be clicked.
 
     Attributes:
@@ -69,15 +69,15 @@ class Box:
     x: float
     y: float
     height: float
-    whole: Part
-    phases: tuple[Part, ...]
+    whole: Clickable
+    phases: tuple[Clickable, ...]
 
 
 @dataclass(frozen=True)
 class Arrow:
     """What crosses between two stages in one direction: `points` from tail to head; `caption` only for activations."""
 
-    part: Part
+    part: Clickable
     points: tuple[Point, ...]
     phase: str
     caption: str = ""
@@ -94,7 +94,7 @@ class Picture:
     height: float
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Clickable, ...]:
         """Everything that can be clicked."""
         boxes = [part for box in self.boxes for part in (box.whole, *box.phases)]
         return (*boxes, *(arrow.part for arrow in self.arrows))
@@ -135,7 +135,7 @@ def picture(report: Report) -> Picture:
 
 
 Link = tuple[str, str]
-Place = tuple[float, float, float]
+BoxPlace = tuple[float, float, float]
 
 
 def _links(stages: Sequence[str], edges: Sequence[Edge]) -> list[Link]:
@@ -167,7 +167,7 @@ def _lanes(stages: Sequence[str], skips: Sequence[Link], columns: dict[str, int]
     return lanes
 
 
-def _places(stages: Sequence[str], links: Sequence[Link], columns: dict[str, int], top: float) -> dict[str, Place]:
+def _places(stages: Sequence[str], links: Sequence[Link], columns: dict[str, int], top: float) -> dict[str, BoxPlace]:
     """Left, top and height of each stage's box; columns are centred beside the tallest."""
 
     def height(stage: str) -> float:
@@ -180,7 +180,7 @@ def _places(stages: Sequence[str], links: Sequence[Link], columns: dict[str, int
         members.setdefault(columns[stage], []).append(stage)
     total = {column: sum(map(height, rows)) + LEVEL * (len(rows) - 1) for column, rows in members.items()}
     tallest = max(total.values(), default=0.0)
-    places: dict[str, Place] = {}
+    places: dict[str, BoxPlace] = {}
     for column, rows in members.items():
         y = top + (tallest - total[column]) / 2
         for stage in rows:
@@ -202,11 +202,11 @@ def _box(report: Report, number: int, stage: str, x: float, y: float, height: fl
     return Box(stage, x, y, height, _part(f"stage-{number}", stage, mine), phases)
 
 
-def _part(key: str, label: str, rows: Sequence[tuple[int, Row]]) -> Part:
-    return Part(key, label, state_of(row for _, row in rows), tuple(index for index, _ in rows))
+def _part(key: str, label: str, rows: Sequence[tuple[int, Row]]) -> Clickable:
+    return Clickable(key, label, state_of(row for _, row in rows), tuple(index for index, _ in rows))
 
 
-def _next(link: Link, links: Sequence[Link], columns: dict[str, int], places: dict[str, Place]) -> tuple[Point, ...]:
+def _next(link: Link, links: Sequence[Link], columns: dict[str, int], places: dict[str, BoxPlace]) -> tuple[Point, ...]:
     """The way to a stage in the next column."""
     near = [one for one in links if columns[one[1]] - columns[one[0]] == 1]
 
@@ -224,7 +224,7 @@ def _next(link: Link, links: Sequence[Link], columns: dict[str, int], places: di
 
 
 def _skip(
-    link: Link, skips: Sequence[Link], columns: dict[str, int], lanes: dict[Link, int], places: dict[str, Place]
+    link: Link, skips: Sequence[Link], columns: dict[str, int], lanes: dict[Link, int], places: dict[str, BoxPlace]
 ) -> tuple[Point, ...]:
     """The way over the stages in between: out of one roof and into the other, through the gutter from a lower row.
 

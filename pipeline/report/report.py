@@ -153,9 +153,9 @@ class Report:
         Raises:
             VerificationError: Another suffix.
         """
-        from pipeline.report.files import save
+        from pipeline.report.files import save_report
 
-        return save(self, Path(path))
+        return save_report(self, Path(path))
 
     def figure(self) -> Figure:
         """The pipeline with its deviations coloured, and the differences beside their tolerances."""

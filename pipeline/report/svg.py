@@ -11,7 +11,7 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pipeline.report.layout import BOX, CHIP, WORDS, Arrow, Box, Part, Picture, Point, shortened
+from pipeline.report.layout import BOX, CHIP, WORDS, Arrow, Box, Clickable, Picture, Point, shortened
 
 if TYPE_CHECKING:
     from pipeline.report.report import Report
@@ -36,7 +36,7 @@ def pipeline_svg(report: Report, drawn: Picture) -> str:
     return f'<svg class="picture" role="group" aria-label="The pipeline" {size}>{"".join(parts)}</svg>'
 
 
-def button(part: Part, report: Report, classes: str, inside: str) -> str:
+def button(part: Clickable, report: Report, classes: str, inside: str) -> str:
     """A part of the picture as a group that can be pressed: by mouse, by keyboard, known to screen readers."""
     failed = sum(not report.rows[index].ok for index in part.rows)
     count = f"{failed} of {len(part.rows)} comparisons deviate" if failed else f"{len(part.rows)} comparisons"

@@ -7,16 +7,15 @@ others are counted and the largest difference among them is given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from io import StringIO
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.compare.rows import ALWAYS, CHECKS
 from pipeline.report.report import allowances
+from stages.plain_text import WIDTH, harmless, plain_text
 
 if TYPE_CHECKING:
     from pipeline.compare.rows import Row
@@ -26,8 +25,6 @@ LONG = 60
 """Reports with more rows are shortened unless every row is asked for."""
 MOST = 40
 """Of a check that deviates everywhere a shortened report lists so many rows."""
-WIDTH = 120
-"""Characters in a line where no terminal says how many fit."""
 
 _COLUMNS = (
     ("stage", "left"),
@@ -66,12 +63,12 @@ def table(report: Report, every: bool | None = None) -> Table:
             for line in _left_out(rows, shown):
                 found.add_row(line)
             for allowed in allowances(rows):
-                found.add_row(_plain(f"  allowed {allowed}", style="dim"))
+                found.add_row(harmless(f"  allowed {allowed}", style="dim"))
     idle = [check for check in report.checks if not check.ran]
     if idle:
         found.add_row("")
     for check in idle:
-        found.add_row(_plain(f"{check.name}: not checked: {check.reason}", style="yellow"))
+        found.add_row(harmless(f"{check.name}: not checked: {check.reason}", style="yellow"))
     return found
 
 
@@ -83,19 +80,12 @@ def text(report: Report, every: bool | None = None, width: int = WIDTH) -> str:
         every: As for `table`.
         width: Characters in a line.
     """
-    written = StringIO()
-    Console(file=written, width=width, color_system=None, legacy_windows=False).print(table(report, every))
-    return "\n".join(line.rstrip() for line in written.getvalue().rstrip().splitlines())
-
-
-def _plain(words: str, style: str = "") -> Text:
-    """What others wrote, without its power over the terminal: no markup, no escapes, no line breaks."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in words), style=style)
+    return plain_text(table(report, every), width=width)
 
 
 def _top(report: Report) -> Iterable[Text]:
-    yield _plain(report.summary(), style="bold green" if report.ok else "bold red")
-    yield _plain(f"verified: {report.headline}, {report.seconds:.2f} s")
+    yield harmless(report.summary(), style="bold green" if report.ok else "bold red")
+    yield harmless(f"verified: {report.headline}, {report.seconds:.2f} s")
     yield Text(f"loss {report.loss:.9g}, one tape {report.reference_loss:.9g}")
 
 
@@ -129,7 +119,7 @@ def _rows(rows: Sequence[Row]) -> Table:
             str(row.ulps) if row.ulps < 1_000_000 else f"{row.ulps:.0e}",
             f"{row.verdict}, {row.where}" if row.where and not row.ok else row.verdict,
         )
-        listed.add_row(*map(_plain, cells), style=None if row.ok else "bold red")
+        listed.add_row(*map(harmless, cells), style=None if row.ok else "bold red")
         before = row.stage
     return listed
 
@@ -143,7 +133,7 @@ def _left_out(rows: Sequence[Row], shown: Sequence[Row]) -> Iterable[Text]:
     if len(agreeing) > sum(row.ok for row in shown):
         kinds = dict.fromkeys(row.kind for row in agreeing)
         counted = ", ".join(f"{sum(row.kind == kind for row in agreeing)} {kind}" for kind in kinds)
-        yield _plain(f"  not listed: {counted}: {_largest(agreeing)}", style="dim")
+        yield harmless(f"  not listed: {counted}: {_largest(agreeing)}", style="dim")
 
 
 def _largest(rows: Sequence[Row]) -> str:

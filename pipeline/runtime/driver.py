@@ -25,7 +25,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.interrupts import deferred_interrupts
-from stages.actions import to_array
+from stages.actions import actions_to_array
 from stages.grid import Grid, is_over_time
 from stages.worker.description import StageDescription, TensorInfo
 from stages.worker.hosted_stage import StageSpec
@@ -33,7 +33,7 @@ from stages.worker.observers import Sight
 from stages.worker.orders import (
     Apply,
     Build,
-    Call,
+    CallService,
     Connect,
     Discard,
     Get,
@@ -41,12 +41,12 @@ from stages.worker.orders import (
     Mode,
     Order,
     PutBack,
-    Seen,
     Service,
     Set,
     StepOrder,
     Strips,
     TakePlan,
+    TellSeen,
     Unmask,
 )
 from stages.worker.reply import Reply, StepReply
@@ -269,7 +269,7 @@ class Driver:
         """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""
         return {
             Sight(*sight): array
-            for reply in self.ask(Seen())
+            for reply in self.ask(TellSeen())
             for sight, array in zip(reply.value, reply.arrays, strict=True)
         }
 
@@ -280,7 +280,7 @@ class Driver:
 
     def call(self, service: Service) -> None:
         """A small service in every stage."""
-        self.ask(Call(service))
+        self.ask(CallService(service))
 
     def close(self, because: str = "close() was called") -> None:
         """End every worker and free everything. Idempotent."""
@@ -299,7 +299,9 @@ class Driver:
         for worker, specs in enumerate(self.placement):
             mine = {spec.index for spec in specs}
             actions = [action for program in plan.programs for action in program if action.stage in mine]
-            message = Message("plan", self.incarnation, number, self._crew.place(worker), array=to_array(actions))
+            message = Message(
+                "plan", self.incarnation, number, self._crew.place(worker), array=actions_to_array(actions)
+            )
             self._crew.send(worker, message)
         return identity
 

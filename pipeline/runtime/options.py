@@ -11,7 +11,7 @@ from pipeline.errors import CompileError, OptionsError, PipelineError, ScheduleE
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import schedule_named
 from pipeline.runtime.crew import check_transport
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 from transport.errors import BadAddress
 
 
@@ -64,7 +64,7 @@ class Options:
             numbers["truncate"] = self.truncate
         for name, number in numbers.items():
             if not is_whole(number):
-                yield ScheduleError(f"`{name}` must be a whole number of at least 1, received {number!r}")
+                yield ScheduleError(not_whole(f"`{name}`", number))
         try:
             schedule_named(self.schedule)
         except ScheduleError as error:

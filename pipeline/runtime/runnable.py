@@ -11,12 +11,11 @@ from collections.abc import Iterator
 
 from pipeline.errors import Fault, PlanError
 from pipeline.plan.plan import Plan
-from stages.actions import Kind
+from pipeline.plan.rules import HALVES
 
 __all__ = ["check_runnable", "runnable"]
 
 RULE = "runtime"
-_HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def runnable(plan: Plan, *, training: bool = True) -> tuple[Fault, ...]:
@@ -46,7 +45,7 @@ def check_runnable(plan: Plan, *, training: bool = True) -> Plan:
 def _reasons(plan: Plan, training: bool) -> Iterator[str]:
     if training and not plan.training:
         yield "training needs the backward of every forward, this plan has forwards only; make it with training=True"
-    halves = [action for _, action in plan.actions() if action.kind in _HALVES]
+    halves = [action for _, action in plan.actions() if action.kind in HALVES]
     if halves:
         yield (
             f"workers run whole backwards only, this plan has {len(halves)} half one(s), the first {halves[0]} "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compiled.optimizer_slots import Slots, described_slots
+from pipeline.compiled.optimizer_slots import OptimizerSlots, described_slots
 from pipeline.errors import DataError
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.setup import Setup
@@ -20,9 +20,9 @@ def values_of(driver: Driver, what: str) -> dict[int, list[Array]]:
     return {i: [array for array in arrays if array is not None] for i, arrays in driver.get(what).items()}
 
 
-def slots_of(driver: Driver) -> Slots:
+def optimizer_slots_of(driver: Driver) -> OptimizerSlots:
     """The optimizers' values by the variable that they belong to."""
-    return Slots.of_stages(described_slots(driver.descriptions), values_of(driver, "optimizer"))
+    return OptimizerSlots.of_stages(described_slots(driver.descriptions), values_of(driver, "optimizer"))
 
 
 class Values:
@@ -44,9 +44,9 @@ class Values:
         """{stage: its ``model``, ``weights``, ``optimizer`` or ``kept states`` values, in order}."""
         return values_of(self._driver(), what)
 
-    def slots(self) -> Slots:
+    def slots(self) -> OptimizerSlots:
         """The optimizers' values by the variable that they belong to."""
-        return slots_of(self._driver())
+        return optimizer_slots_of(self._driver())
 
     def variable_names(self) -> dict[tuple[int, int], tuple[str, bool]]:
         """{(stage, index among its trainable variables): ("<stage>/<path>", whether no earlier stage has it too)}."""
@@ -106,4 +106,4 @@ class Values:
         self._driver().set("weights", arrays)
 
 
-__all__ = ["Values", "slots_of", "values_of"]
+__all__ = ["Values", "optimizer_slots_of", "values_of"]

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from pipeline.compiled.compiled import Compiled
-from pipeline.compiled.optimizer_slots import State, described_slots
+from pipeline.compiled.optimizer_slots import StartValues, described_slots
 from pipeline.compiled.trained_optimizers import (
     check_known,
     check_none_lost,
@@ -19,7 +19,7 @@ from pipeline.model.wiring import check_shapes
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.setup import Setup
 from pipeline.runtime.stage_specs import SpecOptions, stage_specs
-from pipeline.runtime.values import slots_of, values_of
+from pipeline.runtime.values import optimizer_slots_of, values_of
 from stages.worker import snapshot
 from stages.worker.hosted_stage import StageSpec
 
@@ -37,7 +37,7 @@ class Workers:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self.compiled: Compiled | None = None
-        self._start: State | None = None
+        self._start: StartValues | None = None
         self._besides: dict[int, list[Any]] = {}
         self._driver: Driver | None = None
         self._closed = False
@@ -91,14 +91,14 @@ class Workers:
         check_none_lost([one for i, one in enumerate(compiled.optimizers) if i in anew])
         if self._driver is not None and not self._driver.closed:
             kept = {i: numbers for i, numbers in self._trained_now().items() if i not in anew}
-            slots = slots_of(self._driver).among(self._trained_before(), kept) if kept else None
-            self._start = State(values_of(self._driver, "model"), slots, anew)
+            slots = optimizer_slots_of(self._driver).among(self._trained_before(), kept) if kept else None
+            self._start = StartValues(values_of(self._driver, "model"), slots, anew)
             self.stop("compile() was called")
         elif self._start is not None:
-            self._start = State(self._start.model, self._start.slots, self._start.anew | anew)
+            self._start = StartValues(self._start.model, self._start.slots, self._start.anew | anew)
         self.compiled = compiled
 
-    def start_from(self, state: State) -> None:
+    def start_from(self, state: StartValues) -> None:
         """Let workers that are still to be started begin with these values."""
         self._start = state
 
@@ -164,7 +164,7 @@ class Workers:
         """Give fresh workers the values they should start from."""
         start = self._start
         if start is None:
-            start = State({i: snapshot.read(model.variables) for i, model in self._setup.models.items()})
+            start = StartValues({i: snapshot.read(model.variables) for i, model in self._setup.models.items()})
         driver.set("model", start.model)
         described = described_slots(driver.descriptions)
         slots = {}
@@ -187,7 +187,7 @@ class Workers:
             return
         trained, models = self._trained_before(), self._setup.models
         parts = [[models[i].variables[number] for number in trained[i]] if i in models else [] for i in sorted(trained)]
-        give_back_slots(self.compiled.optimizers, parts, slots_of(self.driver()))
+        give_back_slots(self.compiled.optimizers, parts, optimizer_slots_of(self.driver()))
 
 
 __all__ = ["Workers"]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.compiled.optimizer_slots import Slots, State
+from pipeline.compiled.optimizer_slots import OptimizerSlots, StartValues
 from pipeline.cutting.splitter import Cut, Split, split_model
 from pipeline.errors import CheckpointError
 from pipeline.model.merge import merge
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
 FORMAT = "tapeline checkpoint"
-VERSION = 2
+CHECKPOINT_VERSION = 2
 _ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "shared"}
 _ENTRIES |= {"stages"}
 
@@ -86,7 +86,7 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
     compiled, split = pipe.session.workers.compiled, pipe.session.setup.split
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": CHECKPOINT_VERSION,
         "original": None if split is None else describe(split.model, "the model"),
         "stage_of": None if split is None else list(split.stage_of),
         "segments": [
@@ -116,10 +116,13 @@ def load(
     arrays = [_read_arrays(path, entry) for entry in manifest["stages"]]
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
     parts = _saved_parts(manifest)
-    state = State(
+    state = StartValues(
         {i: _part(values, "model") for i, values in enumerate(arrays)},
-        Slots.of_stages(
-            {i: [snapshot.Slot(*slot) for slot in entry["slots"]] for i, entry in enumerate(manifest["stages"])},
+        OptimizerSlots.of_stages(
+            {
+                i: [snapshot.OptimizerSlot(*slot) for slot in entry["slots"]]
+                for i, entry in enumerate(manifest["stages"])
+            },
             {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
         ),
     )
@@ -139,10 +142,10 @@ def load(
     return pipe
 
 
-def _go_on(pipe: Pipeline, state: State, training: Mapping[str, Any]) -> None:
+def _go_on(pipe: Pipeline, state: StartValues, training: Mapping[str, Any]) -> None:
     """Let a new pipeline go on from saved values, compiled as the saved one was."""
     if training["compile"] is None:
-        pipe.session.workers.start_from(State(state.model))
+        pipe.session.workers.start_from(StartValues(state.model))
         return
     arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
     if training["undecayed"]:
@@ -171,12 +174,12 @@ def _variables(parts: Split | list[Segment], places: Sequence[Sequence[int]]) ->
 
 def _recut(
     parts: Split | list[Segment],
-    state: State,
+    state: StartValues,
     stages: int | None,
     at: Sequence[Cut] | None,
     undecayed: Sequence[Any],
     options: Mapping[str, Any],
-) -> tuple[Split, State, list[Any]]:
+) -> tuple[Split, StartValues, list[Any]]:
     """The whole model with the saved values, cut elsewhere; the variables to leave undecayed, as they are there."""
     assert state.slots is not None
     segments = parts.segments if isinstance(parts, Split) else parts
@@ -193,7 +196,7 @@ def _recut(
     values = {i: snapshot.read(part.variables) for i, part in enumerate(new)}
     twins = {id(a): b for before, after in zip(parts_before, old, strict=True) for a, b in zip(before, after)}  # noqa: B905
     moved = state.slots.moved(old, [part.trainable_variables for part in new])
-    return split, State(values, moved), [twins[id(variable)] for variable in undecayed]
+    return split, StartValues(values, moved), [twins[id(variable)] for variable in undecayed]
 
 
 def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
@@ -266,9 +269,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error}") from error
     said = manifest if isinstance(manifest, dict) else {}
-    if said.get("format") != FORMAT or said.get("version") != VERSION:
+    if said.get("format") != FORMAT or said.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(
-            f"{path} is not a checkpoint of version {VERSION}: it says {said.get('format')!r} version "
+            f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}: it says {said.get('format')!r} version "
             f"{said.get('version')!r}"
         )
     missing = _ENTRIES - set(said)

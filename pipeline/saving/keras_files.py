@@ -15,7 +15,7 @@ import h5py
 import keras
 
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
-from pipeline.compiled.optimizer_slots import Place, Slots, State, described_slots
+from pipeline.compiled.optimizer_slots import OptimizerSlots, Place, StartValues, described_slots
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.model.merge import Merged
@@ -43,7 +43,7 @@ def load(
     model = keras.models.load_model(path, **reading)
     pipe = kind.split(model, stages, at, **{name: value for name, value in options.items() if name not in reading})
     parts = [segment.model for segment in pipe.segments]
-    state = State({i: read(part.variables) for i, part in enumerate(parts)})
+    state = StartValues({i: read(part.variables) for i, part in enumerate(parts)})
     if not model.compiled:
         pipe.session.workers.start_from(state)
         return pipe
@@ -109,10 +109,10 @@ def _trained(pipe: Pipeline) -> Merged:
     return merged
 
 
-def _slots(merged: Merged) -> Slots:
+def _slots(merged: Merged) -> OptimizerSlots:
     """The values of the joined model's optimizer by what they belong to."""
     places, values = _slot_places(merged), read(unscaled(merged.model.optimizer).variables)
-    return Slots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
+    return OptimizerSlots.of((place, name, value) for (place, name), value in zip(places, values, strict=True))
 
 
 def _slot_places(merged: Merged) -> list[tuple[Place, str]]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare.compare import Judged, Part, judge, largest
+from pipeline.compare.compare import Judged, Pair, judge, largest
 from pipeline.compare.tolerance import Tolerance
-from pipeline.reference.witness.results import Array, Differences, Gradients, Size, direction
-from pipeline.verify.tape import SUMS, Allowance, Names, Observed, order_of, order_of_sum, where
+from pipeline.reference.witness.results import Array, Differences, Size, WitnessGradients, direction
+from pipeline.verify.tape import SUMS, Allowance, Names, Observed, flow_order, order_of_sum, where
 from stages.worker.observers import GRADIENT, Sight
 
 
@@ -73,7 +73,7 @@ class Yardstick:
         )
 
 
-def by_gradients(check: str, ours: Observed, theirs: Gradients, names: Names, yardstick: Yardstick) -> Outcome:
+def by_gradients(check: str, ours: Observed, theirs: WitnessGradients, names: Names, yardstick: Yardstick) -> Outcome:
     """Judge a step by what a witness expects of all gradients: the check ``chain`` or ``batch``.
 
     Args:
@@ -96,7 +96,7 @@ def by_gradients(check: str, ours: Observed, theirs: Gradients, names: Names, ya
     judged += _at_cuts(check, ours.seen, theirs, names, yardstick)
     for (i, k), name in names.variables.items():
         mine, other = ours.gradients[i][k], theirs.gradients[i][k]
-        part = Part(mine, other, order_of_sum(names, i, k))
+        part = Pair(mine, other, order_of_sum(names, i, k))
         tolerance = yardstick.of(size, 1 if other is None else other.size, theirs.rounding)
         stage = names.stages[i]
         judged.append(judge(check, "gradient", stage, name, [part], tolerance, scale=scale, zero_is_none=True))
@@ -141,11 +141,11 @@ def by_differences(ours: Observed, theirs: Differences, names: Names, yardstick:
                 along = direction(theirs.seed, i, k, one.number, gradient.shape)
                 live = float(np.sum(gradient.astype(np.float64) * along))
             place = f"direction {one.number}"
-            parts.append(Part(np.asarray(live), np.asarray(one.derivative), order_of_sum(names, i, k), place))
+            parts.append(Pair(np.asarray(live), np.asarray(one.derivative), order_of_sum(names, i, k), place))
         error = max((one.error / scale for one in decided), default=0.0)
         tolerance = yardstick.of(size, count, theirs.rounding, error=error)
         kind = "directional derivative"
-        found = judge("differences", kind, names.stages[i], name, parts or [Part(None, None)], tolerance, scale=scale)
+        found = judge("differences", kind, names.stages[i], name, parts or [Pair(None, None)], tolerance, scale=scale)
         if not decided:
             found = replace(found, row=replace(found.row, verdict=f"not checked: {reason}"))
         checked += bool(decided)
@@ -160,7 +160,7 @@ def _verdicts(judged: Iterable[Judged]) -> list[str]:
 
 
 def _at_cuts(
-    check: str, seen: Mapping[Sight, Array | None], theirs: Gradients, names: Names, yardstick: Yardstick
+    check: str, seen: Mapping[Sight, Array | None], theirs: WitnessGradients, names: Names, yardstick: Yardstick
 ) -> list[Judged]:
     """Every gradient that a stage sends back, by all its microbatches and windows."""
     groups: dict[tuple[int, str, int], dict[Sight, Array | None]] = {}
@@ -169,7 +169,7 @@ def _at_cuts(
         groups.setdefault((cut.producer, cut.tensor, cut.consumer), {})[sight] = gradient
     scale, found = largest(theirs.boundary.values()), []
     for (producer, tensor, consumer), sights in groups.items():
-        parts = [Part(seen.get(s), sights[s], order_of(s), where(s)) for s in sorted(sights)]
+        parts = [Pair(seen.get(s), sights[s], flow_order(s), where(s)) for s in sorted(sights)]
         elements = sum(part.theirs.size for part in parts if part.theirs is not None)
         tolerance = yardstick.of(theirs.size, elements, theirs.rounding_at_cuts, f"{GRADIENT} at a cut")
         found.append(
@@ -188,9 +188,11 @@ def _at_cuts(
     return found
 
 
-def _loss(check: str, ours: Observed, theirs: Gradients | Differences, names: Names, yardstick: Yardstick) -> Judged:
+def _loss(
+    check: str, ours: Observed, theirs: WitnessGradients | Differences, names: Names, yardstick: Yardstick
+) -> Judged:
     mine, order = ours.result.loss, (SUMS, 2)  # it has no stage: gradients, if they deviate too, tell which
-    part = Part(None if mine is None else np.asarray(mine, np.float64), np.asarray(theirs.loss, np.float64), order)
+    part = Pair(None if mine is None else np.asarray(mine, np.float64), np.asarray(theirs.loss, np.float64), order)
     return judge(check, "loss", "", "loss", [part], yardstick.of(theirs.size, 1, 0.0))
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from pipeline.compare.rows import CHECKS
 from pipeline.errors import VerificationError
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Question:
         Raises:
             VerificationError: An unknown check, none, or a number that cannot be; the message names all of them.
         """
-        question = cls(named(checks), **others)
+        question = cls(checks_named(checks), **others)
         faults = list(question._faults(checks))
         if faults:
             raise VerificationError("; ".join(faults))
@@ -49,7 +49,7 @@ class Question:
             yield f"checks must be 'all' or some of {', '.join(map(repr, CHECKS))}; received {given!r}"
         for name, least in (("steps", 1), ("memory_limit", 1), ("seed", 0)):
             if not is_whole(value := getattr(self, name), least):
-                yield f"{name} must be a whole number of at least {least}, received {value!r}"
+                yield not_whole(name, value, least)
         known = self.tolerance is None or isinstance(self.tolerance, int | float)
         if not known or not math.isfinite(self.tolerance or 0.0):
             yield f"tolerance must be None or a finite number, received {self.tolerance!r}"
@@ -65,6 +65,6 @@ class Asked(TypedDict, total=False):
     seed: int
 
 
-def named(checks: str | Sequence[str]) -> tuple[str, ...]:
+def checks_named(checks: str | Sequence[str]) -> tuple[str, ...]:
     """The checks, one by one."""
     return tuple(CHECKS) if checks == "all" else (checks,) if isinstance(checks, str) else tuple(checks)

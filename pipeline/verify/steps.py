@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.batch.step import Batch, StepResult
-from pipeline.compare.compare import Judged, Order, Part, judge, largest
+from pipeline.compare.compare import FlowOrder, Judged, Pair, judge, largest
 from pipeline.compare.tolerance import Tolerance
 from pipeline.compiled.compiled import Compiled
-from pipeline.compiled.optimizer_slots import Slots
+from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.reference.orders import MakeOptimizers
 from pipeline.runtime.values import values_of
 from pipeline.verify.tape import UPDATE, Allowance, Names
@@ -50,7 +50,7 @@ class Steps:
     batch: Batch
     question: Question
     names: Names
-    _parts: dict[tuple[str, int, str], list[Part]] = field(default_factory=dict)
+    _parts: dict[tuple[str, int, str], list[Pair]] = field(default_factory=dict)
     _tolerances: dict[str, Tolerance] = field(default_factory=dict)
 
     @property
@@ -104,8 +104,8 @@ class Steps:
         return result, found
 
     def _add(self, kind: str, stage: int, name: str, step: int, ours: Array | None, theirs: Array | None) -> None:
-        order: Order = (UPDATE, step, _KINDS.index(kind), stage, len(self._parts))
-        self._parts.setdefault((kind, stage, name), []).append(Part(ours, theirs, order, f"step {step}"))
+        order: FlowOrder = (UPDATE, step, _KINDS.index(kind), stage, len(self._parts))
+        self._parts.setdefault((kind, stage, name), []).append(Pair(ours, theirs, order, f"step {step}"))
 
     def _metrics(self, step: int, ours: StepResult, theirs: StepResult) -> None:
         for name in dict.fromkeys([*theirs.metrics, *ours.metrics]):
@@ -119,7 +119,7 @@ class Steps:
                 kind = "weight" if variable.trained else "statistics" if variable.is_weight else "seed"
                 self._add(kind, i, f"{self.names.stages[i]}/{variable.name}", step, ours, expected)
 
-    def _slots(self, step: int, theirs: Slots) -> None:
+    def _slots(self, step: int, theirs: OptimizerSlots) -> None:
         ours, live = self.session.values.slots(), self.session.workers.driver()
         for place, slots in ours.of_variable.items():
             owner = _owner(place, live)
@@ -184,9 +184,11 @@ def _group(kind: str, name: str) -> tuple[str, str]:
     return kind, name.rpartition("/")[0] if kind == "statistics" else name
 
 
-def _slots_of(described: Mapping[int, Sequence[Sequence[Any]]], values: Mapping[int, Sequence[Array]]) -> Slots:
+def _slots_of(
+    described: Mapping[int, Sequence[Sequence[Any]]], values: Mapping[int, Sequence[Array]]
+) -> OptimizerSlots:
     """The reference's optimizer variables by what they belong to."""
-    return Slots.of(
+    return OptimizerSlots.of(
         ((stage, k), name, value)
         for i, entries in described.items()
         for (stage, k, name), value in zip(entries, values[i], strict=True)

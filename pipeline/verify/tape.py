@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import StepResult
-from pipeline.compare.compare import Judged, Order, Part, judge, largest
+from pipeline.compare.compare import FlowOrder, Judged, Pair, judge, largest
 from pipeline.compare.tolerance import Tolerance
 from stages.worker.observers import ACTIVATION, GRADIENT, MASK, SHARED, Sight
 
 Array = np.ndarray[Any, Any]
-Seen = Mapping[Sight, Array | None]
+Sights = Mapping[Sight, Array | None]
 FORWARD, LOSS, BACKWARD, SUMS, UPDATE = range(5)
 
 
@@ -40,7 +40,7 @@ class Observed:
 
     result: StepResult
     gradients: Mapping[int, Sequence[Array | None]]
-    seen: Seen
+    seen: Sights
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Allowance:
             return Tolerance(self._given, "as given")
         return Tolerance.default(self._run_eagerly, self._roundings.get(kind, 0.0), dtype)
 
-    def to(self, kind: str, parts: Iterable[Part]) -> Tolerance:
+    def to(self, kind: str, parts: Iterable[Pair]) -> Tolerance:
         """For what these parts hold."""
         some = next((a for part in parts for a in (part.theirs, part.ours) if a is not None), None)
         if some is not None and some.dtype.kind in "biu":
@@ -86,7 +86,7 @@ class Allowance:
         return self.of(kind, "float32" if some is None else some.dtype.name)
 
 
-def order_of(sight: Sight) -> Order:
+def flow_order(sight: Sight) -> FlowOrder:
     """Where in the flow it was seen."""
     forward = sight.what in (ACTIVATION, MASK)
     at = sight.producer if forward == sight.sent else sight.consumer
@@ -98,7 +98,7 @@ def order_of(sight: Sight) -> Order:
     return (BACKWARD, sight.microbatch, -sight.window, -at, int(sight.sent))
 
 
-def order_of_sum(names: Names, stage: int, place: int) -> Order:
+def order_of_sum(names: Names, stage: int, place: int) -> FlowOrder:
     """Where in the flow a variable's gradient is complete; that of a tied one with its owner first, then in copies."""
     owns = names.tied.get((stage, place))
     return (SUMS, -stage, place) if owns is None else (SUMS, 1, 1 if owns else 3, stage, place)
@@ -110,17 +110,17 @@ def where(sight: Sight) -> str:
     return f"microbatch {sight.microbatch}{window}"
 
 
-def hand_off(seen: Seen, names: Names) -> list[Judged]:
+def hand_off(seen: Sights, names: Names) -> list[Judged]:
     """What arrived beside what was sent."""
     found = []
     for (what, producer, consumer, tensor), sights in _groups(seen).items():
         backward = what == GRADIENT
         receiver, sender = (producer, consumer) if backward else (consumer, producer)
         parts = [
-            Part(
+            Pair(
                 seen.get(sight._replace(sent=False)),
                 seen.get(sight._replace(sent=True)),
-                order_of(sight._replace(sent=False)),
+                flow_order(sight._replace(sent=False)),
                 where(sight),
             )
             for sight in sights
@@ -140,7 +140,7 @@ def hand_off(seen: Seen, names: Names) -> list[Judged]:
     return found
 
 
-def at_cuts(ours: Seen, theirs: Seen, names: Names, allowed: Allowance) -> list[Judged]:
+def at_cuts(ours: Sights, theirs: Sights, names: Names, allowed: Allowance) -> list[Judged]:
     """What every stage gives to others beside what one tape has there."""
     judged = []
     scale = largest(a for sight, a in theirs.items() if sight.what == GRADIENT)
@@ -148,7 +148,7 @@ def at_cuts(ours: Seen, theirs: Seen, names: Names, allowed: Allowance) -> list[
     for (what, producer, consumer, tensor), sights in groups.items():
         backward = what == GRADIENT
         giver, other = (consumer, producer) if backward else (producer, consumer)
-        parts = [Part(ours.get(sight), theirs.get(sight), order_of(sight), where(sight)) for sight in sights]
+        parts = [Pair(ours.get(sight), theirs.get(sight), flow_order(sight), where(sight)) for sight in sights]
         judged.append(
             judge(
                 "tape",
@@ -171,7 +171,7 @@ def losses(ours: StepResult, theirs: StepResult, names: Names, tolerance: Tolera
 
     def add(stage: int, name: str, a: float | None, b: float | None) -> None:
         place = stage if stage >= 0 else len(names.stages)
-        part = Part(_scalar(a), _scalar(b), (LOSS, place))
+        part = Pair(_scalar(a), _scalar(b), (LOSS, place))
         title = names.stages[stage] if stage >= 0 else ""
         found.append(judge("tape", "loss", title, name, [part], tolerance, scale=max(abs(b or 0.0), total)))
 
@@ -185,12 +185,12 @@ def losses(ours: StepResult, theirs: StepResult, names: Names, tolerance: Tolera
     return found
 
 
-def gradients(ours: Observed, theirs: Observed, names: Names, allowed: Allowance) -> list[Judged]:
+def variable_gradients(ours: Observed, theirs: Observed, names: Names, allowed: Allowance) -> list[Judged]:
     """dL/dvariables of every stage, relative to the largest of the model."""
     scale = largest(g for part in theirs.gradients.values() for g in part)
     judged = []
     for (i, k), name in names.variables.items():
-        parts = [Part(ours.gradients[i][k], theirs.gradients[i][k], order_of_sum(names, i, k))]
+        parts = [Pair(ours.gradients[i][k], theirs.gradients[i][k], order_of_sum(names, i, k))]
         tolerance = allowed.to("gradient", parts)
         judged.append(judge("tape", "gradient", names.stages[i], name, parts, tolerance, scale=scale))
     return judged

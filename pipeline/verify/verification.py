@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.batch.step import Batch
-from pipeline.compare.compare import Judged, Part, judge
+from pipeline.compare.compare import Judged, Pair, judge
 from pipeline.compare.rows import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Row
 from pipeline.compare.tolerance import Tolerance
 from pipeline.plan.timeline import measured_timeline
 from pipeline.reference.orders import Witness
-from pipeline.reference.witness.results import Differences, Gradients
+from pipeline.reference.witness.results import Differences, WitnessGradients
 from pipeline.report.report import Report
 from pipeline.verify.by_witnesses import Yardstick, by_differences, by_gradients
 from pipeline.verify.question import Question
 from pipeline.verify.steps import Steps
-from pipeline.verify.tape import UPDATE, Allowance, Names, Observed, at_cuts, gradients, hand_off, losses
+from pipeline.verify.tape import UPDATE, Allowance, Names, Observed, at_cuts, hand_off, losses, variable_gradients
 from stages.worker.observers import ACTIVATION
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Verification:
         if "tape" in asked:
             self._judged += at_cuts(ours.seen, theirs.seen, names, allowed)
             self._judged += losses(ours.result, theirs.result, names, allowed.of("gradient"))
-            self._judged += gradients(ours, theirs, names, allowed)
+            self._judged += variable_gradients(ours, theirs, names, allowed)
             self._checks.append(Check("tape", True, seconds=time.monotonic() - begin))
         for check in WITNESSES:
             if check in asked:
@@ -123,7 +123,7 @@ class Verification:
         if check == "differences":
             outcome = by_differences(ours, Differences.from_wire(reply.value, there), names, yardstick)
         else:
-            outcome = by_gradients(check, ours, Gradients.from_wire(reply.value, there), names, yardstick)
+            outcome = by_gradients(check, ours, WitnessGradients.from_wire(reply.value, there), names, yardstick)
         self._judged += outcome.judged
         seconds = time.monotonic() - begin
         self._checks.append(Check(check, not outcome.refusal, outcome.refusal, seconds))
@@ -153,7 +153,7 @@ class Verification:
     def _undisturbed(self, stage: int, changed: Sequence[str]) -> Judged:
         """All bits of a stage are as before, or which are not."""
         count = np.asarray(len(changed), np.int64)
-        part = Part(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), ", ".join(changed))
+        part = Pair(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), ", ".join(changed))
         name = self.session.setup.wires.names[stage]
         return judge("undisturbed", "left as it was", name, name, [part], Tolerance.bits())
 

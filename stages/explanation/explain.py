@@ -24,11 +24,11 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.explanation.flow.conversions import watch_conversions
-from stages.explanation.flow.graph import Graph
+from stages.explanation.flow.graph import FlowGraph
 from stages.explanation.flow.recorder import Recorder, random_states
 from stages.explanation.flow.through_python import link_by_change, link_by_value
-from stages.explanation.flow.user_tapes import Asked, TapeLog, handle_of, make_sources, names_of, unique
-from stages.explanation.rows import Explanation, Row
+from stages.explanation.flow.user_tapes import GradientCall, TapeLog, handle_of, leaf_names, make_sources, unique
+from stages.explanation.rows import Explanation, ExplanationRow
 from stages.explanation.runs import run_of
 from stages.explanation.verdicts import real_gradients, rows_of
 from stages.keras_internals import layers_of, own_trainable_variables
@@ -130,14 +130,14 @@ def explaining() -> Iterator[Explanation]:
                     for asked in log.asked:
                         _link(recorder.graph, asked)
                     rows = [row for asked in log.asked for row in rows_of(recorder.graph, asked, shadow)]
-                first: dict[Any, Row] = {}
+                first: dict[Any, ExplanationRow] = {}
                 for row in rows:
                     first.setdefault(_same_row(row), row)
                 explanation.rows = tuple(first.values())
                 explanation.notes = tuple(dict.fromkeys(log.notes))
 
 
-def _link(graph: Graph, asked: Asked) -> None:
+def _link(graph: FlowGraph, asked: GradientCall) -> None:
     """Complete the ways through NumPy and Python that a None may be due to."""
     targets = [graph.seen(handle_of(target)) for target in asked.targets.values()]
     for source, gradient in zip(asked.sources, asked.found, strict=True):
@@ -145,7 +145,7 @@ def _link(graph: Graph, asked: Asked) -> None:
             link_by_value(graph, source.value, targets)
 
 
-def _same_row(row: Row) -> tuple[Any, ...]:
+def _same_row(row: ExplanationRow) -> tuple[Any, ...]:
     """What makes a row of a loop's later step worth showing."""
     return row.target, row.name, row.status, row.reason, row.asked
 
@@ -184,10 +184,10 @@ def run_and_explain(
     sources = make_sources(recorder.graph, {f"{prefix}{name}": one for name, one in chosen.items()})
     watched = {source.value: 0 for source in sources if not source.variable}
     watched |= {recorder.graph.seen(variable.handle): 0 for variable in tape.watched_variables()}
-    rows: list[Row] = []
+    rows: list[ExplanationRow] = []
     notes: list[str] = []
     for name, target in targets.items():
-        asked = Asked(id(tape), {name: target}, sources, [], watched, True, None, len(recorder.graph.nodes))
+        asked = GradientCall(id(tape), {name: target}, sources, [], watched, True, None, len(recorder.graph.nodes))
         asked.found, note = real_gradients(tape, target, sources)
         notes += [note] if note else []
         independent = [s for s, g in zip(sources, asked.found, strict=True) if g is None and s.variable]
@@ -196,7 +196,7 @@ def run_and_explain(
     return Explanation(headline, tuple(rows), tuple(dict.fromkeys(notes)))
 
 
-def _again(run: Callable[[], Mapping[str, Any]], stages: Mapping[int, str] | None, name: str) -> tuple[Graph, int]:
+def _again(run: Callable[[], Mapping[str, Any]], stages: Mapping[int, str] | None, name: str) -> tuple[FlowGraph, int]:
     """Run once more, leaving no trace: what happened, and the target's number."""
     recorder = Recorder(stages)
     with random_states():
@@ -221,7 +221,7 @@ def _named(variables: Variables) -> dict[str, Any]:
     if isinstance(variables, Mapping):
         return dict(variables)
     given = list(variables) if isinstance(variables, Iterable) and not tf.is_tensor(variables) else [variables]
-    return dict(zip(names_of(given, "source"), given, strict=True))
+    return dict(zip(leaf_names(given, "source"), given, strict=True))
 
 
 def trained_weights(model: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from stages.explanation.flow.edges import Edges
-from stages.explanation.flow.graph import PYTHON, Graph, Node
-from stages.explanation.flow.user_tapes import Asked, Source, is_tracked
+from stages.explanation.flow.graph import PYTHON, FlowGraph, Node
+from stages.explanation.flow.user_tapes import GradientCall, Source, is_tracked
 from stages.explanation.rows import Blocker
 from stages.tensorflow_internals import is_trainable
 
@@ -107,7 +107,7 @@ class Way:
         targets: Numbers of its targets.
     """
 
-    def __init__(self, graph: Graph, asked: Asked, targets: Sequence[int]) -> None:
+    def __init__(self, graph: FlowGraph, asked: GradientCall, targets: Sequence[int]) -> None:
         self.graph, self.asked, self.targets = graph, asked, targets
         self.ancestors, self.nodes = graph.ancestors(targets)
         self.edges = Edges(graph, asked.tape)
@@ -133,7 +133,7 @@ def place(node: Node, what: str = "") -> Blocker:
     return Blocker(node.operation, node.layer, node.stage, "" if node.line is None else str(node.line), what)
 
 
-def _independent(graph: Graph, source: Source, ancestors: set[int]) -> Finding:
+def _independent(graph: FlowGraph, source: Source, ancestors: set[int]) -> Finding:
     """The target does not depend on the source."""
     makers = graph.makers.get(source.value, [])
     if makers and not source.variable:
@@ -151,7 +151,7 @@ def _independent(graph: Graph, source: Source, ancestors: set[int]) -> Finding:
     return Finding("no dependence", why, tuple(place(node, "leads nowhere") for node in last[-1:]))
 
 
-def _roots(graph: Graph) -> set[int]:
+def _roots(graph: FlowGraph) -> set[int]:
     """What was there before the run: variables and data; not single numbers, which much may be scaled by."""
     return {
         value
@@ -160,7 +160,7 @@ def _roots(graph: Graph) -> set[int]:
     }
 
 
-def _followed(graph: Graph, asked: Asked, source: Source) -> Finding | None:
+def _followed(graph: FlowGraph, asked: GradientCall, source: Source) -> Finding | None:
     """Why the tape does not follow the source; None if it does."""
     first = asked.watched.get(source.value)
     used = [node for node, _ in graph.users.get(source.value, ()) if asked.tape in node.tapes]
@@ -218,7 +218,7 @@ def _blocked(way: Way, source: Source) -> Finding:
     return Finding(named[0][0], why, blockers, certain=not named[0][1].guessed)
 
 
-def _behind_a_read(graph: Graph, node: Node, obstacle: str, nodes: set[Node]) -> Node:
+def _behind_a_read(graph: FlowGraph, node: Node, obstacle: str, nodes: set[Node]) -> Node:
     """What to name where a variable was read outside of the tape: the operation that it was read for."""
     if obstacle not in ("outside", "stopped") or node.operation != "ReadVariableOp":
         return node
@@ -270,7 +270,7 @@ def _words(reason: str, node: Node) -> str:
     return _WORDS[reason]
 
 
-def _what(reason: str, node: Node, graph: Graph) -> str:
+def _what(reason: str, node: Node, graph: FlowGraph) -> str:
     """What a blocker does, where its name does not say it."""
     given = [tensor.dtype for value in node.outputs if (tensor := graph.values[value]) is not None]
     dtypes = [dtype.name for dtype in given if not is_trainable(dtype)]
@@ -281,7 +281,7 @@ def _what(reason: str, node: Node, graph: Graph) -> str:
     return "not differentiable for this input" if reason == "not differentiable" else ""
 
 
-def _made(graph: Graph, source: Source) -> tuple[Blocker, ...]:
+def _made(graph: FlowGraph, source: Source) -> tuple[Blocker, ...]:
     return tuple(place(node, "made it") for node in graph.makers.get(source.value, [])[:1])
 
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from stages.plain_text import harmless, plain_text
 
 CONNECTED = "connected"
 ZERO = "zero"
@@ -62,7 +63,7 @@ class Blocker:
 
 
 @dataclass(frozen=True)
-class Row:
+class ExplanationRow:
     """One target and one variable or tensor.
 
     Attributes:
@@ -128,7 +129,7 @@ class Explanation:
     """
 
     headline: str = ""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ExplanationRow, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -136,7 +137,7 @@ class Explanation:
         """Whether every variable that is to be trained has a finite gradient that is not all zero."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
-    def of(self, name: str, target: str | None = None) -> Row:
+    def of(self, name: str, target: str | None = None) -> ExplanationRow:
         """The row of a variable; if it was asked for more than once, the first that is not ok.
 
         Args:
@@ -167,7 +168,8 @@ class Explanation:
     def from_plain(cls, data: Mapping[str, Any]) -> Explanation:
         """The inverse of `plain`."""
         rows = tuple(
-            Row(**{**row, "blockers": tuple(Blocker(**blocker) for blocker in row["blockers"])}) for row in data["rows"]
+            ExplanationRow(**{**row, "blockers": tuple(Blocker(**blocker) for blocker in row["blockers"])})
+            for row in data["rows"]
         )
         return cls(data["headline"], rows, tuple(data["notes"]))
 
@@ -179,7 +181,7 @@ class Explanation:
         parts += [f"{frozen} frozen"] if frozen else []
         return ", ".join(parts) or "no gradient was asked for"
 
-    def _groups(self) -> Iterator[list[Row]]:
+    def _groups(self) -> Iterator[list[ExplanationRow]]:
         """Rows that follow each other and say the same; what is connected stands alone, with its norm."""
         for (_, reason, *_), rows in groupby(self.rows, key=_said):
             group = list(rows)
@@ -197,24 +199,17 @@ class Explanation:
                 status.append("\n(frozen)")
             norm = f"norm {row.norm:.3g}" if row.norm is not None and row.status == CONNECTED else ""
             why = "\n".join([*([row.reason] if row.reason else []), *row._details()]) or norm
-            names = _plain("\n".join(one.name for one in rows))
-            listed.add_row(*([_plain(row.target)] if several else []), names, status, _plain(why))
+            names = harmless("\n".join(one.name for one in rows), breaks=True)
+            listed.add_row(*([harmless(row.target)] if several else []), names, status, harmless(why, breaks=True))
         top = Text(f"{self.headline}: {self.summary()}", style="bold green" if self.ok else "bold red")
         return Group(top, listed, *(Text(f"note: {note}") for note in self.notes))
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120, color_system=None, legacy_windows=False).print(self.__rich__())
-        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+        return plain_text(self.__rich__())
 
 
-def _said(row: Row) -> tuple[Any, ...]:
+def _said(row: ExplanationRow) -> tuple[Any, ...]:
     return row.status, row.reason, row.target, row.why, row.blockers, row.frozen, row.certain
 
 
-def _plain(words: Any) -> Text:
-    """What others wrote, without its power over the terminal."""
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(words)))
-
-
-__all__ = ["CONNECTED", "NOT_CONNECTED", "NOT_FINITE", "STATUSES", "ZERO", "Blocker", "Explanation", "Row"]
+__all__ = ["CONNECTED", "NOT_CONNECTED", "NOT_FINITE", "STATUSES", "ZERO", "Blocker", "Explanation", "ExplanationRow"]

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.explanation.flow.user_tapes import names_of, unique
+from stages.explanation.flow.user_tapes import leaf_names, unique
 from stages.loss.heads import Objective
 from stages.stage import Stage
 from stages.tape.tensors import flatten
@@ -74,7 +74,7 @@ def _function_run(function: Callable[..., Any], inputs: Any) -> Run:
         if isinstance(returned, Mapping):
             return {str(name): _tensor(value) for name, value in returned.items()}
         values = returned if isinstance(returned, list | tuple) else [returned]
-        names = names_of(values, "target") if len(values) > 1 else ["target"]
+        names = leaf_names(values, "target") if len(values) > 1 else ["target"]
         return dict(zip(names, map(_tensor, values), strict=True))
 
     return run

@@ -9,11 +9,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.explanation.flow.graph import Graph
-from stages.explanation.flow.user_tapes import Asked, Source, handle_of
+from stages.explanation.flow.graph import FlowGraph
+from stages.explanation.flow.user_tapes import GradientCall, Source, handle_of
 from stages.explanation.reasons import ADVICE, Finding, Way, reason
-from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, Row
-from stages.explanation.zero_or_not_finite import Gradients, status_of, where_not_finite, where_zero
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, ExplanationRow
+from stages.explanation.zero_or_not_finite import Differentiate, status_of, where_not_finite, where_zero
 from stages.tensorflow_internals import GradientFunction, replaced_gradient_function, stop_recording
 
 
@@ -56,7 +56,7 @@ def _forgiving() -> Iterator[set[str]]:
         yield missing
 
 
-def rows_of(graph: Graph, asked: Asked, tape: Any) -> list[Row]:
+def rows_of(graph: FlowGraph, asked: GradientCall, tape: Any) -> list[ExplanationRow]:
     """One row for every source of a call of `tape.gradient`; `tape` can be asked for more."""
     name = " + ".join(asked.targets)
     targets = [graph.seen(handle_of(target)) for target in asked.targets.values()]
@@ -74,7 +74,7 @@ def rows_of(graph: Graph, asked: Asked, tape: Any) -> list[Row]:
     ]
 
 
-def _row(way: Way, source: Source, gradient: Any, target: str, ask: Gradients) -> Row:
+def _row(way: Way, source: Source, gradient: Any, target: str, ask: Differentiate) -> ExplanationRow:
     status, norm = status_of(gradient)
     frozen = source.variable and not source.trainable
     if status == NOT_CONNECTED:
@@ -83,16 +83,16 @@ def _row(way: Way, source: Source, gradient: Any, target: str, ask: Gradients) -
     if frozen:
         why = "the variable has trainable=False: it is not trained, though a gradient reaches it when a tape is asked"
         advice = ADVICE["trainable=False"]
-        return Row(source.name, target, status, "trainable=False", why, advice, (), norm, frozen=True)
+        return ExplanationRow(source.name, target, status, "trainable=False", why, advice, (), norm, frozen=True)
     if status == CONNECTED:
-        return Row(source.name, target, status, norm=norm)
+        return ExplanationRow(source.name, target, status, norm=norm)
     where = where_zero if status == ZERO else where_not_finite
     name, why, advice, blockers = where(way.graph, source.value, way.targets, ask)
-    return Row(source.name, target, status, name, why, advice, tuple(blockers), norm)
+    return ExplanationRow(source.name, target, status, name, why, advice, tuple(blockers), norm)
 
 
-def _none_row(source: Source, target: str, found: Finding, frozen: bool) -> Row:
-    return Row(
+def _none_row(source: Source, target: str, found: Finding, frozen: bool) -> ExplanationRow:
+    return ExplanationRow(
         source.name,
         target,
         NOT_CONNECTED,

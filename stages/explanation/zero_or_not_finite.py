@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.explanation.flow.graph import Graph, Node
+from stages.explanation.flow.graph import FlowGraph, Node
 from stages.explanation.reasons import place
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, Blocker
 from stages.tape.accumulate import dense
 from stages.tensorflow_internals import is_trainable
 
-Gradients = Callable[[list[Any]], Sequence[Any]]
+Differentiate = Callable[[list[Any]], Sequence[Any]]
 """Tensors -> dTarget/d(each), or None for each."""
 
 _ZERO_ADVICE = {
@@ -46,7 +46,7 @@ def status_of(gradient: Any) -> tuple[str, float | None]:
 
 
 def where_zero(
-    graph: Graph, source: int, targets: Sequence[int], ask: Gradients
+    graph: FlowGraph, source: int, targets: Sequence[int], ask: Differentiate
 ) -> tuple[str, str, str, list[Blocker]]:
     """Where the gradient of a source becomes zero: reason, words, advice, places."""
     try:
@@ -64,7 +64,7 @@ def where_zero(
 
 
 def where_not_finite(
-    graph: Graph, source: int, targets: Sequence[int], ask: Gradients
+    graph: FlowGraph, source: int, targets: Sequence[int], ask: Differentiate
 ) -> tuple[str, str, str, list[Blocker]]:
     """Where the gradient of a source, or a value before it, stops being finite: reason, words, advice, places."""
     _, nodes = graph.ancestors(targets)
@@ -86,7 +86,7 @@ def where_not_finite(
 
 
 def _turning(
-    graph: Graph, source: int, targets: Sequence[int], ask: Gradients, bad: Callable[[Any], bool]
+    graph: FlowGraph, source: int, targets: Sequence[int], ask: Differentiate, bad: Callable[[Any], bool]
 ) -> list[Node]:
     """Nodes on the way with a good gradient at an output and a bad one at an input that comes from the source."""
     ancestors, nodes = graph.ancestors(targets)
@@ -111,7 +111,7 @@ def _turning(
     return sorted(turning, key=lambda node: node.index)
 
 
-def _first_not_finite(graph: Graph, nodes: set[Node]) -> tuple[Node, str] | None:
+def _first_not_finite(graph: FlowGraph, nodes: set[Node]) -> tuple[Node, str] | None:
     """The node that made, or first took, a value that is not finite; in the second case what it took."""
     for node in sorted(nodes, key=lambda node: node.index):
         if node.kind != "operation" or all(_finite(graph, value) for value in node.outputs):
@@ -123,14 +123,14 @@ def _first_not_finite(graph: Graph, nodes: set[Node]) -> tuple[Node, str] | None
     return None
 
 
-def _finite(graph: Graph, value: int) -> bool:
+def _finite(graph: FlowGraph, value: int) -> bool:
     tensor = graph.values[value]
     if tensor is None or not tensor.dtype.is_floating:
         return True
     return bool(np.isfinite(_array(tensor)).all())
 
 
-def _zero_reason(graph: Graph, node: Node) -> tuple[str, str]:
+def _zero_reason(graph: FlowGraph, node: Node) -> tuple[str, str]:
     """A short name and words for a node behind which the gradient is zero."""
     inputs = [_array(t) for v in node.inputs if (t := graph.values[v]) is not None and t.dtype.is_floating]
     if node.operation in ("Relu", "Relu6", "Elu", "Selu", "LeakyRelu") and inputs:
@@ -152,7 +152,7 @@ def _zero_reason(graph: Graph, node: Node) -> tuple[str, str]:
     return "zero", "the gradient that comes to it is not zero, what it passes on is"
 
 
-def _range(graph: Graph, node: Node) -> str:
+def _range(graph: FlowGraph, node: Node) -> str:
     """What an operation was given, in words."""
     inputs = [_array(t) for v in node.inputs if (t := graph.values[v]) is not None and t.dtype.is_floating]
     return "; ".join(f"input {i} is {_span(values)}" for i, values in enumerate(inputs) if values.size)

@@ -33,13 +33,14 @@ from stages.jacobian.memory import (
     readable_bytes,
 )
 from stages.jacobian.record import Recorded, SegmentLike, record, segment_name
-from stages.jacobian.rows import Contraction, connected, contract_blocked, contract_whole, dense
+from stages.jacobian.rows import Contraction, connected, contract_blocked, contract_whole
 from stages.jacobian.sample_independence import samples_are_independent
 from stages.keras_internals import logits_of
+from stages.tape.accumulate import dense
 
 __all__ = ["ChainRule", "JacobianEstimate", "MemoryLimitExceeded", "SegmentGradients", "chain_rule", "jacobian_bytes"]
 
-DEFAULT_MEMORY_LIMIT = 2 << 30
+JACOBIAN_LIMIT = 2 << 30
 """Bytes that a Jacobian may take unless told otherwise: 2 GiB."""
 
 Array = np.ndarray[Any, Any]
@@ -96,7 +97,7 @@ def chain_rule(
     *,
     training: bool = True,
     independent_samples: bool | Sequence[bool | None] | None = None,
-    memory_limit: int | None = DEFAULT_MEMORY_LIMIT,
+    memory_limit: int | None = JACOBIAN_LIMIT,
     blocked: bool | Literal["auto"] = False,
     input_gradient: bool = False,
 ) -> ChainRule:

@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes, row_bytes
+from stages.tape.accumulate import dense
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,14 +216,6 @@ def _block_function(work: Contraction, row: Callable[[Any], list[Any]]) -> Calla
         return parts
 
     return block
-
-
-def dense(gradient: Any) -> Any:
-    """A gradient as one dense tensor; rows that an embedding's gradient lists twice are added up."""
-    if isinstance(gradient, tf.IndexedSlices):
-        count = tf.cast(gradient.dense_shape[0], tf.int32)
-        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, count)
-    return gradient
 
 
 def connected(work: Contraction) -> list[bool]:

@@ -51,7 +51,7 @@ class Head:
         weight: float | None = None,
     ) -> None:
         self.place, self.label, self.weight = place, label, weight
-        self.judge = _Judge()
+        self.judge = LossModel()
         self.judge.compile(optimizer=None, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics)
         self.loss = None if loss is None else keras.losses.get(loss)
         self._counts = bool(metrics) or bool(weighted_metrics)
@@ -151,7 +151,7 @@ class Head:
         return tuple(share / total if total else 0.0 for share in shares)
 
 
-class _Judge(keras.Model):  # type: ignore[misc]
+class LossModel(keras.Model):  # type: ignore[misc]
     """A Keras model without layers: it resolves and applies losses and metrics exactly as Keras's trainer does."""
 
     def __init__(self) -> None:
@@ -159,6 +159,7 @@ class _Judge(keras.Model):  # type: ignore[misc]
         self.built = True
 
     def call(self, prediction: Any) -> Any:
+        """The prediction itself; Keras wants a model to have a call."""
         return prediction
 
 

@@ -17,9 +17,9 @@ import traceback
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_WORDS", "SLOTS", "SharedBoard", "words_of"]
+__all__ = ["BOARD_SLOTS", "MAX_WORDS", "SharedBoard", "words_of"]
 
-SLOTS = 8
+BOARD_SLOTS = 8
 """How many int64 slots a board has; what they mean is between the worker and the driver."""
 
 MAX_WORDS = 32768
@@ -45,7 +45,7 @@ class SharedBoard:
 
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, _SIZE)
-        self.slots = np.frombuffer(self._memory, dtype=np.int64, count=SLOTS)
+        self.slots = np.frombuffer(self._memory, dtype=np.int64, count=BOARD_SLOTS)
         self._length = np.frombuffer(self._memory, dtype=np.int64, count=1, offset=self.slots.nbytes)
 
     @staticmethod

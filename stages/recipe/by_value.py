@@ -30,9 +30,9 @@ from typing import Any
 import cloudpickle
 
 from stages.errors import RecipeError
-from stages.recipe.keras_state import fill, reduce_keras, wire
+from stages.recipe.keras_state import fill, reduce_keras, wire_calls
 from stages.recipe.restoring import kept_object, restoring_begun
-from stages.recipe.tensorflow_state import RefusedError, reduce_tensorflow
+from stages.recipe.tensorflow_state import CopyRefusedError, reduce_tensorflow
 from stages.recipe.where import where_is
 
 _NONE: Mapping[int, str] = MappingProxyType({})
@@ -121,7 +121,7 @@ def unpack(data: bytes, kept: Sequence[Any] = ()) -> Unpacked:
                 f"the worker cannot import what the model uses ({error}); it must be importable from the folder the "
                 "program was started in, or from an installed package"
             ) from error
-        wire(copy.nodes)
+        wire_calls(copy.nodes)
         copy.finish()
         return Unpacked(thing, tuple(copy.variables[number] for number in sorted(copy.variables)))
 
@@ -179,7 +179,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def number(self, variable: Any) -> int | None:
         """The number under which a variable's value is written; None: its value is not."""
         if (home := self._foreign.get(id(variable))) is not None:
-            raise RefusedError(f"a variable of {home}, which is in another process")
+            raise CopyRefusedError(f"a variable of {home}, which is in another process")
         if id(variable) in self._valueless:
             return None
         self.variables.append(variable)
@@ -238,7 +238,7 @@ def _found(name: str, path: Any) -> Any:
 
 
 def _sentence(thing: Any, what: str, culprit: Any, error: Exception) -> str:
-    why = str(error) if isinstance(error, RefusedError) else f"{_called(culprit)} ({error})"
+    why = str(error) if isinstance(error, CopyRefusedError) else f"{_called(culprit)} ({error})"
     return (
         f"{what} cannot be copied into a worker: {where_is(culprit, thing)}{why}; make it where it is used, or let the "
         "worker make the model: Segment(build=a_function_that_makes_it)"

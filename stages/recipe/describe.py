@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.errors import RecipeError
 from stages.recipe import custom_objects
-from stages.recipe.keras_omissions import forgotten, restore
+from stages.recipe.keras_omissions import forgotten, restore_omitted
 from stages.recipe.running_order import run_in_order, running_order
 
 Recipe = Any
@@ -122,7 +122,7 @@ def create(recipe: Recipe) -> Any:
     import keras
 
     found = keras.saving.deserialize_keras_object(recipe["keras"], custom_objects=custom_objects.find(recipe["custom"]))
-    restore(found, recipe.get("forgotten", {}))
+    restore_omitted(found, recipe.get("forgotten", {}))
     if "order" in recipe:
         run_in_order(found, recipe["order"])
     return found

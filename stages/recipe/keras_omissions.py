@@ -35,7 +35,7 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
         config: What `keras.saving.serialize_keras_object` made of it.
 
     Returns:
-        Plain data for `restore`; empty for most objects.
+        Plain data for `restore_omitted`; empty for most objects.
     """
     found: Forgotten = {}
     if arguments := _arguments(thing, config):
@@ -49,7 +49,7 @@ def forgotten(thing: Any, config: Any) -> Forgotten:
     return found
 
 
-def restore(thing: Any, found: Mapping[str, Any]) -> None:
+def restore_omitted(thing: Any, found: Mapping[str, Any]) -> None:
     """Give an object that was made from its configuration what the configuration left out."""
     if "arguments" in found:
         set_function_arguments(thing, found["arguments"])

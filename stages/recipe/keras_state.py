@@ -332,13 +332,13 @@ def _fill_node(node: Any, state: dict[str, Any]) -> None:
 
 
 def _state_of_symbol(symbol: Any) -> dict[str, Any]:
-    """A symbolic tensor without the call that made it; `wire` says that again where the call travels too."""
+    """A symbolic tensor without the call that made it; `wire_calls` says that again where the call travels too."""
     state = dict(vars(symbol))
     state.pop("_keras_history", None)
     return state
 
 
-def wire(nodes: Iterable[tuple[int, Any, list[bool]]]) -> None:
+def wire_calls(nodes: Iterable[tuple[int, Any, list[bool]]]) -> None:
     """Let operations and symbolic tensors know the calls that are here.
 
     Args:
@@ -431,5 +431,5 @@ __all__ = [
     "kinds",
     "rate_is_a_variable",
     "reduce_keras",
-    "wire",
+    "wire_calls",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 from stages.errors import RecipeError
 from stages.keras_internals import calls_of, is_functional, nodes_in_order, run_nodes_in_order
 
-Order = Sequence[Sequence[Any]]
+CallOrder = Sequence[Sequence[Any]]
 """(operation's name, which of its calls in the model, from 0) in the order of running."""
 
 
@@ -26,7 +26,7 @@ def running_order(model: Any) -> list[list[Any]] | None:
     return [number[id(node)] for node in nodes_in_order(model) if not node.is_input]
 
 
-def run_in_order(model: Any, order: Order) -> None:
+def run_in_order(model: Any, order: CallOrder) -> None:
     """Let a Functional model make its calls in this order: one in which inputs exist before they are read.
 
     Args:
@@ -43,7 +43,7 @@ def run_in_order(model: Any, order: Order) -> None:
     run_nodes_in_order(model, wanted)
 
 
-def order_of(names: Sequence[str]) -> list[list[Any]]:
+def order_of_names(names: Sequence[str]) -> list[list[Any]]:
     """The order of calls that were made one after the other, by their operations' names."""
     seen: Counter[str] = Counter()
     found = []

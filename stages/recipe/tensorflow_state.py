@@ -31,7 +31,7 @@ class Taking(Writing, Protocol):
         """The number under which a variable's value travels; None: its value does not."""
 
 
-class RefusedError(Exception):
+class CopyRefusedError(Exception):
     """An object that cannot be copied; the message says what it is and what to do."""
 
 
@@ -68,7 +68,7 @@ def reduce_tensorflow(thing: Any, taking: Taking) -> Reduced | None:
             return make, ()
     for kinds, what in _OF_ONE_PROCESS:
         if isinstance(thing, kinds) and not isinstance(thing, io.StringIO | io.BytesIO):
-            raise RefusedError(f"{what}, which belongs to one process")
+            raise CopyRefusedError(f"{what}, which belongs to one process")
     return None
 
 
@@ -123,7 +123,7 @@ def _reduce_tensor(tensor: Any, taking: Taking) -> Reduced:
     if not isinstance(tensor, tf.__internal__.EagerTensor):
         return Leftover, (f"{tensor.name} of shape {tensor.shape}",)
     if tensor.dtype in (tf.resource, tf.variant):
-        raise RefusedError(f"a tensor of the type {tensor.dtype.name}, which belongs to one process")
+        raise CopyRefusedError(f"a tensor of the type {tensor.dtype.name}, which belongs to one process")
     return _tensor, (_array(tensor, taking),)
 
 
@@ -218,7 +218,9 @@ def _reduce_table(table: Any, taking: Taking) -> Reduced:
     options = {"key_dtype": table.key_dtype.name, "value_dtype": table.value_dtype.name}
     default = _array(table._default_value, taking)
     if isinstance(table, tf.lookup.experimental.DenseHashTable):
-        raise RefusedError("a DenseHashTable, whose empty and deleted keys it does not tell; use a MutableHashTable")
+        raise CopyRefusedError(
+            "a DenseHashTable, whose empty and deleted keys it does not tell; use a MutableHashTable"
+        )
     return _table, (options, default, _array(keys, taking), _array(values, taking))
 
 
@@ -280,4 +282,4 @@ def _plain(kind: type) -> Any:
     return object.__new__(kind)
 
 
-__all__ = ["Leftover", "RefusedError", "Taking", "reduce_tensorflow"]
+__all__ = ["CopyRefusedError", "Leftover", "Taking", "reduce_tensorflow"]

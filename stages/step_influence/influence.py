@@ -39,7 +39,7 @@ from stages.step_influence.map import InfluenceMap
 from stages.step_influence.places import INPUT, OUTPUT, Piece, Places, Root, elements_of, leaves
 from stages.tape.eagerly import eagerly
 
-DEFAULT_MEMORY_LIMIT = 2 << 30
+INFLUENCE_LIMIT = 2 << 30
 """Bytes that the evaluation may take beside the forward pass unless told otherwise: 2 GiB."""
 
 _FEW_ROWS = 48
@@ -63,7 +63,7 @@ def influence(
     output_axis: int = 1,
     source_axis: int = 1,
     training: bool = False,
-    memory_limit: int | None = DEFAULT_MEMORY_LIMIT,
+    memory_limit: int | None = INFLUENCE_LIMIT,
 ) -> InfluenceMap:
     """Evaluate which sources influence which outputs, and how much.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ import numpy as np
 from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
+
+from stages.plain_text import plain_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,10 +96,9 @@ class InfluenceMap:
 
     def __str__(self) -> str:
         # As wide as it takes: a table that is cut or wrapped cannot be read.
-        text, plain = StringIO(), Console(width=1_000_000, color_system=None)
+        plain = Console(width=1_000_000, color_system=None)
         width = Measurement.get(plain, plain.options, self.table()).maximum
-        Console(file=text, width=max(width, len(LEGEND)), color_system=None, highlight=False).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+        return plain_text(self, width=max(width, len(LEGEND)))
 
     def to_json(self) -> str:
         """The map as JSON: labels, and sizes row by row, null where not connected ("nan", "inf" where not finite)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.tape.embedding_rows import added, is_sparse, joined
+from stages.tape.embedding_rows import added, is_sparse, joined_rows
 
 Gradients = Sequence[Any | None]
 Contribution = list[Any | None]
@@ -120,10 +120,13 @@ def plus(a: Any | None, b: Any | None, fixed_rows: bool = False) -> Any | None:
     if a is None or b is None:
         return b if a is None else a
     if is_sparse(a) and is_sparse(b):
-        return added(a, b) if fixed_rows and a.values.shape == b.values.shape else joined([a, b])
+        return added(a, b) if fixed_rows and a.values.shape == b.values.shape else joined_rows([a, b])
     return tf.add(dense(a), dense(b))
 
 
-def dense(gradient: Any | None) -> Any | None:
-    """A gradient without `IndexedSlices`: rows that an embedding used twice are summed."""
+def dense(gradient: Any) -> Any:
+    """A gradient as one tensor of its variable's shape: rows that an embedding used twice are summed."""
+    if isinstance(gradient, tf.IndexedSlices):  # as TensorFlow converts it, without its warning of unknown shapes
+        rows = tf.cast(gradient.dense_shape[0], tf.int32)
+        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
     return None if gradient is None else tf.convert_to_tensor(gradient)

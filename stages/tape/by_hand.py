@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.tape.eager import Key, Opened
+from stages.tape.eager import Opened, PassKey
 from stages.tape.model_call import changed_by_calls
 
 
@@ -28,9 +28,9 @@ class ByHand:
 
     def __init__(self, model: Any, name: str, recompute: bool) -> None:
         self._model, self._name, self._recompute = model, name, recompute
-        self._then: dict[Key, list[tuple[Any, Any]]] = {}
+        self._then: dict[PassKey, list[tuple[Any, Any]]] = {}
 
-    def outside_functions(self, key: Key, call: str) -> None:
+    def outside_functions(self, key: PassKey, call: str) -> None:
         """Refuse a call inside of a `tf.function`.
 
         Raises:
@@ -43,14 +43,14 @@ class ByHand:
                 "Stage(..., run_eagerly=False) compile what is inside"
             )
 
-    def opened(self, key: Key, training: bool = True) -> None:
+    def opened(self, key: PassKey, training: bool = True) -> None:
         """Note, if need be, the weights of a forward pass: no copy unless they are written before its backward."""
         if self._recompute and training:
             put_back = {id(variable) for variable in changed_by_calls(self._model)}
             variables = [v for v in self._model.trainable_variables if id(v) not in put_back]
             self._then[key] = [(variable, variable.value.read_value()) for variable in variables]
 
-    def closing(self, key: Key, opened: Opened, given: bool) -> None:
+    def closing(self, key: PassKey, opened: Opened, given: bool) -> None:
         """Before a backward.
 
         Args:
@@ -74,7 +74,7 @@ class ByHand:
                 "compute again with the weights of now; update weights after backward, or leave recompute out"
             )
 
-    def forget(self, key: Key | None = None) -> None:
+    def forget(self, key: PassKey | None = None) -> None:
         """A forward pass, or all, will have no backward any more."""
         if key is None:
             self._then.clear()

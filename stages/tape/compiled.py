@@ -23,11 +23,11 @@ import tensorflow as tf
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, dense, plus
 from stages.tape.compiled_layout import Layout
-from stages.tape.direct_calls import direct, portable, portable_dtype, restore
-from stages.tape.eager import Blocks, Key, Masked, Opened, rescaled, update
+from stages.tape.direct_calls import direct, portable, portable_dtype, unportable
+from stages.tape.eager import Blocks, Masked, Opened, PassKey, rescaled, update
 from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
 from stages.tape.graph_split import Traced, depends_on, split_functions
-from stages.tape.model_call import Part, States, spread, watch
+from stages.tape.model_call import CallState, Part, spread, watch
 from stages.tape.tensors import is_differentiable
 from stages.tape.trained import Trained
 
@@ -78,7 +78,7 @@ class CompiledTapes:
     loss_scale: float = 1.0
     blocks: Blocks = field(default_factory=Blocks)
     _functions: dict[Any, Any] = field(default_factory=dict)
-    _open: dict[Key, _Open] = field(default_factory=dict)
+    _open: dict[PassKey, _Open] = field(default_factory=dict)
     _accumulators: list[Any] = field(default_factory=list)
     _reached: list[bool] = field(default_factory=list)
     _rows: Rows = field(default_factory=Rows)
@@ -86,7 +86,7 @@ class CompiledTapes:
 
     def forward(
         self,
-        key: Key,
+        key: PassKey,
         inputs: Sequence[Any],
         share: float,
         masked: Masked = (),
@@ -102,7 +102,7 @@ class CompiledTapes:
         return Opened(None, outputs, None if own is None else own * _scalar(share), losses, pair.layout.masked)
 
     def _all_at_once(
-        self, key: Key, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective
+        self, key: PassKey, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective
     ) -> Opened:
         """Forward, losses, metrics and backward as one function; `backward` hands the result out."""
         run, layout = self._function("fused", inputs, masked, objective, self._trace_fused, key.window)
@@ -127,7 +127,7 @@ class CompiledTapes:
         outputs, own, losses, _ = layout.results(run(*_arguments(inputs, objective), _scalar(share)))
         return Opened(None, outputs, own, losses, layout.masked)
 
-    def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+    def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Run the compiled backward, which accumulates dL/dvariables, and return dL/dinputs."""
         opened = self._open.pop(key)
         if opened.pair is None:
@@ -274,7 +274,7 @@ class CompiledTapes:
 
     def _trace_recomputing(self, layout: Layout, *specs: Any) -> _Pair:
         """A forward that keeps arguments and states, and a backward that runs it again from them."""
-        states = States(self.part.model)
+        states = CallState(self.part.model)
 
         def forward(*arguments: Any) -> list[Any]:
             before = states.read()
@@ -288,7 +288,7 @@ class CompiledTapes:
             return [*results, *(portable(tensor) for tensor in (*arguments, *before))]
 
         def backward(*tensors: Any) -> list[Any]:
-            arguments = [restore(t, spec.dtype) for t, spec in zip(tensors, specs)]  # noqa: B905 - a prefix
+            arguments = [unportable(t, spec.dtype) for t, spec in zip(tensors, specs)]  # noqa: B905 - a prefix
             before, seeds = tensors[len(specs) :][: len(states)], tensors[len(specs) + len(states) :]
             now = states.read()
             states.write(before)

@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.loss.heads import Objective
 from stages.tape.accumulate import dense
-from stages.tape.direct_calls import restore
+from stages.tape.direct_calls import unportable
 from stages.tape.embedding_rows import parts_of
 
 
@@ -64,7 +64,7 @@ class Layout:
     def results(self, found: Sequence[Any]) -> tuple[tuple[Any, ...], Any | None, tuple[Any, ...], list[Any]]:
         """Outputs, own loss, the heads' losses, and what is kept for backward."""
         ends = list(accumulate((len(self.outputs), self.own, len(self.weighted or ())), initial=0))
-        outputs = tuple(restore(t, dtype) for t, dtype in zip(found, self.outputs))  # noqa: B905 - a prefix
+        outputs = tuple(unportable(t, dtype) for t, dtype in zip(found, self.outputs))  # noqa: B905 - a prefix
         own = found[ends[1]] if self.own else None
         return outputs, own, tuple(found[ends[2] : ends[3]]), list(found[ends[3] :])
 

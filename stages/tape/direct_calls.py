@@ -32,7 +32,7 @@ def portable_dtype(dtype: Any) -> Any:
     return tf.int64 if dtype == tf.int32 else dtype
 
 
-def restore(tensor: Any, dtype: Any) -> Any:
+def unportable(tensor: Any, dtype: Any) -> Any:
     """Undo `portable`: cast back where the dtype had been changed."""
     return tensor if tensor.dtype == dtype else tf.cast(tensor, dtype)
 

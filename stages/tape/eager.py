@@ -28,7 +28,7 @@ from stages.keras_internals import update_nothing
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, OrderedSum, dense
 from stages.tape.embedding_rows import fixed_rows, free_batch, is_sparse
-from stages.tape.model_call import Part, States, spread, watch
+from stages.tape.model_call import CallState, Part, spread, watch
 from stages.tape.tensors import is_differentiable
 from stages.tape.trained import Trained
 
@@ -40,7 +40,7 @@ _DISTANCE = 16
 """Longer than the way from a loss of the stage to the tensor it is about, in operations."""
 
 
-class Key(NamedTuple):
+class PassKey(NamedTuple):
     """Which forward pass a tape belongs to."""
 
     microbatch: int
@@ -58,11 +58,11 @@ class Blocks(NamedTuple):
     number: int = 1
     length: int | None = None
 
-    def of(self, key: Key) -> int:
+    def of(self, key: PassKey) -> int:
         """The block that a window is in, among those of all microbatches."""
         return key.microbatch * self.number + (0 if self.length is None else key.window // self.length)
 
-    def completes(self, key: Key) -> bool:
+    def completes(self, key: PassKey) -> bool:
         """Whether a window is the last of its block to go backward."""
         return (key.window if self.length is None else key.window % self.length) == 0
 
@@ -108,7 +108,7 @@ class Tapes(Protocol):
 
     def forward(
         self,
-        key: Key,
+        key: PassKey,
         inputs: Sequence[Any],
         share: float,
         masked: Masked = (),
@@ -126,7 +126,7 @@ class Tapes(Protocol):
     ) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
 
-    def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+    def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Close the tape: accumulate dL/dvariables, return dL/dinputs. An output without a gradient is no target."""
 
     def gradients(self) -> list[Any | None]:
@@ -169,7 +169,7 @@ class _Again:
 
     inputs: tuple[Any, ...]
     variables: list[Any]
-    states: States
+    states: CallState
     before: tuple[Any, ...]
     share: float
     masked: tuple[int, ...]
@@ -190,7 +190,7 @@ class EagerTapes:
         self, part: Part, heads: Heads | None = None, recompute: bool = False, kept_apart: Sequence[int] = ()
     ) -> None:
         self._part, self._heads, self._recompute = part, heads or Heads(), recompute
-        self._open: dict[Key, _Record | _Again] = {}
+        self._open: dict[PassKey, _Record | _Again] = {}
         self._trained = Trained()
         self._trained.places(part.trainable_variables)
         self._sum = OrderedSum(kept_apart)
@@ -200,7 +200,7 @@ class EagerTapes:
 
     def forward(
         self,
-        key: Key,
+        key: PassKey,
         inputs: Sequence[Any],
         share: float,
         masked: Masked = (),
@@ -211,7 +211,7 @@ class EagerTapes:
         if not self._recompute:
             opened = self._run(key, inputs, variables, share, masked, objective)
         else:
-            states = States(self._part.model)
+            states = CallState(self._part.model)
             self._open[key] = _Again(tuple(inputs), variables, states, states.read(), share, tuple(masked), objective)
             called = self._part.call(inputs, training=True, masked=masked, window=key.window)
             own = _weighted_sum(called.own, share)
@@ -239,7 +239,7 @@ class EagerTapes:
 
     def _run(
         self,
-        key: Key,
+        key: PassKey,
         inputs: Sequence[Any],
         variables: list[Any],
         share: float,
@@ -261,7 +261,7 @@ class EagerTapes:
     def _losses(self, outputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
         return () if objective is None else tuple(self._heads.values(outputs, objective))
 
-    def backward(self, key: Key, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+    def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Close the tape, accumulate dL/dvariables in microbatch order, return dL/dinputs."""
         record = self._record(key)
         pairs = [
@@ -299,7 +299,7 @@ class EagerTapes:
         self._sum.widen(len(self._trained.variables))
         return places
 
-    def _record(self, key: Key) -> _Record:
+    def _record(self, key: PassKey) -> _Record:
         """Take the open tape of a forward pass, running it again where only its inputs were kept."""
         record = self._open.pop(key)
         if isinstance(record, _Again):

@@ -40,7 +40,7 @@ def from_parts(values: Any | None, places: Any | None, shape: Sequence[int]) -> 
     return values if places is None else sparse(values, places, shape)
 
 
-def joined(parts: Sequence[tf.IndexedSlices]) -> tf.IndexedSlices:
+def joined_rows(parts: Sequence[tf.IndexedSlices]) -> tf.IndexedSlices:
     """All rows of some gradients of one variable, in order, as one."""
     if len(parts) == 1:
         return parts[0]
@@ -72,7 +72,7 @@ class Rows:
     def of(self, variable: int) -> tf.IndexedSlices | None:
         """All rows of a variable; None if it has none."""
         parts = self._parts.get(variable)
-        return None if parts is None else joined(parts)
+        return None if parts is None else joined_rows(parts)
 
     def variables(self) -> list[int]:
         """Which variables have rows, ascending."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.tape.direct_calls import direct, portable, portable_dtype, restore
+from stages.tape.direct_calls import direct, portable, portable_dtype, unportable
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Cut:
 
         def backward(*tensors: Any) -> list[Any]:
             kept, given_seeds = tensors[: len(self.kept)], tensors[len(self.kept) :]
-            given = {k.name: restore(t, k.dtype) for k, t in zip(self.kept, kept, strict=True)}
+            given = {k.name: unportable(t, k.dtype) for k, t in zip(self.kept, kept, strict=True)}
             given |= dict(zip((seed.name for seed in seeds), given_seeds, strict=True))
             wanted = [gradient for gradient in self.traced.gradients if gradient is not None]
             found = iter(self._evaluate(self.backward_graph, self.backward_names, given, wanted))

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.keras_internals import graph_model, maker_of, node_arguments, nodes_in_order, takes_training
-from stages.tape.model_call import States
+from stages.tape.model_call import CallState
 from stages.tape.tensors import describe_tensor, flatten
 
 
@@ -58,7 +58,7 @@ def misfit(model: Any, inputs: Sequence[Any], training: bool) -> str | None:
     functional = graph_model(model)
     if functional is None:
         return None
-    states = States(functional)
+    states = CallState(functional)
     before = states.read()
     try:
         return _replayed(functional, inputs, training)

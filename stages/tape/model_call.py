@@ -51,7 +51,7 @@ class Part:
         self.model = model
         self.name = name
         self._input_gradients = input_gradients
-        self._pack = _packer(model)
+        self._pack = packer(model)
         _let_inner_layers_mask(model)
         self._normalising = [x for x in layers_of(model) if isinstance(x, keras.layers.BatchNormalization)]
 
@@ -145,7 +145,7 @@ def _let_inner_layers_mask(model: Any) -> None:
         let_inner_layers_mask(model)
 
 
-def _packer(model: Any) -> Callable[[Sequence[Any]], Any]:
+def packer(model: Any) -> Callable[[Sequence[Any]], Any]:
     """A function from flat tensors to the nesting that the model is called with."""
     structure = input_structure(model)
     if structure is None:
@@ -180,7 +180,7 @@ def changed_by_calls(model: Any) -> list[Any]:
     return list(found.values())
 
 
-class States:
+class CallState:
     """The values of variables that a forward pass changes by itself.
 
     Computing a forward pass again must start from the states it started from, and leave them as they are now.

@@ -19,7 +19,7 @@ import tensorflow as tf
 from stages.errors import HandoffError
 from stages.tape.tensors import describe_tensor, is_differentiable
 
-States = tuple[Any, ...]
+StateTensors = tuple[Any, ...]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Way:
     """
 
     window: int = -1
-    states: States = ()
+    states: StateTensors = ()
     gradients: dict[int, Sequence[Any | None]] = field(default_factory=dict)
 
 
@@ -49,7 +49,7 @@ class Carried:
     def __init__(self, stage: str, names: Sequence[str], inputs: Sequence[Any]) -> None:
         self.stage, self.names, self._inputs = stage, tuple(names), tuple(inputs)
         self._ways: dict[tuple[int, bool], _Way] = {}
-        self._kept: dict[int, States] = {}
+        self._kept: dict[int, StateTensors] = {}
         self.persists = False
         self.block: int | None = None
         """How many windows a gradient goes back through; None: all."""
@@ -59,7 +59,7 @@ class Carried:
 
     def enter(
         self, microbatch: int, window: int, samples: int, training: bool, given: Sequence[Any] | None = None
-    ) -> States:
+    ) -> StateTensors:
         """The states in front of a window.
 
         Args:
@@ -88,7 +88,7 @@ class Carried:
             states = way.states
         return states
 
-    def _initial(self, microbatch: int, samples: int, given: Sequence[Any] | None) -> States:
+    def _initial(self, microbatch: int, samples: int, given: Sequence[Any] | None) -> StateTensors:
         if given is None and self.persists and microbatch in self._kept:
             given = self._kept[microbatch]
             if given[0].shape[0] != samples:
@@ -120,7 +120,7 @@ class Carried:
             )
         return sizes
 
-    def leave(self, microbatch: int, window: int, before: States, states: States, training: bool) -> None:
+    def leave(self, microbatch: int, window: int, before: StateTensors, states: StateTensors, training: bool) -> None:
         """Keep the states behind a window for the next one.
 
         Raises:
@@ -137,7 +137,7 @@ class Carried:
         if self.persists:
             self._kept[microbatch] = states
 
-    def state(self, microbatch: int, training: bool = True) -> States:
+    def state(self, microbatch: int, training: bool = True) -> StateTensors:
         """The states behind the last window that went forward.
 
         Raises:
@@ -214,12 +214,12 @@ class Carried:
         self._kept.clear()
 
     @property
-    def kept(self) -> dict[int, States]:
+    def kept(self) -> dict[int, StateTensors]:
         """{microbatch: the states that its next batch begins with}."""
         return dict(self._kept)
 
     @kept.setter
-    def kept(self, value: Mapping[int, States]) -> None:
+    def kept(self, value: Mapping[int, StateTensors]) -> None:
         self._kept = dict(value)
 
     def _at(self, microbatch: int, window: int, way: str = "forward") -> str:

@@ -27,35 +27,35 @@ from typing import Any
 
 import numpy as np
 
-from stages.actions import Action, from_array
+from stages.actions import Action, actions_from_array
 from stages.recipe.settings import settle
 from stages.tape.embedding_rows import from_parts, parts_of
 from stages.tape.tensors import to_array, to_tensor
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import EVERYTHING, Kept
-from stages.worker.observers import Norms, Values
+from stages.worker.observers import NormObserver, ValueObserver
 from stages.worker.orders import (
     Apply,
     Build,
-    Call,
+    CallService,
     Connect,
     Discard,
     Get,
     Keep,
     Order,
     PutBack,
-    Seen,
     Service,
     Set,
     StepOrder,
     Strips,
     TakePlan,
+    TellSeen,
     Unmask,
     of_wire,
 )
 from stages.worker.reply import Reply, StepReply
-from stages.worker.states import State, after
+from stages.worker.states import WorkerState, after
 from stages.worker.status import StatusBoard
 from transport.channel import Outbox
 from transport.errors import TransportError
@@ -117,14 +117,14 @@ class BaseWorker(ABC):
         self.specs = [StageSpec.of(stage) for stage in spec["stages"]]
         self.own_process: bool = spec["own_process"]
         self.board, self.mailbox, self.driver, self._connect = StatusBoard(board), mailbox, driver, connect
-        self.state = State.NEW
+        self.state = WorkerState.NEW
         self.hosted: dict[int, HostedStage] = {}
         self.plans: dict[int, list[Action]] = {}
         self._outboxes: dict[int, Outbox] = {DRIVER: driver}
         self._number = 0
         self._building = False
         self._applied = -1
-        self._seen: Values | Norms | None = None
+        self._seen: ValueObserver | NormObserver | None = None
         self._kept: dict[int, Kept] = {}
         self._deeds: dict[type[Order], Callable[[Any], Reply]] = {
             Connect: self._do_connect,
@@ -137,10 +137,10 @@ class BaseWorker(ABC):
             Discard: self._do_discard,
             Get: self._do_get,
             Set: self._do_set,
-            Call: self._do_call,
+            CallService: self._do_call,
             Keep: self._do_keep,
             PutBack: self._do_put_back,
-            Seen: self._do_seen,
+            TellSeen: self._do_seen,
             **self.own_deeds(),
         }
         self._known = {order.do: order for order in self._deeds}
@@ -278,7 +278,7 @@ class BaseWorker(ABC):
         return Reply()
 
     def _do_plan(self, order: TakePlan) -> Reply:
-        self.plans[order.plan] = list(from_array(self._taken_array(Key("plan", self._number, self.place))))
+        self.plans[order.plan] = list(actions_from_array(self._taken_array(Key("plan", self._number, self.place))))
         return Reply()
 
     def _do_step(self, order: StepOrder) -> Reply:
@@ -345,7 +345,7 @@ class BaseWorker(ABC):
                 for k in range(len(values) // count)
             }
 
-    def _do_call(self, order: Call) -> Reply:
+    def _do_call(self, order: CallService) -> Reply:
         for hosted in self.hosted.values():
             if order.service is Service.RESET_METRICS:
                 hosted.heads.reset()
@@ -370,8 +370,8 @@ class BaseWorker(ABC):
         self._kept = {}
         return Reply(changed)
 
-    def _do_seen(self, order: Seen) -> Reply:
-        seen = self._seen.seen if isinstance(self._seen, Values) else {}
+    def _do_seen(self, order: TellSeen) -> Reply:
+        seen = self._seen.seen if isinstance(self._seen, ValueObserver) else {}
         self._seen = None
         return Reply([list(sight) for sight in seen], list(seen.values()))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stages.worker.snapshot import Slot
+from stages.worker.snapshot import OptimizerSlot
 
 NOT_TRAINED = -1
 """The place of a variable that is not trained."""
@@ -75,7 +75,7 @@ class StageDescription:
     """
 
     variables: tuple[VariableInfo, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[OptimizerSlot, ...]
     masks: bool
     mean_loss: bool
     inputs: tuple[TensorInfo, ...] | None
@@ -108,7 +108,7 @@ class StageDescription:
         """From JSON."""
         return cls(
             tuple(VariableInfo.from_plain(variable) for variable in data["variables"]),
-            tuple(Slot(*slot) for slot in data["slots"]),
+            tuple(OptimizerSlot(*slot) for slot in data["slots"]),
             data["masks"],
             data["mean_loss"],
             _tensors(data["inputs"]),

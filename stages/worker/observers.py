@@ -44,7 +44,7 @@ Observer = Callable[[Sight, Any], None]
 """Takes a sight and the array (None: "no gradient")."""
 
 
-class Values:
+class ValueObserver:
     """Keeps everything that was seen."""
 
     def __init__(self, seen: dict[Sight, Array | None] | None = None) -> None:
@@ -55,7 +55,7 @@ class Values:
         self.seen[sight] = None if array is None else np.array(array)
 
 
-class Norms:
+class NormObserver:
     """Keeps of each tensor at a cut what its norm over the batch is made of."""
 
     def __init__(self) -> None:
@@ -83,6 +83,6 @@ def sum_of_squares(array: Array) -> float:
 _BLOCK = 1 << 14
 
 
-def observer_named(kind: str) -> Values | Norms | None:
+def observer_named(kind: str) -> ValueObserver | NormObserver | None:
     """The observer that an order asks for: ``"values"``, ``"norms"``, or ``""`` for none."""
-    return {"values": Values, "norms": Norms}[kind]() if kind else None
+    return {"values": ValueObserver, "norms": NormObserver}[kind]() if kind else None

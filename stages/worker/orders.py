@@ -246,7 +246,7 @@ class Set(Order):
 
 
 @dataclass(frozen=True)
-class Call(Order):
+class CallService(Order):
     """A small service in every stage.
 
     Attributes:
@@ -277,7 +277,7 @@ class PutBack(Order):
 
 
 @dataclass(frozen=True)
-class Seen(Order):
+class TellSeen(Order):
     """Send what the last step noted at the cuts, and forget it; the reply is [a `Sight` of each array]."""
 
     do: ClassVar[str] = "seen"
@@ -285,7 +285,7 @@ class Seen(Order):
 
 ORDERS: tuple[type[Order], ...] = (
     *(Connect, Build, Strips, Unmask, TakePlan, StepOrder, Apply, Discard),
-    *(Get, Set, Call, Keep, PutBack, Seen),
+    *(Get, Set, CallService, Keep, PutBack, TellSeen),
 )
 """What every worker understands."""
 
@@ -332,7 +332,7 @@ __all__ = [
     "ORDERS",
     "Apply",
     "Build",
-    "Call",
+    "CallService",
     "Connect",
     "Discard",
     "Get",
@@ -340,12 +340,12 @@ __all__ = [
     "Mode",
     "Order",
     "PutBack",
-    "Seen",
     "Service",
     "Set",
     "StepOrder",
     "Strips",
     "TakePlan",
+    "TellSeen",
     "Unmask",
     "of_wire",
 ]

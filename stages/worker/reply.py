@@ -59,8 +59,8 @@ class Reply:
         return cls(json.loads(message.array.tobytes()), arrays)
 
 
-Place = tuple[str, int, int, str]
-"""(what, producing stage, consuming stage, tensor name), as `stages.worker.observers.Norms` keeps them."""
+EdgePlace = tuple[str, int, int, str]
+"""(what, producing stage, consuming stage, tensor name), as `stages.worker.observers.NormObserver` keeps them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StepReply:
     spans: Sequence[tuple[float, float]] = ()
     squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     finite: bool = True
-    squares: Mapping[Place, float] = field(default_factory=dict)
+    squares: Mapping[EdgePlace, float] = field(default_factory=dict)
     roundings: Mapping[str, float] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from stages.errors import HandoffError
 from stages.keras_internals import slots_of
 
 
-class Slot(NamedTuple):
+class OptimizerSlot(NamedTuple):
     """What an optimizer variable belongs to.
 
     Attributes:
@@ -37,16 +37,16 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[Slot]:
+def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[OptimizerSlot]:
     """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`."""
-    of: dict[int, Slot] = {}
+    of: dict[int, OptimizerSlot] = {}
     for attribute, place, variable in slots_of(optimizer, len(trainable)):
-        slot = Slot(place, attribute.strip("_"))
+        slot = OptimizerSlot(place, attribute.strip("_"))
         if place >= 0:
             of[id(variable)] = slot
         else:
             of.setdefault(id(variable), slot)
-    return [of.get(id(variable), Slot(-1, str(variable.name))) for variable in optimizer.variables]
+    return [of.get(id(variable), OptimizerSlot(-1, str(variable.name))) for variable in optimizer.variables]
 
 
 def read(variables: Sequence[Any]) -> list[np.ndarray[Any, Any]]:

@@ -20,7 +20,7 @@ from enum import StrEnum
 from stages.errors import HandoffError
 
 
-class State(StrEnum):
+class WorkerState(StrEnum):
     """What a worker has."""
 
     NEW = "new"
@@ -30,41 +30,41 @@ class State(StrEnum):
     APPLIED = "applied"
 
 
-MEANING: Mapping[State, str] = {
-    State.NEW: "it has no stages yet",
-    State.BUILT: "it has stages and no plan yet",
-    State.READY: "it has stages and a plan, and no gradients",
-    State.STEPPED: "it holds the gradients of a step",
-    State.APPLIED: "it has applied the gradients of its last step",
+MEANING: Mapping[WorkerState, str] = {
+    WorkerState.NEW: "it has no stages yet",
+    WorkerState.BUILT: "it has stages and no plan yet",
+    WorkerState.READY: "it has stages and a plan, and no gradients",
+    WorkerState.STEPPED: "it holds the gradients of a step",
+    WorkerState.APPLIED: "it has applied the gradients of its last step",
 }
 
 _VALUES = ("get", "set", "call", "keep", "put_back")
 _LOOKS = ("seen", "witness", "explain")
 
 
-def _stay(state: State, *commands: str) -> dict[str, State]:
+def _stay(state: WorkerState, *commands: str) -> dict[str, WorkerState]:
     return dict.fromkeys(commands, state)
 
 
-LEGAL: Mapping[State, Mapping[str, State]] = {
-    State.NEW: {"connect": State.NEW, "build": State.BUILT},
-    State.BUILT: {
-        **_stay(State.BUILT, *_VALUES, "strips", "unmask", "optimizers"),
-        "plan": State.READY,
+LEGAL: Mapping[WorkerState, Mapping[str, WorkerState]] = {
+    WorkerState.NEW: {"connect": WorkerState.NEW, "build": WorkerState.BUILT},
+    WorkerState.BUILT: {
+        **_stay(WorkerState.BUILT, *_VALUES, "strips", "unmask", "optimizers"),
+        "plan": WorkerState.READY,
     },
-    State.READY: {
-        **_stay(State.READY, *_VALUES, *_LOOKS, "optimizers", "plan", "forward"),
-        "step": State.STEPPED,
+    WorkerState.READY: {
+        **_stay(WorkerState.READY, *_VALUES, *_LOOKS, "optimizers", "plan", "forward"),
+        "step": WorkerState.STEPPED,
     },
-    State.STEPPED: {
-        **_stay(State.STEPPED, *_VALUES, *_LOOKS),
-        "apply": State.APPLIED,
-        "discard": State.READY,
+    WorkerState.STEPPED: {
+        **_stay(WorkerState.STEPPED, *_VALUES, *_LOOKS),
+        "apply": WorkerState.APPLIED,
+        "discard": WorkerState.READY,
     },
-    State.APPLIED: {
-        **_stay(State.APPLIED, *_VALUES, *_LOOKS, "optimizers", "plan", "apply"),
-        "forward": State.READY,
-        "step": State.STEPPED,
+    WorkerState.APPLIED: {
+        **_stay(WorkerState.APPLIED, *_VALUES, *_LOOKS, "optimizers", "plan", "apply"),
+        "forward": WorkerState.READY,
+        "step": WorkerState.STEPPED,
     },
 }
 """{state: {command: the state afterwards}}; what is not there is refused. A ``step`` leaves gradients, a ``forward`` is
@@ -74,7 +74,7 @@ COMMANDS: tuple[str, ...] = tuple(dict.fromkeys(command for row in LEGAL.values(
 """All commands of the table."""
 
 
-def after(state: State, command: str, who: str) -> State:
+def after(state: WorkerState, command: str, who: str) -> WorkerState:
     """The state that a command leads to.
 
     Args:
@@ -94,4 +94,4 @@ def after(state: State, command: str, who: str) -> State:
     return legal[command]
 
 
-__all__ = ["COMMANDS", "LEGAL", "MEANING", "State", "after"]
+__all__ = ["COMMANDS", "LEGAL", "MEANING", "WorkerState", "after"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.actions import Action, Kind
 
-Slots = np.ndarray[Any, Any]
+BoardArray = np.ndarray[Any, Any]
 """int64 array of shape (8,)."""
 
 
@@ -51,7 +51,7 @@ class Status(NamedTuple):
     done: int
 
     @classmethod
-    def of(cls, slots: Sequence[int] | Slots) -> Status:
+    def of(cls, slots: Sequence[int] | BoardArray) -> Status:
         """Read a board."""
         return cls(*(int(slot) for slot in slots))
 
@@ -70,7 +70,7 @@ class StatusBoard:
 
     __slots__ = ("_slots",)
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: BoardArray) -> None:
         self._slots = slots
 
     def idle(self) -> None:

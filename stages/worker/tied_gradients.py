@@ -44,7 +44,7 @@ def join(hosted: Mapping[int, HostedStage], send: Send, take: Take) -> None:
                 [_take_gradient(take, index, other, tie.name, k, shape) for k in range(len(mine))]
                 for other in tie.stages[1:]
             ]
-            total = summed([mine, *others])
+            total = summed_uses([mine, *others])
             stage.stage.replace([tie.place], [total])
             for other in tie.stages[1:]:
                 _send_gradient(send, other, index, tie.name, 0, total)
@@ -65,7 +65,7 @@ def _take_gradient(take: Take, to: int, by: int, tie: str, number: int, shape: S
     return from_parts(values, places, shape)
 
 
-def summed(contributions: Sequence[Sequence[Any | None]]) -> Any | None:
+def summed_uses(contributions: Sequence[Sequence[Any | None]]) -> Any | None:
     """The sum over stages (later ones first, as a tape meets them), then over microbatches (ascending).
 
     Args:

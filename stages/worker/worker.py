@@ -21,7 +21,7 @@ from stages.errors import HandoffError
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
 from stages.worker.hosted_stage import HostedStage, StageSpec
-from stages.worker.observers import Norms
+from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Mode, Order, StepOrder
 from stages.worker.reply import Reply, StepReply
 from stages.worker.step_program import Links, Program
@@ -77,7 +77,7 @@ class Worker(BaseWorker):
             spans=program.spans,
             squared_norms=squared_norms,
             finite=finite,
-            squares=self._seen.squares if isinstance(self._seen, Norms) else {},
+            squares=self._seen.squares if isinstance(self._seen, NormObserver) else {},
         )
         self.mailbox.clear(order.step + 1)
         if self.own_process and order.mode not in self._stepped:

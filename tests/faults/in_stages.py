@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from stages.tape.direct_calls import portable
 from stages.tape.eager import EagerTapes
-from stages.tape.model_call import States, changed_by_calls
+from stages.tape.model_call import CallState, changed_by_calls
 from stages.worker import step_program, tied_gradients
 from tests.faults.cases import MICROBATCHES
 from tests.faults.live import Live, adding, closing, opening, replaced
@@ -185,7 +185,7 @@ def redrawn(live: Live, place: Place) -> Context:
     """The forward pass is computed again from the random numbers of now, not from those of then."""
     stage = live.hosted[place.stage].stage
     tapes: Any = stage._tapes
-    states = States(stage.model)
+    states = CallState(stage.model)
 
     def make(backward: Any) -> Any:
         def again(key: Any, *given: Any) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from stages.actions import Action, Kind, Wiring, chain, dependencies, from_array, open_tapes, to_array
+from stages.actions import Action, Kind, Wiring, actions_from_array, actions_to_array, chain, dependencies, open_tapes
 from tests.strategies_plans import actions, wirings
 
 F, B, I, W = Kind  # noqa: E741  (the letters of the drawings)
@@ -90,10 +90,10 @@ def test_downstream_is_the_inverse_of_upstream(wiring):
 
 @given(actions())
 def test_a_program_survives_the_journey_as_an_array(program):
-    array = to_array(program)
+    array = actions_to_array(program)
     assert array.dtype == np.int32
     assert array.shape == (len(program), 4)
-    assert from_array(array) == tuple(program)
+    assert actions_from_array(array) == tuple(program)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_program_survives_the_journey_as_an_array(program):
 )
 def test_an_array_that_is_no_program_is_refused(array, complaint):
     with pytest.raises(ValueError, match=complaint):
-        from_array(array)
+        actions_from_array(array)
 
 
 def test_a_tape_is_open_from_its_forward_to_the_weight_half():

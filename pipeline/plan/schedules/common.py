@@ -8,16 +8,16 @@ block F/0 F/1 ... F/W-1 and later the block B/W-1 ... B/0.  Where gradients are 
 from __future__ import annotations
 
 from pipeline.errors import ScheduleError
-from pipeline.saying import is_whole
+from pipeline.saying import is_whole, not_whole
 from stages.actions import Action, Kind
 
-__all__ = ["Block", "backwards", "blocks", "check", "forwards"]
+__all__ = ["Block", "backwards", "blocks", "check_numbers", "forwards"]
 
 Block = tuple[int, range]
 """A microbatch and the windows of it that gradients stay in."""
 
 
-def check(stages: int, microbatches: int, windows: int) -> None:
+def check_numbers(stages: int, microbatches: int, windows: int) -> None:
     """Refuse numbers that no plan can have.
 
     Raises:
@@ -25,7 +25,7 @@ def check(stages: int, microbatches: int, windows: int) -> None:
     """
     for name, value in (("stages", stages), ("microbatches", microbatches), ("windows", windows)):
         if not is_whole(value):
-            raise ScheduleError(f"`{name}` must be a whole number of at least 1, received {value!r}")
+            raise ScheduleError(not_whole(f"`{name}`", value))
 
 
 def blocks(microbatches: int, windows: int, truncate: int | None = None) -> list[Block]:
@@ -35,7 +35,7 @@ def blocks(microbatches: int, windows: int, truncate: int | None = None) -> list
         ScheduleError: `truncate` is no whole number of at least 1.
     """
     if truncate is not None:
-        check(1, 1, truncate)
+        check_numbers(1, 1, truncate)
     length = windows if truncate is None else truncate
     starts = range(0, windows, length)
     return [(m, range(start, min(start + length, windows))) for m in range(microbatches) for start in starts]

@@ -10,7 +10,7 @@ It is not in the registry of schedules, as it cannot train; whatever the schedul
 from __future__ import annotations
 
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules.common import blocks, check, forwards
+from pipeline.plan.schedules.common import blocks, check_numbers, forwards
 
 __all__ = ["forward_only"]
 
@@ -29,7 +29,7 @@ def forward_only(stages: int, microbatches: int, *, windows: int = 1) -> Plan:
     Raises:
         ScheduleError: a number is no whole number of at least 1.
     """
-    check(stages, microbatches, windows)
+    check_numbers(stages, microbatches, windows)
     return Plan(
         name="forward only",
         stages=stages,

@@ -13,7 +13,7 @@ of p workers, and so is its price: the tapes of all m microbatches are open at o
 from __future__ import annotations
 
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules.common import backwards, blocks, check, forwards
+from pipeline.plan.schedules.common import backwards, blocks, check_numbers, forwards
 
 __all__ = ["gpipe"]
 
@@ -33,7 +33,7 @@ def gpipe(stages: int, microbatches: int, *, windows: int = 1, truncate: int | N
     Raises:
         ScheduleError: a number is no whole number of at least 1.
     """
-    check(stages, microbatches, windows)
+    check_numbers(stages, microbatches, windows)
     every = blocks(microbatches, windows, truncate)
     return Plan(
         name="gpipe",

@@ -12,7 +12,7 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 from __future__ import annotations
 
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules.common import Block, backwards, blocks, check, forwards
+from pipeline.plan.schedules.common import Block, backwards, blocks, check_numbers, forwards
 from stages.actions import Action
 
 __all__ = ["one_f_one_b"]
@@ -33,7 +33,7 @@ def one_f_one_b(stages: int, microbatches: int, *, windows: int = 1, truncate: i
     Raises:
         ScheduleError: a number is no whole number of at least 1.
     """
-    check(stages, microbatches, windows)
+    check_numbers(stages, microbatches, windows)
     every = blocks(microbatches, windows, truncate)
     held = tuple(min(stages - stage, len(every)) for stage in range(stages))
     return Plan(

@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 from stages.grid import Grid
-from stages.masks import mask_of, with_mask
 from stages.worker.hosted_stage import HostedStage
 
 Array = np.ndarray[Any, Any]
@@ -96,13 +95,6 @@ def weight_part(batch: Whole, label: str, unit: tuple[int, int], over_time: bool
     return None if weight is None else batch.grid.part(weight, *unit, over_time and weight.ndim > 1)
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """Predictions of all microbatches, with their masks."""
-    masks = [mask_of(part) for part in parts]
-    whole = tf.concat(list(parts), axis=0)
-    return whole if masks[0] is None else with_mask(whole, tf.concat(masks, axis=0))
-
-
 def scaled_sum(terms: Sequence[Any], share: float) -> Any | None:
     """Own losses as they count in the batch."""
     if not terms:
@@ -113,7 +105,7 @@ def scaled_sum(terms: Sequence[Any], share: float) -> Any | None:
     return total * tf.cast(share, total.dtype)
 
 
-def summed(losses: Sequence[Mapping[int, Sequence[Any]]]) -> dict[int, list[Any]]:
+def summed_losses(losses: Sequence[Mapping[int, Sequence[Any]]]) -> dict[int, list[Any]]:
     """Losses of the whole batch, as if it were one microbatch."""
     found: dict[int, list[Any]] = {}
     for index in losses[0]:
@@ -128,7 +120,7 @@ def summed(losses: Sequence[Mapping[int, Sequence[Any]]]) -> dict[int, list[Any]
 
 def reported(losses: Sequence[Mapping[int, Sequence[Any]]]) -> dict[str, list[Any]]:
     """Losses as workers report them."""
-    total = summed(losses)
+    total = summed_losses(losses)
     return {
         str(index): [[float(heads[h]) for h in sorted(heads)], None if own is None else float(own)]
         for index, (heads, own) in total.items()

@@ -65,7 +65,7 @@ class JoinedModel:
         self._watch: Callable[[Any], None] | None = None
         self._took: dict[int, tuple[list[tf.TensorSpec], list[int]]] = {}
         """For each stage (by position) what it took in the last pass: its inputs, any number of samples; the masked."""
-        self._dead: frozenset[tuple[str, int]] | None = None
+        self.dead: frozenset[tuple[str, int]] | None = None
         """(tensor, window) between segments or windows that no gradient comes back to; None: not known yet."""
 
     @property
@@ -86,7 +86,7 @@ class JoinedModel:
             if source != DRIVER
         ]
 
-    def _initial(self, batch: Whole, k: int) -> dict[str, Any]:
+    def initial_states(self, batch: Whole, k: int) -> dict[str, Any]:
         """Every stage's states in front of window 0."""
         found: dict[str, Any] = {}
         for hosted in self.hosted:
@@ -173,7 +173,7 @@ class JoinedModel:
         alive = [
             i
             for i, (name, output) in enumerate(zip(names, outputs, strict=True))
-            if goes_on[i] and is_differentiable(output.dtype) and (name, window) not in (self._dead or ())
+            if goes_on[i] and is_differentiable(output.dtype) and (name, window) not in (self.dead or ())
         ]
         passed = joint([*terms, *own], [outputs[i] for i in alive])
         losses = len(terms) + len(own)

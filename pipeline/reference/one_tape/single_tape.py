@@ -17,22 +17,21 @@ from pipeline.reference.one_tape.batch import (
     Weights,
     Whole,
     by_head,
-    joined,
     of_microbatch,
     owned,
     owner,
     reported,
     state_names,
-    summed,
+    summed_losses,
     weight_part,
 )
 from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
 from stages.keras_internals import standing_in
-from stages.masks import mask_of
+from stages.masks import joined_with_masks, mask_of
 from stages.tape.accumulate import dense, plus, plus_all
 from stages.tape.embedding_rows import fixed_rows, is_sparse
-from stages.tape.model_call import Part, States
+from stages.tape.model_call import CallState, Part
 from stages.tape.tensors import is_differentiable, to_array
 from stages.worker.hosted_stage import HostedStage, makes_masks
 from stages.worker.observers import ACTIVATION, GRADIENT, MASK, Observer, Sight
@@ -81,8 +80,8 @@ class SingleTape(JoinedModel):
             {stage: [each head's loss, own losses]} as workers report them, and for each stage dL/dvariables, summed in
             ascending order of microbatches.
         """
-        if self._dead is None:
-            self._dead = self._find_dead(batch, weights)
+        if self.dead is None:
+            self.dead = self._find_dead(batch, weights)
         if self.couples and batch.targets:
             total, found = self._coupled(batch, weights)
             return reported([found]), self._by_stage(total)
@@ -94,7 +93,7 @@ class SingleTape(JoinedModel):
             share = tf.constant(size / batch.grid.samples)
             fixed = (size, part.grid.lengths, batch.loss_scale, batch.truncate, self.observer is not None)
             blocks, some, crossing = step(
-                part.inputs, part.targets, part.sample_weights, mine, share, self._initial(batch, k), fixed
+                part.inputs, part.targets, part.sample_weights, mine, share, self.initial_states(batch, k), fixed
             )
             self._show(k, crossing)
             same = self._fixed_rows() if k and any(map(is_sparse, blocks[0])) else frozenset()
@@ -127,7 +126,7 @@ class SingleTape(JoinedModel):
         size, lengths, loss_scale, truncate, observed = fixed  # plain numbers: TensorFlow traces anew for each object
         part = Whole(inputs, targets, sample_weights, Grid((size,), lengths), loss_scale, truncate)
         with self._tape() as tape:
-            runs = self._windows(part, by_head(weights), share, states)
+            runs = self.run_windows(part, by_head(weights), share, states)
         losses = [[run.losses[index] for index in self._indices] for run in runs]
         at_cuts = self._at_cuts(runs) if observed else []
         blocks, gradients = self._gradients(tape, part, runs, [tensor for tensor, _ in at_cuts])
@@ -165,7 +164,7 @@ class SingleTape(JoinedModel):
             yield tape
         self._watch = None
 
-    def _windows(self, part: Whole, weights: Weights, share: Any, states: Mapping[str, Any]) -> list[Pass]:
+    def run_windows(self, part: Whole, weights: Weights, share: Any, states: Mapping[str, Any]) -> list[Pass]:
         """All windows of a microbatch, one after the other, under whatever tape is open."""
         runs: list[Pass] = []
         several = part.grid.windows > 1
@@ -258,12 +257,12 @@ class SingleTape(JoinedModel):
     def outputs(self, batch: Whole, k: int) -> list[Any]:
         """A microbatch's predictions, in the order of `finals`."""
         part = batch.microbatch(k)
-        return self._forward(part.inputs, self._initial(batch, k), part.grid.sizes, part.grid.lengths)
+        return self._forward(part.inputs, self.initial_states(batch, k), part.grid.sizes, part.grid.lengths)
 
     def compiled_outputs(self, batch: Whole, k: int) -> list[Any]:
         """The same by one traced function."""
         part = batch.microbatch(k)
-        states = self._initial(batch, k)
+        states = self.initial_states(batch, k)
         found: list[Any] = self._predicting(part.inputs, states, part.grid.sizes, part.grid.lengths)
         return found
 
@@ -299,7 +298,7 @@ class SingleTape(JoinedModel):
         states: Mapping[str, Any] = {}
         for k, w in batch.grid.units():
             part = batch.microbatch(k)
-            run = self._run(part, w, {}, states if w else self._initial(batch, k), 1.0, training=False)
+            run = self._run(part, w, {}, states if w else self.initial_states(batch, k), 1.0, training=False)
             states = run.states
             for i, hosted in enumerate(self.hosted):
                 for place in {head.place for head in hosted.heads}:
@@ -316,14 +315,14 @@ class SingleTape(JoinedModel):
         """
         between = [name for hosted in self.hosted for name, consumers in hosted.spec.outputs if consumers]
         between += [name for hosted in self.hosted for name in state_names(hosted)]
-        states = [States(hosted.stage.model) for hosted in self.hosted]
+        states = [CallState(hosted.stage.model) for hosted in self.hosted]
         before = [state.read() for state in states]
-        self._dead = frozenset((name, w) for name in between for w in range(batch.grid.windows))  # no joints
+        self.dead = frozenset((name, w) for name in between for w in range(batch.grid.windows))  # no joints
         counting, self.counting = self.counting, False
         observer, self.observer = self.observer, None
         with self._tape() as tape:
             mine = by_head(of_microbatch(weights, 0))
-            runs = self._windows(batch.microbatch(0), mine, 1.0, self._initial(batch, 0))
+            runs = self.run_windows(batch.microbatch(0), mine, 1.0, self.initial_states(batch, 0))
         watched = {
             (name, w): run.tensors[name]
             for w, run in enumerate(runs)
@@ -362,7 +361,8 @@ class SingleTape(JoinedModel):
                 hosted = self.hosted[i]
                 names = [name for name, _ in hosted.spec.outputs]
                 predictions = {
-                    head.place: joined([run.tensors[names[head.place]] for run in runs]) for head in hosted.heads
+                    head.place: joined_with_masks([run.tensors[names[head.place]] for run in runs])
+                    for head in hosted.heads
                 }
                 values = hosted.heads.values(predictions, at_once[i])  # type: ignore[arg-type]
                 if self.counting:
@@ -382,7 +382,7 @@ class SingleTape(JoinedModel):
         cuts = len(crossing) // len(runs)
         for k in range(len(runs)):
             self._show(k, crossing[k * cuts : (k + 1) * cuts])
-        return total, summed(losses)
+        return total, summed_losses(losses)
 
 
 __all__ = ["SingleTape", "Whole"]

@@ -16,33 +16,33 @@ import tensorflow as tf
 
 from pipeline.compare.tolerance import eps
 from pipeline.reference.one_tape.batch import Whole, owned, state_names
-from pipeline.reference.witness.float64_twin import WIDE, Twin, check, drawing, wide_floats
+from pipeline.reference.witness.float64_twin import WIDE, Twin, check_twin, drawing, wide_floats
 from pipeline.reference.witness.flow import (
-    RefusedError,
     Tensors,
+    WitnessRefusedError,
     call_model,
     heads_of,
     initial_states,
     inputs_of,
-    joined,
-    named,
+    joined_riding,
     objective,
     own_losses,
+    refusing,
     run_flow,
     undisturbed,
 )
-from stages.jacobian.rows import dense
 from stages.loss.head import Head
-from stages.tape.model_call import States
+from stages.tape.accumulate import dense
+from stages.tape.model_call import CallState
 from stages.worker.hosted_stage import HostedStage
 
-Key = tuple[int, int]
+VariableKey = tuple[int, int]
 """(stage, place among its trainable variables) of a variable; of a shared one its owner's."""
-Call = Callable[[int, int, list[Any]], Sequence[Any]]
+CallTwin = Callable[[int, int, list[Any]], Sequence[Any]]
 """(microbatch, position of the stage, what it takes) -> what it gives."""
 
 
-class Found(NamedTuple):
+class LossGradients(NamedTuple):
     """Gradients by one tape.
 
     Attributes:
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     """
 
     loss: float
-    variables: dict[Key, Any]
+    variables: dict[VariableKey, Any]
     cuts: list[Any]
 
 
@@ -79,7 +79,7 @@ class BatchLoss:
     ) -> None:
         self.hosted, self.batch, self.models, self.heads = hosted, batch, models, heads
         self.dtype, self.narrow = dtype, narrow
-        self._states = [States(model) for model in models]
+        self._states = [CallState(model) for model in models]
         self._start = [state.read() for state in self._states]
         self.calls = 0
 
@@ -101,10 +101,10 @@ class BatchLoss:
         return found
 
     @property
-    def variables(self) -> dict[Key, list[Any]]:
+    def variables(self) -> dict[VariableKey, list[Any]]:
         """{variable: the models' variable, and its copies in other stages}."""
         model = {stage.spec.index: one for stage, one in zip(self.hosted, self.models, strict=True)}
-        found: dict[Key, list[Any]] = {}
+        found: dict[VariableKey, list[Any]] = {}
         for stage in self.hosted:
             ties = {tie.place: tie for tie in stage.ties}
             mine = {id(variable) for variable in owned(stage)}
@@ -114,7 +114,7 @@ class BatchLoss:
                     found[stage.spec.index, place] = [model[i].trainable_variables[p] for i, p in homes]
         return found
 
-    def gradients(self) -> Found:
+    def gradients(self) -> LossGradients:
         """The loss, and its gradients by one tape."""
         variables, cuts = self.variables, list[Any]()
         flat = [copy.value for copies in variables.values() for copy in copies]
@@ -129,11 +129,13 @@ class BatchLoss:
             loss = self.value(lambda: self.run(call))
         found = tape.gradient(loss, [*flat, *cuts])
         of_variables = iter(found[: len(flat)])
-        sums: dict[Key, Any] = {}
+        sums: dict[VariableKey, Any] = {}
         for key, copies in variables.items():
             parts = [g for g in [next(of_variables) for _ in copies] if g is not None]
             sums[key] = sum(np.asarray(dense(g)) for g in parts) if parts else None
-        return Found(float(loss), sums, [None if g is None else np.asarray(dense(g)) for g in found[len(flat) :]])
+        return LossGradients(
+            float(loss), sums, [None if g is None else np.asarray(dense(g)) for g in found[len(flat) :]]
+        )
 
     def value(self, run: Callable[[], Any]) -> Any:
         """The loss, from the states that the models began with."""
@@ -155,7 +157,7 @@ class BatchLoss:
             return self.plain
         return graph
 
-    def run(self, call: Call) -> Any:
+    def run(self, call: CallTwin) -> Any:
         """Microbatches and windows forward; their predictions joined and judged at once."""
         grid, total = self.batch.grid, tf.zeros((), self.dtype)
         parts: dict[str, list[list[Any]]] = {}
@@ -168,7 +170,7 @@ class BatchLoss:
         with self._wide():
             return total + objective(self.hosted, self.heads, self.batch, predictions, self.dtype)
 
-    def _windows(self, k: int, call: Call) -> tuple[list[Tensors], list[Any]]:
+    def _windows(self, k: int, call: CallTwin) -> tuple[list[Tensors], list[Any]]:
         """A microbatch's tensors of each window, and its own losses."""
         states = self._as_dtype(initial_states(self.hosted, self.batch, k))
         found: list[Tensors] = []
@@ -176,7 +178,7 @@ class BatchLoss:
         for w in range(self.batch.grid.windows):
 
             def one(i: int, taken: list[Any], w: int = w) -> Sequence[Any]:
-                with self._wide(i), named(self.hosted[i], f"its forward pass in {self.dtype}"):
+                with self._wide(i), refusing(self.hosted[i], f"its forward pass in {self.dtype}"):
                     outputs = call(k, i, taken)
                     own.extend(own_losses(self.models[i], w, self.dtype))
                 return outputs
@@ -211,7 +213,7 @@ class BatchLoss:
 
     def _predicted(self, name: str, parts: Sequence[Sequence[Any]]) -> Any:
         over_time = self._judged()[name]
-        return joined([joined(some, 1) if over_time else some[-1] for some in parts], 0)
+        return joined_riding([joined_riding(some, 1) if over_time else some[-1] for some in parts], 0)
 
     def _check(self) -> None:
         """Refuse twins that compute something else, with the first stage of which that is so.
@@ -231,7 +233,7 @@ class BatchLoss:
 
         def compared(k: int, i: int, taken: list[Any]) -> Sequence[Any]:
             outputs = call_model(self.models[i], taken)
-            check(self.hosted[i], taken, outputs, next(ours), eps(self.narrow[i]) ** 0.5)
+            check_twin(self.hosted[i], taken, outputs, next(ours), eps(self.narrow[i]) ** 0.5)
             return outputs
 
         self.value(lambda: self.run(compared))
@@ -259,7 +261,7 @@ def rounding(hosted: Sequence[HostedStage], batch: Whole) -> Rounding:
             wide = BatchLoss.twin(hosted, batch).gradients()
         with undisturbed(hosted):
             own = BatchLoss.own(hosted, batch).gradients()
-    except RefusedError:
+    except WitnessRefusedError:
         return Rounding()
     pairs = [(own.variables[key], wide.variables[key]) for key in wide.variables]
     return Rounding(apart(pairs), apart(list(zip(own.cuts, wide.cuts, strict=True))))
@@ -273,7 +275,7 @@ def apart(pairs: Sequence[tuple[Any, Any]]) -> float:
     return apart / scale if scale else 0.0
 
 
-def _places(hosted: Sequence[HostedStage], name: str) -> list[Key]:
+def _places(hosted: Sequence[HostedStage], name: str) -> list[VariableKey]:
     """(stage, place) of all copies of a shared variable."""
     return [(stage.spec.index, tie.place) for stage in hosted for tie in stage.ties if tie.name == name]
 

@@ -29,37 +29,37 @@ from pipeline.reference.one_tape.batch import Weights, Whole, state_names, weigh
 from pipeline.reference.one_tape.single_tape import SingleTape
 from pipeline.reference.witness.batch_loss import Rounding, rounding
 from pipeline.reference.witness.flow import (
-    RefusedError,
+    WitnessRefusedError,
     call_model,
     heads_of,
     initial_states,
     inputs_of,
-    joined,
-    named,
+    joined_riding,
     own_losses,
+    refusing,
     run_flow,
     shared_sums,
     size_of,
     tensor_names,
     undisturbed,
 )
-from pipeline.reference.witness.results import Array, Cut, Gradients
+from pipeline.reference.witness.results import Array, CutPlace, WitnessGradients
 from pipeline.reference.witness.rows import contract_by_rows
 from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes
-from stages.jacobian.rows import Contraction, connected, dense
+from stages.jacobian.rows import Contraction, connected
 from stages.keras_internals import logits_of
 from stages.loss.heads import Heads, Objective
-from stages.tape.accumulate import plus
+from stages.tape.accumulate import dense, plus
 from stages.tape.tensors import is_differentiable
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
 
-MEMORY_LIMIT = 1 << 28
+ROW_LIMIT = 1 << 28
 """Bytes that a row may take unless told otherwise: 256 MiB."""
 
 Unit = tuple[int, int]
 """(microbatch, window)."""
-Place = tuple[str, int, int]
+TensorPlace = tuple[str, int, int]
 """(tensor name, microbatch, window it is from); a state in front of window w is from window w - 1."""
 
 
@@ -82,15 +82,17 @@ class _Record:
     stage: int
     unit: Unit
     tape: Any
-    takes: list[Place]
-    gives: list[Place]
+    takes: list[TensorPlace]
+    gives: list[TensorPlace]
     inputs: list[Any]
     outputs: tuple[Any, ...]
     own: list[Any]
     seeds: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-def chain(hosted: Sequence[HostedStage], batch: Whole, memory_limit: int | None = MEMORY_LIMIT) -> Gradients:
+def by_chain_rule(
+    hosted: Sequence[HostedStage], batch: Whole, memory_limit: int | None = ROW_LIMIT
+) -> WitnessGradients:
     """Gradients of a batch by the chain rule.
 
     Args:
@@ -105,8 +107,8 @@ def chain(hosted: Sequence[HostedStage], batch: Whole, memory_limit: int | None 
         measured = rounding(hosted, batch)
         with undisturbed(hosted):
             return _Chain(hosted, batch, memory_limit).run(measured)
-    except (RefusedError, MemoryLimitExceeded) as error:
-        return Gradients(refusal=str(error))
+    except (WitnessRefusedError, MemoryLimitExceeded) as error:
+        return WitnessGradients(refusal=str(error))
 
 
 class _Chain:
@@ -114,29 +116,29 @@ class _Chain:
         self.hosted, self.batch, self.limit = hosted, batch, limit
         self.heads = [Heads(heads_of(stage)) for stage in hosted]
         self.totals: list[list[Any]] = [[None] * len(stage.stage.trainable_variables) for stage in hosted]
-        self.arriving: dict[Place, list[Any]] = {}
-        self.boundary: dict[Cut, Array | None] = {}
+        self.arriving: dict[TensorPlace, list[Any]] = {}
+        self.boundary: dict[CutPlace, Array | None] = {}
         self.rows = [0] * len(hosted)
         self.loss = 0.0
         weights = SingleTape(hosted).weights(batch)
         self.weights: Weights = weights
 
-    def run(self, measured: Rounding) -> Gradients:
+    def run(self, measured: Rounding) -> WitnessGradients:
         """All microbatches: each forward, its loss, backward; or all at once where a loss couples samples."""
         microbatches = range(len(self.batch.grid.sizes))
         couples = any(heads.couples_samples for heads in self.heads)
         if couples and self.batch.grid.windows > 1:
-            raise RefusedError("a loss that couples samples is not made over several windows")
+            raise WitnessRefusedError("a loss that couples samples is not made over several windows")
         for group in [list(microbatches)] if couples else [[k] for k in microbatches]:
             records = [record for k in group for record in self._forward(k)]
             if couples:
                 self._whole_losses(records)
             for record in reversed(records):
-                with named(self.hosted[record.stage], "its Jacobian"):
+                with refusing(self.hosted[record.stage], "its Jacobian"):
                     self._backward(record)
             self.arriving.clear()
         limit = "none" if self.limit is None else readable_bytes(self.limit)
-        return Gradients(
+        return WitnessGradients(
             shared_sums(self.hosted, self.totals, self.batch.loss_scale),
             self.boundary,
             size_of(self.hosted, self.batch, sum(self.rows)),
@@ -161,7 +163,10 @@ class _Chain:
         stage, (k, w) = self.hosted[i], unit
         takes, gives = tensor_names(stage)
         states = set(state_names(stage))
-        with named(stage, "its forward pass"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        with (
+            refusing(stage, "its forward pass"),
+            tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape,
+        ):
             tape.watch([tensor for tensor in taken if is_differentiable(tensor.dtype)])
             tape.watch([variable.value for variable in stage.stage.trainable_variables])
             outputs = call_model(stage.stage.model, taken)
@@ -209,11 +214,13 @@ class _Chain:
         """(tensor, dL/dtensor) of tensors that the heads' losses read, or of the logits behind them."""
         logits = [logits for t in tensors if (logits := logits_of(t)) is not None]
         sources = [t for t in [*tensors, *logits] if is_differentiable(t.dtype)]
-        with named(self.hosted[i], "its loss"), tf.GradientTape(watch_accessed_variables=False) as tape:
+        with refusing(self.hosted[i], "its loss"), tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)
             if isinstance(predictions, tuple):
                 records, places = predictions
-                predictions = {place: joined([record.outputs[place] for record in records], 0) for place in places}
+                predictions = {
+                    place: joined_riding([record.outputs[place] for record in records], 0) for place in places
+                }
             values = self.heads[i].values(predictions, objective)
             terms = self.heads[i].terms(values, objective.heads)
         self.loss += sum(float(term) for term in terms)
@@ -292,7 +299,9 @@ class _Chain:
         for p, (name, source) in enumerate(stage.spec.inputs):
             if source != DRIVER and is_differentiable(record.inputs[p].dtype):
                 value = found.get(p)
-                self.boundary[Cut(source, name, stage.spec.index, k, w)] = None if value is None else np.array(value)
+                self.boundary[CutPlace(source, name, stage.spec.index, k, w)] = (
+                    None if value is None else np.array(value)
+                )
 
     def _contract(self, record: _Record, output: Any, seed: Any, sources: Sequence[Any]) -> list[Any]:
         """dL/dsource of every source through one output; None where the output does not depend on it."""
@@ -306,4 +315,4 @@ class _Chain:
         return [next(each) if yes else None for yes in reached]
 
 
-__all__ = ["MEMORY_LIMIT", "chain"]
+__all__ = ["ROW_LIMIT", "by_chain_rule"]

@@ -34,7 +34,7 @@ from pipeline.compare.tolerance import eps
 from pipeline.reference.one_tape.batch import Whole
 from pipeline.reference.witness.batch_loss import BatchLoss, apart
 from pipeline.reference.witness.float64_twin import WIDE
-from pipeline.reference.witness.flow import RefusedError, size_of, undisturbed
+from pipeline.reference.witness.flow import WitnessRefusedError, size_of, undisturbed
 from pipeline.reference.witness.results import Differences, Direction, direction
 from stages.worker.hosted_stage import HostedStage
 
@@ -60,13 +60,13 @@ def differences(
     try:
         with undisturbed(hosted):
             return _differences(hosted, batch, seed, directions)
-    except RefusedError as error:
+    except WitnessRefusedError as error:
         return Differences(refusal=str(error))
 
 
 def _differences(hosted: Sequence[HostedStage], batch: Whole, seed: int, directions: int) -> Differences:
     if batch.truncate is not None and batch.truncate < batch.grid.windows:
-        raise RefusedError(
+        raise WitnessRefusedError(
             f"gradients are truncated after {batch.truncate} of {batch.grid.windows} windows, so they are not the "
             "derivative of the loss"
         )

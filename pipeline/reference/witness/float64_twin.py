@@ -5,7 +5,7 @@ every floating dtype replaced; values are cast up.
 
 Random layers draw other numbers in float64 than in float32. So while a twin runs, Keras's random functions draw as the
 model itself does and cast the result (`drawing`). A layer that draws in another way gives other outputs than the model:
-`check` finds the first stage of which that is so.
+`check_twin` finds the first stage of which that is so.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from pipeline.reference.witness.flow import RefusedError, dtype_of, heads_of, named
+from pipeline.reference.witness.flow import WitnessRefusedError, dtype_of, heads_of, refusing
 from stages.keras_internals import layers_of, own_seed_generators, replaced_draws, wrap_call
 from stages.loss.head import Head
 from stages.recipe.by_value import copied
+from stages.recipe.keras_state import FLOATS
 from stages.tape.model_call import Part
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE = "float64"
 _DRAWING = ("normal", "uniform", "truncated_normal", "gamma", "beta", "binomial")
 """Random functions of Keras that take a dtype; `dropout` takes a tensor."""
@@ -128,7 +128,7 @@ class Twin:
     def __init__(self, hosted: HostedStage) -> None:
         self.hosted = hosted
         self.narrow = dtype_of(hosted.stage.model)
-        with wide_floats(), named(hosted, "its float64 copy cannot be made"):
+        with wide_floats(), refusing(hosted, "its float64 copy cannot be made"):
             self.model = Part(self._build(), hosted.spec.name).model  # inner layers hand masks on by themselves
             self.heads: list[Head] = heads_of(hosted, WIDE)
             _draw_as(hosted.stage.model, self.model)
@@ -146,7 +146,7 @@ class Twin:
         values = snapshot.read(self.hosted.stage.model.variables)
         narrow = [v.path for v in twin.variables if v.dtype in FLOATS and v.dtype != WIDE]
         if len(values) != len(twin.variables) or narrow:
-            raise RefusedError(
+            raise WitnessRefusedError(
                 f"stage {self.hosted.spec.name!r}: its float64 copy has {len(twin.variables)} variables of "
                 f"{len(values)}, {', '.join(narrow) or 'none'} of them in another dtype; give its layers no dtype"
             )
@@ -154,7 +154,9 @@ class Twin:
             variable.assign(value.astype(WIDE) if variable.dtype == WIDE else value)
 
 
-def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours: Sequence[Any], allowed: float) -> None:
+def check_twin(
+    hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours: Sequence[Any], allowed: float
+) -> None:
     """Compare what a stage and its twin give.
 
     Args:
@@ -175,7 +177,7 @@ def check(hosted: HostedStage, taken: Sequence[Any], given: Sequence[Any], ours:
     for (name, _), a, b in zip(hosted.spec.outputs, ours, given, strict=False):
         apart = float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)), initial=0.0))
         if not apart <= allowed * scale:
-            raise RefusedError(
+            raise WitnessRefusedError(
                 f"stage {hosted.spec.name!r}: its float64 copy gives another {name!r} (by {apart:.2g}); a layer of it "
                 "draws numbers in a way of its own, or computes in a dtype of its own"
             )
@@ -185,4 +187,4 @@ def _is_float(tensor: Any) -> bool:
     return bool(tf.as_dtype(tensor.dtype).is_floating)
 
 
-__all__ = ["Twin", "check", "drawing", "wide_floats"]
+__all__ = ["Twin", "check_twin", "drawing", "wide_floats"]

@@ -23,24 +23,24 @@ from stages.loss.head import Head
 from stages.masks import mask_of, with_mask
 from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
-from stages.tape.model_call import States
+from stages.tape.model_call import CallState
 from stages.tape.tensors import flatten
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
 
 Tensors = dict[str, Any]
-Call = Callable[[int, list[Any]], Sequence[Any]]
+CallStage = Callable[[int, list[Any]], Sequence[Any]]
 """(position of the stage, its inputs and states) -> its outputs and states, flat."""
 
 
-class RefusedError(Exception):
+class WitnessRefusedError(Exception):
     """A witness cannot be made; the message names the stage and the layer."""
 
 
 @contextmanager
 def undisturbed(hosted: Sequence[HostedStage]) -> Iterator[None]:
     """Put back what forward passes and the making of models change: statistics, seeds, Python's random numbers."""
-    states = [States(stage.stage.model) for stage in hosted]
+    states = [CallState(stage.stage.model) for stage in hosted]
     before, drawn = [state.read() for state in states], random.getstate()
     try:
         yield
@@ -51,15 +51,15 @@ def undisturbed(hosted: Sequence[HostedStage]) -> Iterator[None]:
 
 
 @contextmanager
-def named(stage: HostedStage, what: str) -> Iterator[None]:
+def refusing(stage: HostedStage, what: str) -> Iterator[None]:
     """Turn any failure into a refusal that names the stage."""
     try:
         yield
-    except RefusedError:
+    except WitnessRefusedError:
         raise
     except Exception as error:
         line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-        raise RefusedError(f"stage {stage.spec.name!r}: {what}: {type(error).__name__}: {line}") from error
+        raise WitnessRefusedError(f"stage {stage.spec.name!r}: {what}: {type(error).__name__}: {line}") from error
 
 
 def tensor_names(stage: HostedStage) -> tuple[list[str], list[str]]:
@@ -68,7 +68,7 @@ def tensor_names(stage: HostedStage) -> tuple[list[str], list[str]]:
     return [*(name for name, _ in stage.spec.inputs), *states], [*(name for name, _ in stage.spec.outputs), *states]
 
 
-def run_flow(hosted: Sequence[HostedStage], call: Call, given: Mapping[str, Any]) -> Tensors:
+def run_flow(hosted: Sequence[HostedStage], call: CallStage, given: Mapping[str, Any]) -> Tensors:
     """Call all segments, one after the other.
 
     A mask that a segment takes off its input is off for those after it, as in one process.
@@ -151,7 +151,7 @@ def heads_of(stage: HostedStage, floats: str | None = None) -> list[Head]:
     ]
 
 
-def joined(parts: Sequence[Any], axis: int) -> Any:
+def joined_riding(parts: Sequence[Any], axis: int) -> Any:
     """Tensors one behind the other, with what rides on them."""
     return parts[0] if len(parts) == 1 else riding(parts, lambda some: tf.concat(list(some), axis))
 
@@ -275,4 +275,4 @@ def _places(model: Any, batch: Whole) -> int:
 _DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 
 
-__all__ = ["RefusedError", "run_flow", "undisturbed"]
+__all__ = ["WitnessRefusedError", "run_flow", "undisturbed"]

@@ -17,7 +17,7 @@ Wire = tuple[dict[str, Any], list[Array]]
 """A JSON description, and the arrays that it refers to by their numbers."""
 
 
-class Cut(NamedTuple):
+class CutPlace(NamedTuple):
     """Where a gradient crosses between two stages.
 
     Attributes:
@@ -52,7 +52,7 @@ ONE = Size()
 
 
 @dataclass
-class Gradients:
+class WitnessGradients:
     """Gradients that a witness expects.
 
     Attributes:
@@ -70,7 +70,7 @@ class Gradients:
     """
 
     gradients: dict[int, list[Array | None]] = field(default_factory=dict)
-    boundary: dict[Cut, Array | None] = field(default_factory=dict)
+    boundary: dict[CutPlace, Array | None] = field(default_factory=dict)
     size: Size = ONE
     rounding: float = 0.0
     rounding_at_cuts: float = 0.0
@@ -93,7 +93,7 @@ class Gradients:
         return description, arrays.found
 
     @classmethod
-    def from_wire(cls, description: Mapping[str, Any], arrays: Sequence[Array]) -> Gradients:
+    def from_wire(cls, description: Mapping[str, Any], arrays: Sequence[Array]) -> WitnessGradients:
         """What `to_wire` was called on."""
 
         def array(number: int | None) -> Array | None:
@@ -101,7 +101,7 @@ class Gradients:
 
         return cls(
             {stage: [array(number) for number in each] for stage, each in description["gradients"]},
-            {Cut(*cut): array(number) for cut, number in description["boundary"]},
+            {CutPlace(*cut): array(number) for cut, number in description["boundary"]},
             Size(*description["size"]),
             rounding=description["rounding"][0],
             rounding_at_cuts=description["rounding"][1],
@@ -141,7 +141,7 @@ class Differences:
         seed: Of the directions.
         largest: Largest |dL/dvariable| of the float64 model.
         size: How long its sums are.
-        rounding: As in `Gradients`.
+        rounding: As in `WitnessGradients`.
         loss: The loss of the batch in float64, own losses included.
         refusal: Why they cannot be made, naming stage and layer; "" if they were.
         note: What it cost, in words.
@@ -218,4 +218,4 @@ class _Arrays:
         return len(self.found) - 1
 
 
-__all__ = ["Cut", "Differences", "Direction", "Gradients", "Size", "direction"]
+__all__ = ["CutPlace", "Differences", "Direction", "Size", "WitnessGradients", "direction"]

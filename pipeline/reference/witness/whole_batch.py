@@ -29,33 +29,33 @@ from pipeline.compare.tolerance import Tolerance
 from pipeline.reference.one_tape.batch import Whole, state_names
 from pipeline.reference.witness.batch_loss import Rounding, rounding
 from pipeline.reference.witness.flow import (
-    RefusedError,
     Tensors,
+    WitnessRefusedError,
     call_model,
     heads_of,
     initial_states,
     inputs_of,
-    named,
     objective,
     own_losses,
+    refusing,
     riding,
     run_flow,
     shared_sums,
     size_of,
     undisturbed,
 )
-from pipeline.reference.witness.results import Gradients, Size
-from stages.jacobian.rows import dense
+from pipeline.reference.witness.results import Size, WitnessGradients
 from stages.keras_internals import layers_of, own_added_losses, own_seed_generators, wrap_call
+from stages.tape.accumulate import dense
 from stages.tape.model_call import changed_by_calls
 from stages.tape.tensors import flatten, is_differentiable
 from stages.worker.hosted_stage import HostedStage
 
-Seen = list[tuple[Any, list[Any], list[Any]]]
+CallsSeen = list[tuple[Any, list[Any], list[Any]]]
 """(layer, its inputs, its outputs) of every call, inner ones first."""
 
 
-def batch_at_once(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
+def batch_at_once(hosted: Sequence[HostedStage], batch: Whole) -> WitnessGradients:
     """Gradients of a batch by one tape over the joined segments on all samples.
 
     Args:
@@ -69,13 +69,13 @@ def batch_at_once(hosted: Sequence[HostedStage], batch: Whole) -> Gradients:
         measured = rounding(hosted, batch)
         with undisturbed(hosted):
             return _gradients(hosted, batch, measured)
-    except RefusedError as error:
-        return Gradients(refusal=str(error))
+    except WitnessRefusedError as error:
+        return WitnessGradients(refusal=str(error))
 
 
-def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) -> Gradients:
+def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) -> WitnessGradients:
     if batch.truncate is not None and batch.truncate < batch.grid.windows:
-        raise RefusedError(
+        raise WitnessRefusedError(
             f"gradients are truncated after {batch.truncate} of {batch.grid.windows} windows, so they are not those of "
             "the whole sequence"
         )
@@ -86,7 +86,7 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) 
         tape.watch([variable for some in variables for variable in some])
 
         def call(i: int, taken: list[Any]) -> Sequence[Any]:
-            with named(hosted[i], "its forward pass on the whole batch"), _nothing_changes(hosted[i]):
+            with refusing(hosted[i], "its forward pass on the whole batch"), _nothing_changes(hosted[i]):
                 outputs = call_model(hosted[i].stage.model, taken)
                 own[i] = own_losses(hosted[i].stage.model, 0, "float32")
             return outputs
@@ -102,7 +102,7 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) 
     found = iter(None if g is None else dense(g) for g in flat)
     sums = shared_sums(hosted, [[next(found) for _ in some] for some in variables], batch.loss_scale)
     note = f"one tape over {batch.grid.samples} samples"
-    return Gradients(sums, {}, size, *measured, float(loss), note=note)
+    return WitnessGradients(sums, {}, size, *measured, float(loss), note=note)
 
 
 def _all_states(hosted: Sequence[HostedStage], batch: Whole) -> Tensors:
@@ -121,7 +121,7 @@ def _nothing_changes(stage: HostedStage) -> Iterator[None]:
     for variable, value in zip(variables, before, strict=True):
         if np.asarray(variable.value.read_value()).tobytes() != value.tobytes():
             kind = "draws numbers" if "seed" in variable.path.rsplit("/", 1)[-1] else "keeps statistics of its batch"
-            raise RefusedError(
+            raise WitnessRefusedError(
                 f"stage {stage.spec.name!r}, layer {_layer_of(model, variable)!r} {kind} in training (its call changes "
                 f"{variable.path!r}), so microbatches are not the whole batch"
             )
@@ -161,13 +161,13 @@ def _check_independence(
 
         def call(i: int, taken: list[Any], k: int = k, rows: slice = rows, count: int = count) -> Sequence[Any]:
             stage = hosted[i]
-            with named(stage, "its forward pass on a microbatch"):
+            with refusing(stage, "its forward pass on a microbatch"):
                 outputs = call_model(stage.stage.model, taken)
                 parts[i] += count / batch.grid.samples * float(sum(own_losses(stage.stage.model, 0, "float32")))
             for (name, _), output in zip(stage.spec.outputs, outputs, strict=False):
                 if not _agree(output, _rows(whole[name], rows), size):
                     layer = _first_to_differ(stage.stage.model, [whole[n] for n, _ in stage.spec.inputs], rows, size)
-                    raise RefusedError(
+                    raise WitnessRefusedError(
                         f"stage {stage.spec.name!r}, layer {layer!r} looks across the samples of its batch: "
                         f"microbatch {k} alone gets another {name!r} than within the whole batch"
                     )
@@ -181,7 +181,7 @@ def _check_independence(
         allowed = Tolerance.reordered(size.dtype, size.terms).relative * max(abs(total), abs(part))
         if abs(total - part) > allowed:
             layer = next((layer.name for layer in layers_of(stage.stage.model) if own_added_losses(layer)), "?")
-            raise RefusedError(
+            raise WitnessRefusedError(
                 f"stage {stage.spec.name!r}, layer {layer!r} adds a loss that is no mean over samples: {total:.6g} of "
                 f"the whole batch, {part:.6g} of its microbatches; divide it by the number of samples"
             )
@@ -222,9 +222,9 @@ def _first_to_differ(model: Any, inputs: Sequence[Any], rows: slice, size: Size)
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[Seen]:
+def _watched(model: Any) -> Iterator[CallsSeen]:
     """Note what every layer inside a model takes and gives."""
-    seen: Seen = []
+    seen: CallsSeen = []
 
     def watching(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

@@ -11,14 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from transport.channel import HasFileno
+
 __all__ = ["HasFileno", "Launcher", "WorkerHandle", "describe_exit"]
-
-
-class HasFileno(Protocol):
-    """Something that `select`, `poll` and ZeroMQ's poller can wait for."""
-
-    def fileno(self) -> int:
-        """Return the file descriptor."""
 
 
 class WorkerHandle(Protocol):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipeline.runtime.launch.base import describe_exit
 from pipeline.runtime.launch.descriptors import Descriptor
 from pipeline.runtime.launch.local import check_request
-from stages.process.status_board import SLOTS, words_of
+from stages.process.status_board import BOARD_SLOTS, words_of
 
 __all__ = ["ThreadLauncher", "ThreadWorker"]
 
@@ -60,7 +60,7 @@ class ThreadWorker:
 
     def __init__(self, name: str, entry: str, spec: dict[str, Any]) -> None:
         self._name = name
-        self._board = np.zeros(SLOTS, np.int64)
+        self._board = np.zeros(BOARD_SLOTS, np.int64)
         self._reason = ""
         self._lock = threading.Lock()
         # readable when it is not 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from stages.explanation.flow.graph import Graph, Node, tensors_of
+from stages.explanation.flow.graph import FlowGraph, Node, tensors_of
 from stages.tensorflow_internals import gradients_of_operation, has_gradient, is_trainable, stop_recording
 
 NEVER_ASKED = frozenset({"EagerPyFunc", "PartitionedCall", "StatefulPartitionedCall", "While", "If", "Case"})
@@ -28,7 +28,7 @@ class Edges:
         tape: id of the user's tape; None: all that ran counts as recorded.
     """
 
-    def __init__(self, graph: Graph, tape: int | None = None) -> None:
+    def __init__(self, graph: FlowGraph, tape: int | None = None) -> None:
         self.graph = graph
         self.tape = tape
         self._asked: dict[Node, list[bool]] = {}

@@ -99,7 +99,7 @@ class Node:
 
 
 @dataclass(eq=False)
-class Graph:
+class FlowGraph:
     """Nodes and values of one run."""
 
     nodes: list[Node] = field(default_factory=list)
@@ -182,6 +182,6 @@ class Graph:
         return any(self.makers[value][-1] is not node for value in node.outputs)
 
 
-def tensors_of(graph: Graph, values: Sequence[int]) -> list[Any]:
+def tensors_of(graph: FlowGraph, values: Sequence[int]) -> list[Any]:
     """The tensors of some values, pseudo values left out."""
     return [tensor for value in values if (tensor := graph.values[value]) is not None]

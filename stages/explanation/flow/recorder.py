@@ -33,7 +33,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.explanation.flow.graph import Graph, Line, Node
+from stages.explanation.flow.graph import FlowGraph, Line, Node
 from stages.keras_internals import layer_call
 from stages.origin import ROOT
 from stages.tape.eagerly import eagerly
@@ -76,7 +76,7 @@ class Recorder:
     """
 
     def __init__(self, stages: Mapping[int, str] | None = None) -> None:
-        self.graph = Graph()
+        self.graph = FlowGraph()
         self.kept: dict[int, tuple[Any, Any]] = {}
         """{id of a handle: (handle, value before the first write)}."""
         self._stages = dict(stages or {})

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stages.explanation.flow.graph import PYTHON, Graph, Node
+from stages.explanation.flow.graph import PYTHON, FlowGraph, Node
 from stages.explanation.flow.user_tapes import Source
 from stages.tensorflow_internals import read_behind, stop_recording, write_behind
 
-Again = Callable[[], tuple[Graph, int]]
+Again = Callable[[], tuple[FlowGraph, int]]
 """Runs the code again: what happened, and the target's number."""
 
 
-def link_by_change(graph: Graph, sources: Sequence[Source], target: int, again: Again) -> None:
+def link_by_change(graph: FlowGraph, sources: Sequence[Source], target: int, again: Again) -> None:
     """Link, in the graph, what left TensorFlow with where it came back, for variables that seem not to be used.
 
     Args:
@@ -50,7 +50,7 @@ def link_by_change(graph: Graph, sources: Sequence[Source], target: int, again: 
             graph.link(out[-1] if out else _unseen(graph, after), value)
 
 
-def _unseen(graph: Graph, after: set[int]) -> Node:
+def _unseen(graph: FlowGraph, after: set[int]) -> Node:
     """A conversion that nobody saw: behind the last operation that worked on the value."""
     last = [node for node in graph.nodes if not after.isdisjoint(node.outputs)]
     node = Node(len(graph.nodes), "conversion", "NumPy", last[-1].outputs if last else tuple(after), (graph.pseudo(),))
@@ -59,7 +59,7 @@ def _unseen(graph: Graph, after: set[int]) -> Node:
     return graph.add(node)
 
 
-def _differences(graph: Graph, target: int, sources: Sequence[Source], again: Again) -> list[int]:
+def _differences(graph: FlowGraph, target: int, sources: Sequence[Source], again: Again) -> list[int]:
     """Constants on the way to the target that have another value if these variables have."""
     handles = [graph.values[source.value] for source in sources]
     before = [_read(source, handle) for source, handle in zip(sources, handles, strict=True)]
@@ -83,7 +83,7 @@ def _differences(graph: Graph, target: int, sources: Sequence[Source], again: Ag
     return list(dict.fromkeys(found))
 
 
-def link_by_value(graph: Graph, source: int, targets: Sequence[int]) -> None:
+def link_by_value(graph: FlowGraph, source: int, targets: Sequence[int]) -> None:
     """The same where the code cannot be run again. A link that is only a guess has `Node.guessed`."""
     ancestors, _ = graph.ancestors(targets)
     after = graph.descendants([source])
@@ -104,7 +104,7 @@ def link_by_value(graph: Graph, source: int, targets: Sequence[int]) -> None:
         graph.link(node, value)
 
 
-def _is_constant(graph: Graph, value: int) -> bool:
+def _is_constant(graph: FlowGraph, value: int) -> bool:
     tensor = graph.values[value]
     floating = tensor is not None and tensor.dtype.is_floating
     return floating and not [node for node in graph.makers.get(value, []) if node.kind != "reentry"]
@@ -120,14 +120,14 @@ def _may_be(tensor: Any, node: Node, conversion: Node) -> bool:
     return not literal and not node.layer
 
 
-def _same(graph: Graph, a: int, other: Graph, b: int) -> bool:
+def _same(graph: FlowGraph, a: int, other: FlowGraph, b: int) -> bool:
     ours, theirs = graph.values[a], other.values[b]
     if ours is None or theirs is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return ours is theirs
     return bool(ours.numpy().tobytes() == theirs.numpy().tobytes())
 
 
-def _is_result(graph: Graph, value: int, conversion: Node) -> bool:
+def _is_result(graph: FlowGraph, value: int, conversion: Node) -> bool:
     """Whether a constant is what a conversion gave; numbers that are everywhere prove nothing."""
     tensor, result = graph.values[value], conversion.result
     if result is None or tensor is None or tuple(tensor.shape) != np.shape(result):

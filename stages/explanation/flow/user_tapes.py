@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from stages.explanation.flow.edges import Edges
-from stages.explanation.flow.graph import Graph, Line
+from stages.explanation.flow.graph import FlowGraph, Line
 from stages.explanation.flow.recorder import Recorder, user_frame, user_line
 from stages.tensorflow_internals import (
     TAPE_ASKED,
@@ -46,7 +46,7 @@ class Source:
 
 
 @dataclass(eq=False)
-class Asked:
+class GradientCall:
     """One call of `tape.gradient`.
 
     Attributes:
@@ -79,7 +79,7 @@ class TapeLog:
     """
 
     def __init__(self, recorder: Recorder, shadow: Any = None) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[GradientCall] = []
         self.notes: list[str] = []
         self._recorder = recorder
         self._shadow = shadow
@@ -172,7 +172,7 @@ class TapeLog:
                     )
 
     def _asked(self, tape: Any, target: Any, sources: Any, found: Any, line: Line | None, when: int) -> None:
-        targets = dict(zip(names_of(target, "target"), tf.nest.flatten(target), strict=True))
+        targets = dict(zip(leaf_names(target, "target"), tf.nest.flatten(target), strict=True))
         flat = tf.nest.flatten(sources)
         gradients = [None] * len(flat) if found is None else list(_flat_gradients(found, len(flat)))
         graph = self._recorder.graph
@@ -180,10 +180,10 @@ class TapeLog:
         for variable in tape.watched_variables():
             watched.setdefault(graph.seen(variable.handle), 0)
         self.asked.append(
-            Asked(
+            GradientCall(
                 id(tape),
                 targets,
-                make_sources(graph, dict(zip(names_of(sources, "source"), flat, strict=True))),
+                make_sources(graph, dict(zip(leaf_names(sources, "source"), flat, strict=True))),
                 gradients,
                 watched,
                 watches_accessed_variables(tape),
@@ -201,7 +201,7 @@ def _with_zeros(found: Any, sources: Any) -> Any:
     return tf.nest.pack_sequence_as(sources, filled) if tf.nest.is_nested(sources) else filled[0]
 
 
-def is_tracked(graph: Graph, asked: Asked, value: int) -> bool:
+def is_tracked(graph: FlowGraph, asked: GradientCall, value: int) -> bool:
     """Whether a tape follows a value: it watches it, or saw it computed from what it follows."""
     edges = Edges(graph, asked.tape)
     found = set(asked.watched)
@@ -215,7 +215,7 @@ def is_tracked(graph: Graph, asked: Asked, value: int) -> bool:
     return value in found
 
 
-def make_sources(graph: Graph, given: dict[str, Any]) -> list[Source]:
+def make_sources(graph: FlowGraph, given: dict[str, Any]) -> list[Source]:
     """Name -> variable or tensor, as sources."""
     return [
         Source(name, one, graph.seen(handle_of(one)), is_variable(one), getattr(one, "trainable", True))
@@ -233,7 +233,7 @@ def is_variable(source: Any) -> bool:
     return isinstance(source, keras.Variable | TensorFlowVariable)
 
 
-def names_of(structure: Any, otherwise: str) -> list[str]:
+def leaf_names(structure: Any, otherwise: str) -> list[str]:
     """A name for each leaf: a variable's path, the name of a local variable of the user's, or its place."""
     if isinstance(structure, Mapping) and not any(tf.nest.is_nested(value) for value in structure.values()):
         return [str(key) for key in sorted(structure)]
@@ -269,4 +269,14 @@ def _flat_gradients(found: Any, count: int) -> Sequence[Any]:
     return flat if len(flat) == count else list(found)
 
 
-__all__ = ["Asked", "Source", "TapeLog", "handle_of", "is_tracked", "is_variable", "make_sources", "names_of", "unique"]
+__all__ = [
+    "GradientCall",
+    "Source",
+    "TapeLog",
+    "handle_of",
+    "is_tracked",
+    "is_variable",
+    "leaf_names",
+    "make_sources",
+    "unique",
+]

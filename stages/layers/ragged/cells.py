@@ -41,7 +41,7 @@ def output_units(cell: Any) -> int:
     return state_units(cell) if found is None else int(found)
 
 
-def takes_training(cell: Any) -> bool:
+def cell_takes_training(cell: Any) -> bool:
     """Whether its `call` wants to know the phase."""
     return "training" in inspect.signature(cell.call).parameters
 

@@ -29,11 +29,11 @@ import tensorflow as tf
 from stages.errors import HandoffError
 from stages.keras_internals import set_mask
 from stages.layers.ragged.cells import (
+    cell_takes_training,
     draw_dropout,
     output_units,
     reset_dropout,
     state_units,
-    takes_training,
     watched_state,
 )
 from stages.layers.ragged.checks import check_cell, check_layers, check_series, check_step_shape, longest, whole_numbers
@@ -268,7 +268,7 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
 
     def _step(self, element: Any, state: Any, training: bool) -> tuple[Any, Any, Any]:
         """One step of the cell: the output, the state after it, and what a stop rule watches."""
-        keywords = {"training": training} if takes_training(self.cell) else {}
+        keywords = {"training": training} if cell_takes_training(self.cell) else {}
         output, after = self.cell(element, state, **keywords)
         after = keras.tree.pack_sequence_as(state, keras.tree.flatten(after))  # some cells leave out a list
         watched = watched_state(self.cell, after)

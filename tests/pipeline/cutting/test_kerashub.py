@@ -18,7 +18,7 @@ import pytest
 
 from pipeline import Pipeline
 from pipeline.cutting.splitter import Split, split_model
-from pipeline.model.call_graph import Graph, read_graph
+from pipeline.model.call_graph import CallGraph, read_graph
 from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits
@@ -119,7 +119,7 @@ def shared(split: Split) -> set[str]:
     return {path for path in paths if paths.count(path) > 1}
 
 
-def random_stages(graph: Graph, seed: str) -> list[int]:
+def random_stages(graph: CallGraph, seed: str) -> list[int]:
     """A stage for each call, 2 to 5 of them and none empty, no lower than those it reads from."""
     rng = random.Random(seed)
     while True:

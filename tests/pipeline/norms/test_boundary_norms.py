@@ -12,8 +12,8 @@ import tensorflow as tf
 from matplotlib.image import imread
 
 from pipeline import BoundaryNorms, CompileError, Pipeline
-from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, Limits, found, ratios
-from stages.worker.observers import ACTIVATION, GRADIENT, Norms, Sight, sum_of_squares
+from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, FlagLimits, found, ratios
+from stages.worker.observers import ACTIVATION, GRADIENT, NormObserver, Sight, sum_of_squares
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier
 from transport.dtypes import DTYPES
 
@@ -184,7 +184,7 @@ def forth(producer, tensor="h"):
     return Boundary(ACTIVATION, producer, producer + 1, tensor)
 
 
-LIMITS = Limits.of("float32")
+LIMITS = FlagLimits.of("float32")
 
 
 def flags(norms, first=None, dtype="float32", elements=None, scale=1.0, limits=LIMITS):
@@ -194,8 +194,8 @@ def flags(norms, first=None, dtype="float32", elements=None, scale=1.0, limits=L
 
 def test_the_limits_follow_the_dtype():
     assert LIMITS.vanishing == pytest.approx(2**-11.5) and LIMITS.exploding == pytest.approx(2**11.5)
-    assert Limits.of("bfloat16").vanishing == pytest.approx(2**-3.5)
-    assert Limits.of("float64").vanishing == pytest.approx(2**-26)
+    assert FlagLimits.of("bfloat16").vanishing == pytest.approx(2**-3.5)
+    assert FlagLimits.of("float64").vanishing == pytest.approx(2**-26)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_activations_are_compared_by_element():
 
 
 def test_a_norm_adds_up_microbatches_and_windows_where_they_were_sent():
-    norms = Norms()
+    norms = NormObserver()
     for number, sent in ((0, True), (0, False), (1, True), (1, False)):
         norms(Sight(GRADIENT, sent, 0, 1, "h", number, 0), np.float32([3.0, 4.0]))
     norms(Sight(GRADIENT, True, 0, 1, "h", 1, 1), None)  # "no gradient"

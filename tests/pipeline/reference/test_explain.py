@@ -18,7 +18,7 @@ from pipeline.model.call_graph import read_graph
 from pipeline.reference.explain import explain_joined
 from pipeline.verify.explain import beside, status_of_array
 from stages import Explanation, LearnedState
-from stages.explanation.rows import Row
+from stages.explanation.rows import ExplanationRow
 from tests.levels import examples
 from tests.pipeline.reference.witnessing import bits, stages_of, whole
 from tests.pipeline.runtime import blocking_layers as blocking
@@ -187,7 +187,14 @@ def test_a_microbatch_that_is_not_finite_is_looked_for() -> None:
 
 
 def test_the_pipelines_own_gradients_count_and_a_difference_is_said() -> None:
-    found = Explanation("x", (Row("a", "loss", "connected"), Row("b", "loss", "zero"), Row("c", "loss", "connected")))
+    found = Explanation(
+        "x",
+        (
+            ExplanationRow("a", "loss", "connected"),
+            ExplanationRow("b", "loss", "zero"),
+            ExplanationRow("c", "loss", "connected"),
+        ),
+    )
     ours = {"a": np.array([3.0, 4.0], "float32"), "b": None, "c": np.array([0.0])}
     told = beside(found, ours)
     assert told.of("a").norm == 5.0

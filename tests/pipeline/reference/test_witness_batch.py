@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from pipeline.reference.one_tape.single_tape import SingleTape
-from pipeline.reference.witness.results import Gradients
+from pipeline.reference.witness.results import WitnessGradients
 from pipeline.reference.witness.whole_batch import batch_at_once
 from pipeline.verify.by_witnesses import by_gradients
 from pipeline.verify.tape import Observed
@@ -24,7 +24,7 @@ MADE = [kind for kind in NEAR if kind not in REFUSED]
 
 
 @cache
-def found(kind: str) -> Gradients:
+def found(kind: str) -> WitnessGradients:
     return batch_at_once(case(kind).stages, case(kind).batch)
 
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from pipeline.reference.witness.chain import chain
-from pipeline.reference.witness.results import Gradients
+from pipeline.reference.witness.chain import by_chain_rule
+from pipeline.reference.witness.results import WitnessGradients
 from pipeline.verify.by_witnesses import by_gradients
 from pipeline.verify.tape import Observed
 from tests.pipeline.reference.witnessing import NEAR, bits, case, case_of
 
 
 @cache
-def found(kind: str) -> Gradients:
-    return chain(case(kind).stages, case(kind).batch)
+def found(kind: str) -> WitnessGradients:
+    return by_chain_rule(case(kind).stages, case(kind).batch)
 
 
 def outcome(kind: str, step: Observed):
@@ -93,14 +93,14 @@ def test_a_wrong_loss_is_found() -> None:
 
 def test_a_limit_below_one_row_is_refused_with_the_stage() -> None:
     one = case("dense")
-    refused = chain(one.stages, one.batch, memory_limit=100)
+    refused = by_chain_rule(one.stages, one.batch, memory_limit=100)
     assert "stage1" in refused.refusal and "memory_limit" in refused.refusal
     assert by_gradients("chain", one.step, refused, one.names, one.yardstick).refusal == refused.refusal
 
 
 def test_the_loss_scale_is_at_the_cuts_and_not_in_the_gradients() -> None:
     one = case("dense")
-    scaled = chain(one.stages, replace(one.batch, loss_scale=64.0))
+    scaled = by_chain_rule(one.stages, replace(one.batch, loss_scale=64.0))
     cut = next(iter(scaled.boundary))
     np.testing.assert_allclose(scaled.boundary[cut], 64 * found("dense").boundary[cut], rtol=1e-5)
     np.testing.assert_allclose(scaled.gradients[0][0], found("dense").gradients[0][0], rtol=1e-4, atol=1e-7)
@@ -116,5 +116,5 @@ def test_attention_of_one_head_on_one_sample_does_not_end_the_process() -> None:
     pipe.compile("sgd", "mse", run_eagerly=True)
     rng = np.random.default_rng(0)
     one = case_of(pipe, *(rng.normal(size=(1, 3, 3)).astype("float32") for _ in range(2)))
-    said = by_gradients("chain", one.step, chain(one.stages, one.batch), one.names, one.yardstick)
+    said = by_gradients("chain", one.step, by_chain_rule(one.stages, one.batch), one.names, one.yardstick)
     assert [judged.row for judged in said.judged if not judged.row.ok] == [] and not said.refusal

@@ -7,17 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.reference.witness.results import Cut, Differences, Direction, Gradients, Size, direction
+from pipeline.reference.witness.results import CutPlace, Differences, Direction, Size, WitnessGradients, direction
 
 
 def test_gradients_survive_the_wire() -> None:
     one = np.arange(6, dtype="float32").reshape(2, 3)
-    sent = Gradients(
-        {0: [one, None], 2: []}, {Cut(0, "y", 2, 1, 0): None, Cut(0, "y", 1, 0, 3): one * 2}, Size(7, "float32")
+    sent = WitnessGradients(
+        {0: [one, None], 2: []},
+        {CutPlace(0, "y", 2, 1, 0): None, CutPlace(0, "y", 1, 0, 3): one * 2},
+        Size(7, "float32"),
     )
     sent.rounding, sent.rounding_at_cuts, sent.loss, sent.note = 1e-7, 2e-7, 0.1, "cheap"
     description, arrays = sent.to_wire()
-    got = Gradients.from_wire(json.loads(json.dumps(description)), arrays)
+    got = WitnessGradients.from_wire(json.loads(json.dumps(description)), arrays)
     assert got.to_wire()[0] == description
     assert got.gradients[0][0].tobytes() == one.tobytes() and got.gradients[0][1] is None and got.gradients[2] == []
     assert got.boundary[0, "y", 2, 1, 0] is None
@@ -38,8 +40,8 @@ def test_differences_survive_the_wire(directions) -> None:
 
 
 def test_a_refusal_survives_the_wire() -> None:
-    description, arrays = Gradients(refusal="stage 'a'").to_wire()
-    assert Gradients.from_wire(json.loads(json.dumps(description)), arrays).refusal == "stage 'a'"
+    description, arrays = WitnessGradients(refusal="stage 'a'").to_wire()
+    assert WitnessGradients.from_wire(json.loads(json.dumps(description)), arrays).refusal == "stage 'a'"
 
 
 def test_directions_are_unit_and_differ_by_every_number() -> None:

@@ -20,7 +20,7 @@ from pipeline.verify.tape import Allowance, Names, Observed
 from stages.grid import Grid
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
-from stages.worker.observers import Sight, Values
+from stages.worker.observers import Sight, ValueObserver
 from tests.pipeline.reference.witness_kinds import made
 
 NEAR = ("dense", "convolution", "dropout", "tied", "windows")
@@ -111,7 +111,7 @@ def by_tape(stages: list[HostedStage], batch: Whole) -> Observed:
     """A step by one tape; the stages are left as they are."""
     before = [snapshot.read(stage.stage.model.variables) for stage in stages]
     tape = SingleTape(stages)
-    seen = Values()
+    seen = ValueObserver()
     tape.observer = seen
     losses, found = tape.sums(batch, tape.weights(batch), False)
     for stage, values in zip(stages, before, strict=True):

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise, product
 
 import pytest
 
-from pipeline.compare.rows import CHECKS, KINDS, Edge, Flow
+from pipeline.compare.rows import CHECKS, ROW_KINDS, Edge, Flow
 from pipeline.report.layout import (
     BOX,
     PHASES,
@@ -169,7 +169,7 @@ def test_a_report_without_a_flow_shows_the_stages_of_its_rows():
 
 
 def test_every_kind_of_row_has_one_phase():
-    for kind in KINDS:
+    for kind in ROW_KINDS:
         assert sum(kind in kinds for kinds in PHASES.values()) == 1, kind
         assert kind in PHASES[phase_of(kind)]
     assert "tape" in CHECKS

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline, VerificationError
-from pipeline.compare.compare import Part, judge, largest, ulp_distance
+from pipeline.compare.compare import Pair, judge, largest, ulp_distance
 from pipeline.compare.tolerance import Tolerance
 from pipeline.verify import verification
 from stages.grid import Grid
@@ -27,7 +27,7 @@ def gradient(*values: float) -> np.ndarray:
 
 
 def one_row(ours, theirs, tolerance=LOOSE, *others):
-    parts = [Part(ours, theirs, (0,), "here")]
+    parts = [Pair(ours, theirs, (0,), "here")]
     return judge("tape", "gradient", "s", "s/v", parts, tolerance, scale=largest([theirs, *others])).row
 
 
@@ -72,10 +72,10 @@ def test_no_gradient_on_both_sides_is_equal():
 def test_the_worst_of_several_parts_is_told_and_the_first_that_fails_is_named():
     same, off, far = gradient(1, 1), gradient(1, 1.5), gradient(1, 3)
     parts = [
-        Part(same, same, (0,), "a"),
-        Part(off, same, (1,), "b"),
-        Part(far, same, (2,), "c"),
-        Part(same, same, (3,)),
+        Pair(same, same, (0,), "a"),
+        Pair(off, same, (1,), "b"),
+        Pair(far, same, (2,), "c"),
+        Pair(same, same, (3,)),
     ]
     found = judge("tape", "gradient", "s", "s/v", parts, EXACT)
     assert (found.order, found.row.where, found.row.difference, found.row.verdict) == ((1,), "b", 2.0, "DIFFERS")
@@ -83,7 +83,7 @@ def test_the_worst_of_several_parts_is_told_and_the_first_that_fails_is_named():
 
 
 def test_a_hand_off_is_judged_by_bits_even_where_numbers_are_equal():
-    parts = [Part(gradient(-0.0), gradient(0.0), (0,))]
+    parts = [Pair(gradient(-0.0), gradient(0.0), (0,))]
     assert judge("tape", "gradient", "s", "s/v", parts, EXACT).row.verdict == "equal"
     row = judge("hand-off", "received activation", "s", "v", parts, EXACT).row
     assert not row.ok and "sign of zero" in row.verdict

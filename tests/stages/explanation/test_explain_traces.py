@@ -17,7 +17,7 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops import script_ops
 
 from stages import Explanation, HandoffError, explain, explaining
-from stages.explanation.rows import Blocker, Row
+from stages.explanation.rows import Blocker, ExplanationRow
 from tests.pipeline.runtime import blocking_layers as blocking
 from tests.stages.explanation.test_explain import X, Y, around, faulty, seeded  # noqa: F401
 
@@ -178,7 +178,9 @@ def test_the_table_says_it_once_for_all_that_it_is_true_of() -> None:
 
 
 def test_names_of_others_have_no_power_over_the_terminal() -> None:
-    row = Row("a\x1b[31m", "loss", "not connected", "rounding", blockers=(Blocker("Round", layer="[red]x[/]"),))
+    row = ExplanationRow(
+        "a\x1b[31m", "loss", "not connected", "rounding", blockers=(Blocker("Round", layer="[red]x[/]"),)
+    )
     text = str(Explanation("x", (row,)))
     assert "\x1b" not in text and "[red]x[/]" in text
 

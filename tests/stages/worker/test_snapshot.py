@@ -6,7 +6,7 @@ import pytest
 
 from stages.errors import HandoffError
 from stages.worker import snapshot
-from stages.worker.snapshot import Slot
+from stages.worker.snapshot import OptimizerSlot
 
 OPTIMIZERS = {
     "SGD": {"momentum": 0.9},
@@ -54,7 +54,10 @@ def test_plain_sgd_has_no_slots():
     trainable = variables(2)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(trainable)
-    assert snapshot.optimizer_slots(optimizer, trainable) == [Slot(-1, "iterations"), Slot(-1, "learning_rate")]
+    assert snapshot.optimizer_slots(optimizer, trainable) == [
+        OptimizerSlot(-1, "iterations"),
+        OptimizerSlot(-1, "learning_rate"),
+    ]
 
 
 def test_names_are_unique():

@@ -11,14 +11,14 @@ from pipeline.reference.orders import Explain, MakeOptimizers, Witness
 from pipeline.reference.worker import ReferenceWorker
 from stages.errors import HandoffError
 from stages.grid import Grid
-from stages.process.status_board import SLOTS
+from stages.process.status_board import BOARD_SLOTS
 from stages.worker.base import BaseWorker
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.orders import (
     ORDERS,
     Apply,
     Build,
-    Call,
+    CallService,
     Connect,
     Discard,
     Get,
@@ -26,17 +26,17 @@ from stages.worker.orders import (
     Mode,
     Order,
     PutBack,
-    Seen,
     Service,
     Set,
     StepOrder,
     Strips,
     TakePlan,
+    TellSeen,
     Unmask,
     of_wire,
 )
 from stages.worker.reply import Reply
-from stages.worker.states import COMMANDS, LEGAL, MEANING, State
+from stages.worker.states import COMMANDS, LEGAL, MEANING, WorkerState
 from stages.worker.worker import Worker
 from transport.codec import decode, encode
 from transport.limits import DEFAULT_LIMITS
@@ -45,8 +45,8 @@ from transport.message import Message
 STEPS = [StepOrder(3, mode, Grid((2, 1), (4,)), 1, ("y",), True, 8.0, 2, "values", True) for mode in Mode]
 EXAMPLES: list[Order] = [
     *(Connect({1: "ipc://a"}), Build(), Strips(), Unmask({0: [("h", 1)]}), TakePlan(2), *STEPS),
-    *(Apply(3, {0: 0.5}, 0.25, 8.0), Discard(), Get("model"), Set("model", {0: 2}), Call(Service.FINALIZE)),
-    *(Keep(), PutBack(), Seen(), MakeOptimizers(), Witness("chain", 1 << 20, 7), Explain("loss", {"s/k": "zero"})),
+    *(Apply(3, {0: 0.5}, 0.25, 8.0), Discard(), Get("model"), Set("model", {0: 2}), CallService(Service.FINALIZE)),
+    *(Keep(), PutBack(), TellSeen(), MakeOptimizers(), Witness("chain", 1 << 20, 7), Explain("loss", {"s/k": "zero"})),
 ]
 BY_COMMAND = {order.command: order for order in EXAMPLES}
 KNOWN = {type(order).do: type(order) for order in EXAMPLES}
@@ -63,20 +63,20 @@ class Sent:
         self.messages.append(message)
 
 
-def worker_in(state: State, kind: type[BaseWorker] = ReferenceWorker) -> tuple[BaseWorker, list[Order], Sent]:
+def worker_in(state: WorkerState, kind: type[BaseWorker] = ReferenceWorker) -> tuple[BaseWorker, list[Order], Sent]:
     """A worker in a state whose deeds only note that they were done."""
     spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
     driver = Sent()
     given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
-    worker = kind(given, np.zeros(SLOTS, np.int64), None, driver, None)  # type: ignore[arg-type]
+    worker = kind(given, np.zeros(BOARD_SLOTS, np.int64), None, driver, None)  # type: ignore[arg-type]
     done: list[Order] = []
     worker._deeds = {one: lambda order: done.append(order) or Reply() for one in worker._deeds}  # type: ignore[func-returns-value]
     worker.state = state
     return worker, done, driver
 
 
-@pytest.mark.parametrize(("state", "command"), list(product(State, COMMANDS)))
-def test_an_order_is_carried_out_or_refused_in_a_sentence(state: State, command: str) -> None:
+@pytest.mark.parametrize(("state", "command"), list(product(WorkerState, COMMANDS)))
+def test_an_order_is_carried_out_or_refused_in_a_sentence(state: WorkerState, command: str) -> None:
     order = BY_COMMAND[command]
     worker, done, driver = worker_in(state)
     if command in LEGAL[state]:
@@ -94,22 +94,22 @@ def test_an_order_is_carried_out_or_refused_in_a_sentence(state: State, command:
 
 def test_the_table_has_every_order_of_every_worker() -> None:
     assert set(BY_COMMAND) == set(COMMANDS)
-    assert set(KNOWN.values()) == set(worker_in(State.NEW)[0]._deeds)
-    assert set(ORDERS) == set(worker_in(State.NEW, Worker)[0]._deeds)
+    assert set(KNOWN.values()) == set(worker_in(WorkerState.NEW)[0]._deeds)
+    assert set(ORDERS) == set(worker_in(WorkerState.NEW, Worker)[0]._deeds)
 
 
 def test_gradients_are_decided_about_before_the_next_step() -> None:
     gone = {"step", "forward", "plan", "optimizers", "build", "connect", "strips", "unmask"}
-    assert not gone & set(LEGAL[State.STEPPED])
-    assert [state for state in State if "discard" in LEGAL[state]] == [State.STEPPED]
+    assert not gone & set(LEGAL[WorkerState.STEPPED])
+    assert [state for state in WorkerState if "discard" in LEGAL[state]] == [WorkerState.STEPPED]
 
 
 def test_nothing_leads_out_of_the_table_and_every_state_is_reached() -> None:
-    reached, before = {State.NEW}, set()
+    reached, before = {WorkerState.NEW}, set()
     while reached != before:
         before = set(reached)
         reached |= {after for state in before for after in LEGAL[state].values()}
-    assert reached == set(State)
+    assert reached == set(WorkerState)
 
 
 @pytest.mark.parametrize("order", EXAMPLES, ids=lambda order: order.command)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.actions import Action, Kind
-from stages.process.status_board import SLOTS
+from stages.process.status_board import BOARD_SLOTS
 from stages.worker.status import Phase, Status, StatusBoard
 from transport.message import DRIVER
 
@@ -12,11 +12,11 @@ ACTION = Action(Kind.BACKWARD, stage=2, microbatch=3, window=4)
 
 
 def test_a_board_has_a_slot_for_each_entry() -> None:
-    assert len(Status._fields) == SLOTS
+    assert len(Status._fields) == BOARD_SLOTS
 
 
 def test_an_action_is_read_as_it_was_written() -> None:
-    slots = np.zeros(SLOTS, np.int64)
+    slots = np.zeros(BOARD_SLOTS, np.int64)
     board = StatusBoard(slots)
     board.begin(7, ACTION, done=5)
     board.waiting(DRIVER)
@@ -36,7 +36,7 @@ def test_an_action_is_read_as_it_was_written() -> None:
     ],
 )
 def test_a_phase_leaves_the_last_action_to_be_read(write, phase) -> None:
-    slots = np.zeros(SLOTS, np.int64)
+    slots = np.zeros(BOARD_SLOTS, np.int64)
     board = StatusBoard(slots)
     board.begin(7, ACTION, done=5)
     write(board)
