@@ -62,7 +62,7 @@ class BoundaryNorms(StepWatcher):
     Args:
         every: Measure step 1 and every so many-th after it, over all `fit`s that this callback is given to.
         vanishing: A ratio to the norm next to the loss (activations: to the input) below this is flagged; None:
-            sqrt(eps) of the weights' dtype, 3.5e-4 in float32. `pipeline.boundary_flags` has all rules and reasons.
+            sqrt(eps) of the weights' dtype, 3.5e-4 in float32. `pipeline.norms.flags` has all rules and reasons.
         exploding: One above this is; None: 1 / sqrt(eps), 2.9e3 in float32.
         warn: Whether a RuntimeWarning says so when something is flagged for the first time.
 
@@ -143,7 +143,7 @@ class BoundaryNorms(StepWatcher):
             self._add(norms, skipped=not result.finite)
 
     def ratio(self, boundary: Boundary, measured: int = -1) -> float:
-        """A norm beside that of its source at a measured step, by index; see `pipeline.boundary_flags.ratios`."""
+        """A norm beside that of its source at a measured step, by index; see `pipeline.norms.flags.ratios`."""
         return ratios({b: values[measured] for b, values in self.norms.items()}, self._crossings)[boundary]
 
     def ends(self, boundary: Boundary) -> tuple[str, str]:

@@ -20,7 +20,7 @@ _COLUMNS = ("from", "to", "tensor", "first", "last", "smallest", "largest", "las
 
 
 def norms_text(norms: BoundaryNorms) -> str:
-    """What was measured, as lines; what is beside what says `pipeline.boundary_flags`."""
+    """What was measured, as lines; what is beside what says `pipeline.norms.flags`."""
     lines = [norms_in_a_line(norms)]
     for flag in norms.flags:
         since = f" ({flag.count} of {len(norms.steps)} measured)" if len(norms.steps) > 1 else ""

@@ -119,7 +119,7 @@ def left_out(live: Live, place: Place) -> Context:
 
 def not_summed(live: Live, place: Place) -> Context:
     """The owner of a shared variable forgets the other stages' contributions."""
-    return replaced(tied_gradients, "summed", lambda summed: lambda contributions: summed(contributions[:1]))
+    return replaced(tied_gradients, "summed_uses", lambda summed: lambda contributions: summed(contributions[:1]))
 
 
 def not_replaced(live: Live, place: Place) -> Context:

@@ -46,7 +46,7 @@ TRANSPORT = (
     Planted(
         "threads get the sender's own memory",
         "transport/inproc.py",
-        "raw = codec.copied(raws[0]) if raws else None",
+        "raw = codec.aligned_copy(raws[0]) if raws else None",
         "raw = codec.np.frombuffer(raws[0], codec.np.uint8) if raws else None",
         _CONTRACT,
     ),

@@ -54,15 +54,15 @@ VERIFICATION = (
     Planted(
         "gradients at the cuts are compared with themselves",
         "pipeline/verify/tape.py",
-        "Part(ours.get(sight), theirs.get(sight), order_of(sight), where(sight)) for sight in sights",
-        "Part(ours.get(sight), ours.get(sight), order_of(sight), where(sight)) for sight in sights",
+        "Pair(ours.get(sight), theirs.get(sight), flow_order(sight), where(sight)) for sight in sights",
+        "Pair(ours.get(sight), ours.get(sight), flow_order(sight), where(sight)) for sight in sights",
         (*_TESTS, *_MATRIX),
     ),
     Planted(
         "variables' gradients are compared with themselves",
         "pipeline/verify/tape.py",
-        "Part(ours.gradients[i][k], theirs.gradients[i][k], order_of_sum(names, i, k))",
-        "Part(ours.gradients[i][k], ours.gradients[i][k], order_of_sum(names, i, k))",
+        "Pair(ours.gradients[i][k], theirs.gradients[i][k], order_of_sum(names, i, k))",
+        "Pair(ours.gradients[i][k], ours.gradients[i][k], order_of_sum(names, i, k))",
         (*_TESTS, *_MATRIX),
     ),
     Planted(

@@ -135,7 +135,7 @@ def test_a_lost_contribution_is_found(monkeypatch):
 
     monkeypatch.setattr(
         tied_gradients,
-        "summed",
+        "summed_uses",
         lambda contributions: tied_gradients.reduce(tied_gradients.plus, contributions[0], None),
     )
     x, y = pairs()
