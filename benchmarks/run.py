@@ -126,8 +126,8 @@ def tiny_stage() -> str:
     stages = {recompute: Stage(model, run_eagerly=False, recompute=recompute) for recompute in (False, True)}
 
     def handed_over(stage: Stage) -> None:
-        stage.open((x,), PassKey(0), training=True)
-        stage.close((x,), PassKey(0))
+        stage.forward_flat((x,), PassKey(0), training=True)
+        stage.backward_flat((x,), PassKey(0))
 
     ways: dict[str, Callable[[], Any]] = {
         "stage, tape kept": lambda: handed_over(stages[False]),

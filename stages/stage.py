@@ -35,6 +35,7 @@ from stages.tape.model_call import Part
 from stages.tape.output_gradients import check_gradients, flat_gradients
 from stages.tape.tensors import flatten
 from stages.tape.window_states import Carried
+from stages.variable_names import unique_names
 
 
 class Stage:
@@ -88,7 +89,7 @@ class Stage:
         self.model = model
         self.heads = Heads(heads if heads is not None else [] if loss is None else [Head(loss)])
         self.run_eagerly = run_eagerly
-        self.carried = self._states(model, states)
+        self.carried = Carried.of(self.name, states, model) if states else None
         if self.carried is not None and input_gradients is not None:
             input_gradients = [*input_gradients, *self.carried.differentiable()]
         self._part = Part(model, self.name, input_gradients)
@@ -101,18 +102,6 @@ class Stage:
         self._by_hand = ByHand(model, self.name, recompute)
         self._opened: dict[PassKey, Opened] = {}
         self._inputs: dict[PassKey, int] = {}
-
-    def _states(self, model: Any, names: Sequence[str]) -> Carried | None:
-        if not names:
-            return None
-        inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)
-        extra = len(names)
-        if inputs is None or outputs is None or len(inputs) <= extra or len(outputs) < extra:
-            raise HandoffError(
-                f"stage {self.name!r} with the states {', '.join(names)} needs a Functional model that takes them "
-                "behind its inputs and gives them behind its outputs"
-            )
-        return Carried(self.name, names, inputs[len(inputs) - extra :])
 
     @property
     def _ends(self) -> bool:
@@ -163,7 +152,7 @@ class Stage:
         """
         key = PassKey(microbatch, window)
         tensors, masked = self._given(inputs, key, "forward")
-        opened = self.open(tensors, key, training, share, masked=masked, state=state)
+        opened = self.forward_flat(tensors, key, training, share, masked=masked, state=state)
         self._by_hand.opened(key, training)
         return self._nest(opened)
 
@@ -209,7 +198,7 @@ class Stage:
             tuple(None if one is None else tf.convert_to_tensor(one) for one in weights),
             (weight,) * heads,
         )
-        opened = self.open(tensors, key, True, share, objective, masked, state)
+        opened = self.forward_flat(tensors, key, True, share, objective, masked, state)
         self._by_hand.opened(key)
         (total,) = self.heads.terms(opened.losses)
         return total
@@ -245,7 +234,7 @@ class Stage:
         values = self._values_of(key)
         given = self._flat_gradients(output_gradients, values, key)
         self._by_hand.closing(key, self._opened[key], output_gradients is not None or self.carried is not None)
-        found = self.close(given, key, state_gradient)
+        found = self.backward_flat(given, key, state_gradient)
         return found[0] if len(found) == 1 else list(found)
 
     def state(self, microbatch: int = 0, training: bool = True) -> tuple[Any, ...]:
@@ -269,7 +258,7 @@ class Stage:
             raise HandoffError(f"stage {self.name!r} carries no states; make it with Stage(model, states=('h',))")
         return self.carried
 
-    def open(
+    def forward_flat(
         self,
         inputs: Sequence[Any],
         key: PassKey,
@@ -316,7 +305,7 @@ class Stage:
         masks = {place: mask for place, mask in opened.masks.items() if place < count}
         return opened._replace(structure=None, outputs=(*values[:count], *masks.values()), masked=tuple(masks))
 
-    def close(
+    def backward_flat(
         self,
         output_gradients: Sequence[Any | None],
         key: PassKey,
@@ -341,9 +330,10 @@ class Stage:
         """Accumulated dL/dvariables.
 
         Returns:
-            {variable path: array of the variable's shape and dtype}; None where no objective reaches the variable.
+            {variable path: array of the variable's shape and dtype}; None where no objective reaches the variable. Of
+            variables with one path the second has ``#2`` behind it, and so on.
         """
-        names = [variable.path for variable in self.trainable_variables]
+        names = unique_names([variable.path for variable in self.trainable_variables])
         values = self._tapes.gradients()
         return {name: None if g is None else np.array(g) for name, g in zip(names, values, strict=True)}
 

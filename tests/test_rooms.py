@@ -23,6 +23,7 @@ ORDER = {
             "actions",
             "grid",
             "plain_text",
+            "variable_names",
             "keras_internals",
             "tensorflow_internals",
             "masks",

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from stages.variable_names import unique_names
+
 SegmentLike: TypeAlias = Callable[..., Any]
 """A Keras model or layer, or a callable that takes what the segment below returns."""
 
@@ -87,11 +89,5 @@ def _variables(segment: SegmentLike, tape: Any) -> dict[str, Any]:
         named = [(variable.path, variable.value) for variable in segment.trainable_variables]
     else:
         named = [(variable.name, variable) for variable in tape.watched_variables()]
-    found: dict[str, Any] = {}
-    for name, variable in named:
-        key, repeat = name, 1
-        while key in found:  # tf.Variable names need not be unique
-            repeat += 1
-            key = f"{name}#{repeat}"
-        found[key] = variable
-    return found
+    names = unique_names([name for name, _ in named])  # those of tf.Variable need not be
+    return dict(zip(names, (variable for _, variable in named), strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import tensorflow as tf
 
@@ -53,6 +53,22 @@ class Carried:
         self.persists = False
         self.block: int | None = None
         """How many windows a gradient goes back through; None: all."""
+
+    @classmethod
+    def of(cls, stage: str, names: Sequence[str], model: Any) -> Self:
+        """The states of a stage whose model takes them behind its inputs and gives them behind its outputs.
+
+        Raises:
+            HandoffError: The model has no such inputs and outputs.
+        """
+        inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)
+        extra = len(names)
+        if inputs is None or outputs is None or len(inputs) <= extra or len(outputs) < extra:
+            raise HandoffError(
+                f"stage {stage!r} with the states {', '.join(names)} needs a Functional model that takes them "
+                "behind its inputs and gives them behind its outputs"
+            )
+        return cls(stage, names, inputs[len(inputs) - extra :])
 
     def __len__(self) -> int:
         return len(self.names)

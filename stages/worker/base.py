@@ -28,10 +28,8 @@ from typing import Any
 import numpy as np
 
 from stages.actions import Action, actions_from_array
+from stages.errors import HandoffError
 from stages.recipe.settings import settle
-from stages.tape.embedding_rows import from_parts, parts_of
-from stages.tape.tensors import to_array, to_tensor
-from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import EVERYTHING, Kept
 from stages.worker.observers import NormObserver, ValueObserver
@@ -57,6 +55,7 @@ from stages.worker.orders import (
 from stages.worker.reply import Reply, StepReply
 from stages.worker.states import WorkerState, after
 from stages.worker.status import StatusBoard
+from stages.worker.value_groups import read_group, write_group
 from transport.channel import Outbox
 from transport.errors import TransportError
 from transport.mailbox import Mailbox
@@ -295,55 +294,15 @@ class BaseWorker(ABC):
         return Reply()
 
     def _do_get(self, order: Get) -> Reply:
-        found = {index: self._values(order.what, index) for index in self.hosted}
+        found = {index: read_group(self, index, order.what) for index in self.hosted}
         counts = {str(index): len(values) for index, values in found.items()}
         return Reply(counts, [value for values in found.values() for value in values])
-
-    def _values(self, what: str, index: int) -> Sequence[Array | None]:
-        """What a stage has under a name; see `Get`."""
-        hosted = self.hosted[index]
-        if what == "gradients":
-            return self.gradients(index)
-        if what == "given gradients":
-            parts = [part for gradient in self.given_gradients(index) for part in parts_of(gradient)]
-            return [None if part is None else to_array(part) for part in parts]
-        if what == "optimizer":
-            return self.optimizer_values(index)
-        if what == "kept states":
-            kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
-            return [to_array(state) for k in sorted(kept) for state in kept[k]]
-        return snapshot.read(hosted.variables(what))
 
     def _do_set(self, order: Set) -> Reply:
         for index, count in order.counts.items():
             keys = [Key("variable", self._number, index, microbatch=i) for i in range(count)]
-            self._set(order.what, index, [self._take(key).array for key in keys])
+            write_group(self, index, order.what, [self._take(key).array for key in keys])
         return Reply()
-
-    def _set(self, what: str, index: int, arrays: Sequence[Array | None]) -> None:
-        """Write what a stage has under a name; the inverse of `_values`."""
-        values = [array for array in arrays if array is not None]
-        if what == "given gradients":
-            variables = self.hosted[index].stage.trainable_variables
-            tensors = [None if array is None else to_tensor(np.array(array)) for array in arrays]
-            pairs = zip(tensors[::2], tensors[1::2], variables, strict=True)
-            self.set_given_gradients(index, [from_parts(values, places, v.shape) for values, places, v in pairs])
-        elif what == "optimizer":
-            self.set_optimizer_values(index, values)
-        elif what == "kept states":
-            self._begin_with(index, values)
-        else:
-            self.hosted[index].set(what, values)
-
-    def _begin_with(self, index: int, values: Sequence[Array]) -> None:
-        """Let a stage begin with states that another run's batch left, microbatch after microbatch."""
-        carried = self.hosted[index].stage.carried
-        if values and carried is not None:
-            count = len(carried)
-            carried.kept = {
-                k: tuple(to_tensor(np.array(value)) for value in values[k * count : (k + 1) * count])
-                for k in range(len(values) // count)
-            }
 
     def _do_call(self, order: CallService) -> Reply:
         for hosted in self.hosted.values():
@@ -364,6 +323,8 @@ class BaseWorker(ABC):
         return Reply()
 
     def _do_put_back(self, order: PutBack) -> Reply:
+        if not self._kept:
+            raise HandoffError("the driver ordered to put back what was set aside, and nothing was: `keep` comes first")
         for kept in self._kept.values():
             kept.put_back()
         changed = {str(index): kept.changed()[:_NAMED] for index, kept in self._kept.items()}

@@ -23,6 +23,7 @@ from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
 from stages.tape.eager import rescaled
 from stages.tape.model_call import changed_by_calls
+from stages.variable_names import unique_names
 from stages.worker import snapshot
 from stages.worker.description import NOT_TRAINED, StageDescription, TensorInfo, VariableInfo
 from transport.message import DRIVER
@@ -228,7 +229,7 @@ class HostedStage:
 
     def variable_names(self) -> list[str]:
         """A name for each of the model's variables: its path in the user's own model, ``#2`` behind repeated ones."""
-        return snapshot.unique_names(self.spec.paths or [variable.path for variable in self.stage.model.variables])
+        return unique_names(self.spec.paths or [variable.path for variable in self.stage.model.variables])
 
     def describe(self) -> StageDescription:
         """What the driver should know of the built stage: names, shapes, dtypes, slots."""

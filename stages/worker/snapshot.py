@@ -27,16 +27,6 @@ class OptimizerSlot(NamedTuple):
     name: str
 
 
-def unique_names(paths: Sequence[str]) -> list[str]:
-    """Variables' paths, with ``#2`` and so on behind repeated ones."""
-    seen: dict[str, int] = {}
-    names = []
-    for path in paths:
-        count = seen[path] = seen.get(path, 0) + 1
-        names.append(path if count == 1 else f"{path}#{count}")
-    return names
-
-
 def optimizer_slots(optimizer: Any, trainable: Sequence[Any]) -> list[OptimizerSlot]:
     """What each of a built optimizer's variables belongs to, in the order of `optimizer.variables`."""
     of: dict[int, OptimizerSlot] = {}

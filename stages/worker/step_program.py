@@ -19,7 +19,7 @@ from stages.actions import Action, Kind
 from stages.loss.heads import Objective, WholeBatch, whole_batch
 from stages.masks import with_mask
 from stages.tape.accumulate import plus
-from stages.tape.eager import PassKey as TapeKey
+from stages.tape.eager import PassKey
 from stages.tape.tensors import to_array, to_tensor
 from stages.worker import tied_gradients
 from stages.worker.hosted_stage import HostedStage
@@ -253,7 +253,7 @@ class Program:
         objective = self._objective(hosted, unit) if judges and not whole else None
         self._begin()
         share = self.grid.sizes[k] / self.grid.samples
-        opened = hosted.stage.open(inputs, TapeKey(k, action.window), self.training, share, objective, masked)
+        opened = hosted.stage.forward_flat(inputs, PassKey(k, action.window), self.training, share, objective, masked)
         if opened.own_loss is not None:
             batch.own_losses[unit] = opened.own_loss
         if objective is not None:
@@ -286,7 +286,7 @@ class Program:
         hosted, index = self.hosted[action.stage], action.stage
         gradients = self._output_gradients(hosted, action)
         self._begin()
-        found = hosted.stage.close(gradients, TapeKey(action.microbatch, action.window))
+        found = hosted.stage.backward_flat(gradients, PassKey(action.microbatch, action.window))
         for gradient, (name, source) in zip(found, hosted.spec.inputs, strict=True):
             if source != DRIVER:
                 self._send("gradient", source, index, name, action, gradient)

@@ -196,12 +196,12 @@ def on_the_wire(live: Live, sender: int, receiver: int, change: Change) -> Any:
 
 def opening(live: Live, stage: int, around: Callable[..., Any]) -> Any:
     """Change a stage's forward; ``around(forward, inputs, key, training, share, objective, masked)``."""
-    return replaced(live.hosted[stage].stage, "open", lambda right: lambda *given: around(right, *given))
+    return replaced(live.hosted[stage].stage, "forward_flat", lambda right: lambda *given: around(right, *given))
 
 
 def closing(live: Live, stage: int, around: Callable[..., Any]) -> Any:
     """Change a stage's backward; ``around(backward, output_gradients, key)`` gives dL/dinputs."""
-    return replaced(live.hosted[stage].stage, "close", lambda right: lambda *given: around(right, *given))
+    return replaced(live.hosted[stage].stage, "backward_flat", lambda right: lambda *given: around(right, *given))
 
 
 def applying(live: Live, stage: int, around: Callable[..., None]) -> Any:

@@ -90,7 +90,7 @@ def _own_losses_in_full() -> Iterator[None]:
     def in_tape(right: Any) -> Any:
         return lambda self, part, weights, share, states: right(self, part, weights, 1.0, states)
 
-    with replaced(Stage, "open", in_stage), replaced(SingleTape, "run_windows", in_tape):
+    with replaced(Stage, "forward_flat", in_stage), replaced(SingleTape, "run_windows", in_tape):
         yield
 
 

@@ -299,3 +299,27 @@ def test_what_is_no_stage() -> None:
         Stage(lambda x: x)
     with pytest.raises(HandoffError, match=r"is not built.*keras.Input"):
         Stage(keras.Sequential([layers.Dense(2)]))
+
+
+def test_variables_with_one_path_keep_a_gradient_each() -> None:
+    """Two layers of one name: neither's gradient may hide the other's."""
+    twice = [keras.layers.Dense(2, use_bias=False, name="twin") for _ in range(2)]
+
+    class Twins(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            for layer in twice:
+                layer.build(shape)
+            self.first, self.second = twice
+
+        def call(self, x: Any) -> Any:
+            return self.first(x) + 10.0 * self.second(x)
+
+    layer = Twins(name="sum")
+    layer.build((None, 3))
+    stage = Stage(layer)
+    x = np.arange(6, dtype="float32").reshape(2, 3)
+    stage.backward(tf.ones_like(stage.forward(x)))
+    found = stage.gradients()
+    paths = [variable.path for variable in layer.trainable_variables]
+    assert paths[0] == paths[1] and list(found) == [paths[0], f"{paths[0]}#2"]
+    np.testing.assert_array_equal(found[f"{paths[0]}#2"], 10.0 * found[paths[0]])

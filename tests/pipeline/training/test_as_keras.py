@@ -147,6 +147,28 @@ def test_a_summary_of_some_layers(pipe) -> None:
         pipe.summary(layer_range=("nope", "drop"))
 
 
+def test_the_columns_of_a_summary_end_where_positions_says(pipe) -> None:
+    said: list[str] = []
+    pipe.summary(print_fn=said.append, line_length=100, positions=(0.2, 0.6, 0.8, 1.0))
+    head = next(line for line in said[0].splitlines() if "Layer (type)" in line)
+    edges = [place for place, letter in enumerate(head) if letter in "┃│"]
+    assert edges[1:4] == pytest.approx([20, 60, 80], abs=2)
+    with pytest.raises(DataError, match="positions says where 4 columns end, received 2 numbers"):
+        pipe.summary(positions=(0.5, 1.0))
+
+
+def test_a_summary_lists_the_layers_of_nested_models_if_asked() -> None:
+    inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, name="deep")], name="inner")
+    outer = keras.Sequential([keras.Input((6,)), inner], name="outer")
+    top = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, name="top")])
+    with Pipeline([outer, top], **INPROC) as pipe:
+        said: list[str] = []
+        for expand in (False, True):
+            pipe.summary(print_fn=said.append, line_length=110, expand_nested=expand)
+    assert ["deep (Dense)" in text for text in said] == [False, True]
+    assert all("inner (Sequential)" in text for text in said)
+
+
 def test_a_part_that_its_worker_builds_is_counted_and_listed() -> None:
     bottom = Segment(parts.bottom)
     with Pipeline([bottom, Segment(parts.top)], **INPROC) as pipe:

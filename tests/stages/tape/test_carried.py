@@ -163,7 +163,7 @@ def test_bug_a_recomputed_regulariser_is_told_once_in_all_windows(run_eagerly: b
     model = cell_model(regularizer="l2")
     stage = Stage(model, states=("h",), run_eagerly=run_eagerly, recompute=recompute)
     parts = np.split(x, 3, axis=1)
-    told = [stage.open([tf.constant(part)], PassKey(0, w), True).own_loss for w, part in enumerate(parts)]
+    told = [stage.forward_flat([tf.constant(part)], PassKey(0, w), True).own_loss for w, part in enumerate(parts)]
     kernel = model.get_layer("rnn").trainable_variables[0].numpy()
     np.testing.assert_allclose(sum(float(one) for one in told if one is not None), 0.01 * (kernel**2).sum(), rtol=1e-5)
 

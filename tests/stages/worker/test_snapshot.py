@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from stages.errors import HandoffError
+from stages.variable_names import unique_names
 from stages.worker import snapshot
 from stages.worker.snapshot import OptimizerSlot
 
@@ -61,7 +62,7 @@ def test_plain_sgd_has_no_slots():
 
 
 def test_names_are_unique():
-    assert snapshot.unique_names([variable.path for variable in variables(3)]) == ["kernel", "kernel#2", "kernel#3"]
+    assert unique_names([variable.path for variable in variables(3)]) == ["kernel", "kernel#2", "kernel#3"]
 
 
 def test_what_was_read_is_a_copy_and_what_is_written_is_read_again():

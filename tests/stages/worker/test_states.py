@@ -148,3 +148,13 @@ def test_each_method_of_a_worker_is_implemented_once(kind: type[BaseWorker]) -> 
     }
     assert concrete & set(vars(kind)) - {"__doc__"} <= {"__init__"}
     assert BaseWorker.__abstractmethods__ <= set(vars(kind))
+
+
+def test_nothing_is_put_back_that_was_not_set_aside() -> None:
+    """Else a driver would be told that all is as it was, of values that nobody had kept."""
+    spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
+    given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
+    worker = ReferenceWorker(given, np.zeros(BOARD_SLOTS, np.int64), None, Sent(), None)  # type: ignore[arg-type]
+    worker.state = WorkerState.READY
+    with pytest.raises(HandoffError, match="`keep` comes first"):
+        worker.obey(PutBack())
