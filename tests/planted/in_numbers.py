@@ -46,7 +46,7 @@ TAPES = (
         _COMPILED,
         "self._taped(arguments, layout, counts=False)\n            found",
         "self._taped(arguments, layout, counts=True)\n            found",
-        ("test_compiled", "test_compile"),
+        ("test_exact_compiled",),
     ),
     Planted(
         "compiled, own losses of a stage that others follow weigh the same in unequal microbatches",
