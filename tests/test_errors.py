@@ -12,6 +12,7 @@ import stages
 import transport
 from stages.errors import StageError
 from tests.errors_page import FAMILIES, PAGE, exception_classes, families_of, page
+from tests.levels import in_turn
 from tests.sources import ROOT
 from transport.errors import TapelineError, TransportError
 
@@ -65,7 +66,7 @@ from {package} import {name}
 """
 
 
-@pytest.mark.parametrize("error", ["ImportError", "AttributeError"])
+@pytest.mark.parametrize("error", in_turn(["ImportError", "AttributeError"], 1, 2))
 @pytest.mark.parametrize(
     ("package", "name", "module"),
     [("pipeline", "Pipeline", "keras"), ("stages", "Stage", "keras"), ("transport", "open_transport", "msgpack")],

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 
 SEED = 7
 
@@ -153,12 +154,19 @@ def assert_compiled_is_keras(program: Program, **options: Any) -> None:
     assert_same_within_rounding(split(program, run_eagerly=False, **options), plain(program), program)
 
 
-def each(programs: dict[str, Program]) -> Any:
-    """Programs by name, as parameters of a test; what fails as yet is expected to."""
-    marked = {
-        name: [pytest.mark.xfail(strict=True, reason=one.waits)] if one.waits else [] for name, one in programs.items()
-    }
-    params = [pytest.param(one, id=name, marks=marked[name]) for name, one in programs.items()]
+def each(programs: dict[str, Program], check: int, gate: int | None = None) -> Any:
+    """Programs by name, as parameters of a test, in turn (`in_turn`); what fails as yet is expected to.
+
+    Args:
+        programs: {name: program}.
+        check: How many run at every level.
+        gate: How many run in the gate, those among them; None: all.
+    """
+    turns = in_turn(list(programs.values()), check, len(programs) if gate is None else gate)
+    params = []
+    for (name, one), turn in zip(programs.items(), turns, strict=True):
+        waits = [pytest.mark.xfail(strict=True, reason=one.waits)] if one.waits else []
+        params.append(pytest.param(one, id=name, marks=[*turn.marks, *waits]))
     return pytest.mark.parametrize("program", params)
 
 

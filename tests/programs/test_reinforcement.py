@@ -13,6 +13,7 @@ from keras import layers, ops
 
 from pipeline import Pipeline
 from stages import Stage
+from tests.levels import in_turn
 from tests.programs.program import SEED
 
 PLACES = 5
@@ -66,7 +67,7 @@ def actor_critic_loss(probabilities, values, actions, returns):
     return -tf.reduce_sum(tf.math.log(chosen) * advantage) + huber(returns[:, None], values)
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2))
 def test_an_actor_with_a_critic_by_hand_is_one_tape(run_eagerly):
     """Three episodes of different length; each stage has an optimizer of its own."""
     trunk, heads = trunk_and_heads()
@@ -134,7 +135,7 @@ def learn(model, predict, follow, train):
     return losses
 
 
-@pytest.mark.parametrize(("run_eagerly", "microbatches"), [(True, 1), (False, 4)])
+@pytest.mark.parametrize(("run_eagerly", "microbatches"), in_turn([(True, 1), (False, 4)], 0, 2, several=True))
 def test_values_of_actions_with_a_target_network_are_keras(run_eagerly, microbatches):
     """`train_on_batch` with a loss for one of two outputs; the target network takes the pipeline's weights."""
     arguments = {"loss": [None, keras.losses.Huber()], "run_eagerly": run_eagerly}

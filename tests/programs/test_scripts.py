@@ -175,6 +175,7 @@ COMPARED = """
 """
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("program", [SENTIMENT, REGRESSION], ids=["sentiment", "regression"])
 def test_a_script_trains_its_own_classes_as_keras_does(program, tmp_path):
     script = tmp_path / "program.py"

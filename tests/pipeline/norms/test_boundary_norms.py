@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from pipeline import BoundaryNorms, CompileError, Pipeline
 from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary, Crossing, FlagLimits, found, ratios
 from stages.worker.observers import ACTIVATION, GRADIENT, NormObserver, Sight, sum_of_squares
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, assert_same_logs, classes, classifier
 from transport.dtypes import DTYPES
 
@@ -106,7 +107,7 @@ def test_the_sentence_names_both_stages_the_step_and_the_rule():
     assert f"{norms.ratio(flag.boundary):.3g}" in last
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_training_is_bit_for_bit_that_without_it(eager):
     x, y = classes(20)
 

@@ -174,6 +174,7 @@ def test_inputs_that_do_not_fit_leave_the_pipeline_usable():
         pipe.train_on_batch(X, Y)
 
 
+@pytest.mark.gate
 @pytest.mark.usefixtures("nothing_left")
 def test_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:

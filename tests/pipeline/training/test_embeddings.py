@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED
 
 layers = keras.layers
@@ -83,15 +84,18 @@ def test_one_microbatch_has_the_bits_of_keras(build: Any) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+RECOMPUTED = {"microbatches": 5, "recompute": True, "schedule": "gpipe"}
+
+
 @pytest.mark.parametrize("build", MODELS)
 @pytest.mark.parametrize(
     ("run_eagerly", "options"),
     [
         pytest.param(True, {"microbatches": 5}, id="eager"),
-        pytest.param(True, {"microbatches": 5, "recompute": True, "schedule": "gpipe"}, id="eager, recomputed"),
-        pytest.param(False, {"microbatches": 1}, id="compiled"),
+        pytest.param(True, RECOMPUTED, id="eager, recomputed", marks=pytest.mark.gate),
+        pytest.param(False, {"microbatches": 1}, id="compiled", marks=pytest.mark.gate),
         pytest.param(False, {"microbatches": 5}, id="compiled, microbatches"),
-        pytest.param(False, {"microbatches": 5, "recompute": True, "schedule": "gpipe"}, id="compiled, recomputed"),
+        pytest.param(False, RECOMPUTED, id="compiled, recomputed", marks=pytest.mark.gate),
     ],
 )
 def test_any_microbatches_are_the_whole_batch_of_keras(build: Any, run_eagerly: bool, options: Any) -> None:
@@ -102,7 +106,7 @@ def test_any_microbatches_are_the_whole_batch_of_keras(build: Any, run_eagerly: 
         assert np.abs(ours - theirs).max() <= 1e-5 * change
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2))
 @pytest.mark.parametrize("build", MODELS)
 def test_verification_gives_its_own_optimizer_the_same_rows(build: Any, run_eagerly: bool) -> None:
     keras.utils.set_random_seed(SEED)

@@ -137,6 +137,7 @@ def test_regression_over_many_microbatches_is_keras_up_to_the_order_of_sums():
             np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-5)
 
 
+@pytest.mark.gate
 def test_compiled_training_is_keras_up_to_rounding():
     with twins(regressor, lambda: squares() | {"run_eagerly": False}) as pair:
         theirs, ours = pair.fit(*numbers(20), batch_size=8, epochs=3)

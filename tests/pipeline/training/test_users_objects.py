@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.stages.recipe.things_of_users import notebook
 
 L = keras.layers
@@ -100,7 +101,7 @@ def made(setting: Setting) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", in_turn(list(SETTINGS), 6, len(SETTINGS)))
 def test_training_is_that_of_plain_keras_bit_for_bit(name: str) -> None:
     keras.utils.set_random_seed(2)
     setting = SETTINGS[name]()

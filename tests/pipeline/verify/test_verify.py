@@ -16,6 +16,7 @@ from pipeline.compare.tolerance import Tolerance
 from pipeline.verify import verification
 from stages.grid import Grid
 from stages.worker import kept_values, step_program
+from tests.levels import in_turn
 
 layers = keras.layers
 EXACT = Tolerance(0.0, "test")
@@ -126,7 +127,7 @@ def running(eager: bool) -> Pipeline:
     return pipe
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_verification_gradients_and_timelines_change_nothing(eager):
     with running(eager) as pipe, running(eager) as untouched:
         for each in (pipe, untouched):
@@ -213,7 +214,7 @@ def everything(pipe):
     return [array.tobytes() for array in arrays] + [int(pipe.optimizer.iterations)]
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_all_checks_leave_every_bit(eager):
     with running(eager) as pipe:
         pipe.fit(*batch(), batch_size=5, verbose=0)

@@ -13,6 +13,7 @@ from pipeline import CompileError, Pipeline, VerificationError
 from pipeline.report.report import SingleTapeError
 from pipeline.verify.every import VerifyEvery
 from stages.worker import step_program
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import (
     SEED,
     assert_same_arrays,
@@ -49,7 +50,7 @@ def trained(pipe, **arguments):
     return history, [array for part in values for array in part], after, drawn
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_training_is_bit_for_bit_that_without_it(eager):
     """Two epochs of a shuffled data set with a smaller last batch; every step verified, its updates too."""
     every = VerifyEvery(1, checks=("tape", "steps"))

@@ -81,7 +81,7 @@ HEALTHY = [("by global norm", False), *((name, True) for name in OPTIMIZERS)]
 HEALTHY += [(name, False) for name in COMPILED if (name, False) not in HEALTHY]
 
 
-@pytest.mark.parametrize(("name", "eager"), in_turn(HEALTHY, 4, len(HEALTHY), several=True))
+@pytest.mark.parametrize(("name", "eager"), in_turn(HEALTHY, 2, len(HEALTHY), several=True))
 def test_healthy_updates_pass(name, eager):
     built = model()
     with running(built, ["drop", "middle"], OPTIMIZERS[name](built), eager) as pipe:

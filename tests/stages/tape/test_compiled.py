@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from stages import Stage
+from tests.levels import in_turn
 from tests.models import STACKS, Stack, cross_entropy, grouped, part
 from tests.one_tape import assert_same_bits, difference
 
@@ -36,7 +37,7 @@ def run(parts: list[Any], x: Any, y: Any, run_eagerly: bool, recompute: bool) ->
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("chosen", STACKS, ids=str)
+@pytest.mark.parametrize("chosen", in_turn(STACKS, 4, len(STACKS)), ids=str)
 def test_compiled_stages_are_eager_stages(chosen: Stack, recompute: bool) -> None:
     """Gradients within 1e-6 of the largest, statistics within rounding, seeds exactly where eager ones are."""
     x, y = chosen.data(8)
