@@ -46,7 +46,7 @@ TAPES = (
         _COMPILED,
         "self._taped(arguments, layout, counts=False)\n            found",
         "self._taped(arguments, layout, counts=True)\n            found",
-        ("test_exact_compiled",),
+        ("test_several_outputs",),
     ),
     Planted(
         "compiled, own losses of a stage that others follow weigh the same in unequal microbatches",

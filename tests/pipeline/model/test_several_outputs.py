@@ -92,6 +92,33 @@ def test_microbatches_are_one_tape(schedule, run_eagerly, recompute):
         pipe.verify(x, y, weights).raise_if_failed()
 
 
+class Samples(keras.metrics.Metric):
+    """How many samples it was shown: a pass that is made again must not be shown again."""
+
+    def __init__(self, name="samples"):
+        super().__init__(name=name)
+        self.count = self.add_weight(name="count", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.count.assign_add(keras.ops.cast(keras.ops.shape(y_true)[0], "float32"))
+
+    def result(self):
+        return self.count
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_metrics_are_shown_no_pass_that_is_made_again(run_eagerly):
+    """Also in a stage whose output has a loss and goes on to other stages."""
+    x, y = data()
+    with Pipeline.split(tower(), at=["early", "c"], microbatches=5, transport="inproc", recompute=True) as pipe:
+        pipe.compile(**{**compiled(), "metrics": [[Samples()], [Samples()], None], "run_eagerly": run_eagerly})
+        found = pipe.train_on_batch(x, y, return_dict=True)
+        assert {name: value for name, value in found.items() if "samples" in name} == {
+            "end_samples": SAMPLES,
+            "early_samples": SAMPLES,
+        }
+
+
 def test_the_whole_batch_under_keras(one_step_of_keras):
     """Any microbatches give the update of the whole batch, of all losses by their weights."""
     x, y = data()

@@ -99,23 +99,9 @@ def test_processes_equal_one_tape() -> None:
     assert report.tolerance.relative <= 1e-6
 
 
-class Samples(keras.metrics.Metric):
-    """How many samples it was shown: a pass that is made again must not be shown again."""
-
-    def __init__(self, name: str = "samples") -> None:
-        super().__init__(name=name)
-        self.count = self.add_weight(name="count", initializer="zeros")
-
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        self.count.assign_add(keras.ops.cast(keras.ops.shape(y_true)[0], "float32"))
-
-    def result(self) -> Any:
-        return self.count
-
-
 @pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
 def test_recomputing_changes_nothing(run_eagerly: bool) -> None:
-    """Dropout draws the same masks, statistics and metrics move once, seeds end where they would: all variables agree.
+    """Dropout draws the same masks, statistics move once, seeds end where they would: losses and all variables agree.
 
     Eager: bit for bit. Compiled: within rounding, states of the random generators exactly.
     """
@@ -132,10 +118,8 @@ def test_recomputing_changes_nothing(run_eagerly: bool) -> None:
         for variable, value in zip(variables, start, strict=True):  # they have the trained ones after a pipeline
             variable.assign(value)
         with Pipeline(parts, 4, "1f1b", "inproc", recompute=recompute) as pipe:
-            pipe.compile(optimizer(), cross_entropy(), metrics=[Samples()], run_eagerly=run_eagerly)
-            found = [pipe.train_on_batch(x, y) for _ in range(3)]
-            assert [samples for _, samples in found] == [len(x)] * 3
-            losses = [loss for loss, _ in found]
+            pipe.compile(optimizer(), cross_entropy(), run_eagerly=run_eagerly)
+            losses = [pipe.train_on_batch(x, y) for _ in range(3)]
             gradients = list(pipe.gradients(x, y).values())
             merged = pipe.merge()
         kept = {id(v) for v in merged.non_trainable_weights}
