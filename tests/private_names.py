@@ -18,7 +18,16 @@ from tests.sources import imported, modules
 
 ADAPTERS = ("stages/keras_internals.py", "stages/tensorflow_internals.py")
 # Taking objects apart is nothing but such names; `tests/stages/recipe/test_by_value.py` tries what they rely on.
-ADAPTERS += ("stages/recipe/keras_state.py", "stages/recipe/tensorflow_state.py")
+_COPYING = (
+    "attributes",
+    "keras_state",
+    "keras_kinds",
+    "graph_state",
+    "optimizer_state",
+    "tracked_state",
+    "tensorflow_state",
+)
+ADAPTERS += tuple(f"stages/recipe/{name}.py" for name in _COPYING)
 PRIVATE = re.compile(r"(?:keras\.src|tensorflow\.(?:python|core|compiler))(?:[.:]\w+)*")
 # Documented names of Python's own that look private.
 STANDARD = {"_exit", "_getframe", "_replace", "_asdict", "_fields", "_make"}

@@ -24,7 +24,7 @@ from stages.keras_internals import excluded_from_decay, excluded_from_decay_else
 from stages.loss.head import Head
 from stages.recipe.by_value import copied
 from stages.recipe.describe import describe
-from stages.recipe.keras_state import rate_is_a_variable
+from stages.recipe.optimizer_state import rate_is_a_variable
 from stages.recipe.stage_objects import Judging
 from stages.worker.hosted_stage import HeadSpec
 

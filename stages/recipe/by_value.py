@@ -30,7 +30,9 @@ from typing import Any
 import cloudpickle
 
 from stages.errors import RecipeError
-from stages.recipe.keras_state import fill, reduce_keras, wire_calls
+from stages.recipe.attributes import fill
+from stages.recipe.graph_state import wire_calls
+from stages.recipe.keras_state import reduce_keras
 from stages.recipe.restoring import kept_object, restoring_begun
 from stages.recipe.tensorflow_state import CopyRefusedError, reduce_tensorflow
 from stages.recipe.where import where_is

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.recipe.keras_state import attributes_of
+from stages.recipe.attributes import attributes_of
 
 TRAINING = (
     "train_step",

@@ -16,7 +16,7 @@ class Restoring:
     """One copy in the making.
 
     Attributes:
-        nodes: Calls of graphs, as `stages.recipe.keras_state.wire_calls` takes them.
+        nodes: Calls of graphs, as `stages.recipe.graph_state.wire_calls` takes them.
         variables: The variables that came with their values, by their number.
         kept: Objects of this process that are not copied.
     """

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import RecipeError
-from stages.recipe.keras_state import FLOATS, Reduced, Writing, fill
+from stages.recipe.attributes import FLOATS, Reduced, Writing, fill
 from stages.recipe.restoring import restoring
 
 

@@ -1,7 +1,8 @@
 """Layers that Keras builds only when they are first called, inside a model that counts as built.
 
 A layer in another layer's argument (``Dense(activation=PReLU())``) is such a one: shapes go past it when the model is
-put together, so its variables come with the first batch. A stage must know them before that.
+put together, so its variables come with the first batch. A stage must know them before that. A layer that no call
+reaches (one that is made and used under a condition only) never has any, as in Keras.
 """
 
 from __future__ import annotations
@@ -16,28 +17,31 @@ from stages.keras_internals import graph_model, input_structure, layers_of
 
 
 def build_rest(model: Any) -> None:
-    """Let a built model make the variables that its first call would make, by calling it on one sample of zeros.
+    """Let a built model make the variables that its first calls would make, by calling it on one sample of zeros.
+
+    In inference and, if a layer still waits, in training. All values are afterwards as they were.
 
     Raises:
         SegmentError: That cannot be done; names the layer.
     """
-    waiting = _waiting(model)
-    if not waiting:
-        return
     structure = input_structure(graph_model(model) or model)
-    try:
-        model(keras.tree.map_structure(_zeros, model.inputs if structure is None else structure), training=False)
-    except Exception as error:
-        raise SegmentError(_said(model, waiting[0], f" ({type(error).__name__} on zeros)")) from error
-    if _waiting(model):
-        raise SegmentError(_said(model, _waiting(model)[0], ""))
-
-
-def _said(model: Any, layer: Any, why: str) -> str:
-    return (
-        f"the layer {layer.name!r} ({type(layer).__name__}) in the model {model.name!r} is not built yet, so its "
-        f"variables are not known{why}; call the model once on a batch before it is cut"
-    )
+    for training in (False, True):
+        waiting = _waiting(model)
+        if not waiting:
+            return
+        before = [(variable, variable.numpy()) for variable in model.variables]
+        try:
+            zeros = keras.tree.map_structure(_zeros, model.inputs if structure is None else structure)
+            model(zeros, training=training)
+        except Exception as error:
+            raise SegmentError(
+                f"the layer {waiting[0].name!r} ({type(waiting[0]).__name__}) in the model {model.name!r} is not built "
+                f"yet, so its variables are not known ({type(error).__name__} on zeros); call the model once on a "
+                "batch before it is cut"
+            ) from error
+        finally:
+            for variable, value in before:
+                variable.assign(value)
 
 
 def _waiting(model: Any) -> list[Any]:

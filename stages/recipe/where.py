@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from stages.recipe.keras_state import attributes_of
+from stages.recipe.attributes import attributes_of
 
 _ENOUGH = 200_000
 """Objects that are looked at before the search is given up."""

@@ -17,7 +17,7 @@ from stages.grid import is_over_time
 from stages.keras_internals import layers_of, names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
-from stages.recipe.keras_state import as_unbuilt
+from stages.recipe.optimizer_state import as_unbuilt
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage

@@ -78,6 +78,7 @@ SETTINGS: dict[str, Callable[[], Setting]] = {
     "a layer as an activation": lambda: Setting([L.Dense(3, activation=L.PReLU()), L.Dense(1)]),
     "a lambda": lambda: Setting([L.Dense(3, activation=lambda x: x * x), L.Lambda(lambda x: x + 1), L.Dense(1)]),
     "layers in lists and dicts": lambda: Setting([MINE.Traced(), L.Dense(1)]),
+    "layers for training, and for nothing": lambda: Setting([MINE.Conditional(4), L.Dense(1)]),
     "a model as a layer": lambda: Setting(
         [MINE.Doubling(keras.Sequential([keras.Input((4,)), L.Dense(3)])), L.Dense(1)]
     ),

@@ -51,6 +51,18 @@ class Traced(keras.layers.Layer):
     def call(self, x):
         return self.inner(self.parts[1]["a"](self.parts[0](x)))
 
+class Conditional(keras.layers.Layer):
+    def __init__(self, units):
+        super().__init__()
+        self.always, self.training_only, self.never = (keras.layers.Dense(units) for _ in range(3))
+    def build(self, shape):
+        self.always.build(shape)
+    def call(self, x, training=False):
+        y = self.always(x)
+        if training:
+            y = y + self.training_only(x)
+        return y if x.shape[-1] == y.shape[-1] else y + self.never(x)
+
 class Doubling(keras.Model):
     def __init__(self, inner):
         super().__init__()
