@@ -23,8 +23,8 @@ import tensorflow as tf
 from pipeline.reference.witness.flow import WitnessRefusedError, dtype_of, heads_of, refusing
 from stages.keras_internals import layers_of, own_seed_generators, replaced_draws, wrap_call
 from stages.loss.head import Head
+from stages.recipe.attributes import FLOATS
 from stages.recipe.by_value import copied
-from stages.recipe.keras_state import FLOATS
 from stages.tape.model_call import Part
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
