@@ -225,7 +225,7 @@ class Pipeline:
             stages=self.names,
             mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
         )
-        compiled.check_schedule(self.schedule, self.microbatches, setup.options.windows)
+        compiled.check_windows(setup.options.windows)
         compiled.check_undecayed([[] if s.model is None else s.model.trainable_variables for s in self.segments])
         self._session.recompile(compiled)
         self._trainer = None

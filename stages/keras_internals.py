@@ -314,6 +314,15 @@ def function_arguments(thing: Any) -> Mapping[str, Any]:
     return dict(getattr(thing, "_fn_kwargs", {}))
 
 
+def wrapped_function(thing: Any) -> Any | None:
+    """The function that a loss or metric of Keras wraps; None if it wraps none.
+
+    Relies on `LossFunctionWrapper.fn` and `MeanMetricWrapper._fn`.
+    """
+    found = getattr(thing, "_fn", None) or getattr(thing, "fn", None)
+    return found if callable(found) else None
+
+
 def set_function_arguments(thing: Any, arguments: Mapping[str, Any]) -> None:
     """Change some of the arguments that `function_arguments` gives. Relies on the dict being read at every call."""
     thing._fn_kwargs.update(arguments)

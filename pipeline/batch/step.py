@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.loss.ways import Way, Ways
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.reply import StepReply
 
@@ -22,6 +23,7 @@ class Batch:
         sample_weights: {output label: array}, of those that have any.
         sizes: Samples per microbatch; they sum to n.
         lengths: Time steps per window; () without windows.
+        ways: {output label: how its loss and metrics are made of the microbatches}, of those that were tried.
     """
 
     inputs: Mapping[str, np.ndarray[Any, Any]]
@@ -29,6 +31,12 @@ class Batch:
     sample_weights: Mapping[str, np.ndarray[Any, Any]]
     sizes: tuple[int, ...]
     lengths: tuple[int, ...] = ()
+    ways: Mapping[str, Ways] = field(default_factory=dict)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a loss exists only when the whole batch went forward."""
+        return any(ways.loss is Way.WHOLE for ways in self.ways.values())
 
 
 @dataclass(frozen=True)

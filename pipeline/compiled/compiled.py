@@ -18,7 +18,6 @@ from pipeline.batch.outputs import objectives
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
 from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.errors import CompileError
-from pipeline.plan.schedules import gpipe
 from pipeline.saying import did_you_mean
 from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
@@ -273,21 +272,14 @@ class Compiled:
             return 1.0
         return float(clip * np.minimum(np.float32(1.0) / norm, np.float32(1.0) / clip) + (norm - norm))
 
-    def check_schedule(self, schedule: Any, microbatches: int, windows: int = 1) -> None:
-        """Refuse a loss over the whole batch under a schedule that goes backward before all forwards are done."""
+    def check_windows(self, windows: int) -> None:
+        """Refuse a loss over the whole batch where the batch is cut in time."""
         coupling = [head.loss for head in self.heads.values() if head.couples_samples]
         if coupling and windows > 1:
             raise CompileError(
-                f"the loss {_name_of(coupling[0])} couples the samples of a batch, so it cannot be computed window by "
+                f"the loss {name_of(coupling[0])} couples the samples of a batch, so it cannot be computed window by "
                 "window; use a loss that is a mean or a sum over samples and time, or leave windows out"
             )
-        if not coupling or microbatches == 1 or schedule in ("gpipe", gpipe):
-            return
-        raise CompileError(
-            f"the loss {_name_of(coupling[0])} couples the samples of a batch, so its gradient exists only when the "
-            f"whole batch went forward; the schedule {schedule!r} goes backward earlier. "
-            "Use Pipeline(..., schedule='gpipe')"
-        )
 
 
 def refuse_options(*, steps_per_execution: int, jit_compile: bool | str) -> None:
@@ -385,5 +377,6 @@ def _known(name: str, module: Any, what: str) -> None:
         raise CompileError(f"Keras knows no {what} called {name!r}{hint}") from None
 
 
-def _name_of(loss: Any) -> str:
+def name_of(loss: Any) -> str:
+    """What a loss is called."""
     return getattr(loss, "__name__", None) or type(loss).__name__

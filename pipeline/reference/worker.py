@@ -92,6 +92,8 @@ class ReferenceWorker(BaseWorker):
     def step(self, order: StepOrder) -> StepReply:
         """Outputs, or losses and gradients, of a whole batch."""
         batch = self._batch = self._receive(order)
+        for hosted in self.tape.hosted:
+            hosted.go(order.ways)
         if order.mode is Mode.MASKS:
             return StepReply({})  # the joined model looks for itself
         if order.mode is Mode.PREDICT:

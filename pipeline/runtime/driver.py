@@ -360,7 +360,8 @@ class Driver:
 def _order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:
     """The order of a step with nothing asked for beside what its mode gives; its numbers are still to be set."""
     grid = Grid(tuple(batch.sizes), tuple(batch.lengths))
-    return StepOrder(0, mode, grid, sample_weights=tuple(batch.sample_weights), truncate=plan.truncate)
+    weights = tuple(batch.sample_weights)
+    return StepOrder(0, mode, grid, sample_weights=weights, truncate=plan.truncate, ways=batch.ways)
 
 
 __all__ = ["Driver"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.plan.schedules import build_plan, forward_only
 from pipeline.plan.timeline import Timeline, measured_timeline
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.meaning import Meaning
 from pipeline.runtime.runnable import check_runnable
 from pipeline.runtime.setup import Setup
 from pipeline.runtime.workers import Workers
@@ -45,7 +47,8 @@ class StepRunner:
     def __init__(self, setup: Setup, workers: Workers) -> None:
         self._setup, self._workers = setup, workers
         self.look: Callable[[Mode, Batch], None] = lambda mode, batch: None
-        self._plans: dict[tuple[int, int, bool], Plan] = {}
+        self._plans: dict[tuple[int, int, bool, bool], Plan] = {}
+        self._meaning: Meaning | None = None
         self._plan(setup.options.microbatches, setup.options.windows, training=True)
 
     def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
@@ -152,15 +155,19 @@ class StepRunner:
 
     def plan(self, batch: Batch, training: bool) -> Plan:
         """The checked plan of a step; made once for each number of microbatches and windows."""
-        return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training)
+        at_once = training and batch.at_once
+        if at_once and self._meaning is not None:
+            self._meaning.say(batch)
+        return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training, at_once)
 
-    def _plan(self, microbatches: int, windows: int, training: bool) -> Plan:
-        key, options = (microbatches, windows, training), self._setup.options
+    def _plan(self, microbatches: int, windows: int, training: bool, at_once: bool = False) -> Plan:
+        key, options = (microbatches, windows, training, at_once), self._setup.options
         if key not in self._plans:
             wiring, stages = self._setup.wires.upstream(), len(self._setup.segments)
             if training:
+                schedule = "gpipe" if at_once else options.schedule
                 plan = build_plan(
-                    options.schedule, stages, microbatches, windows=windows, truncate=options.truncate, wiring=wiring
+                    schedule, stages, microbatches, windows=windows, truncate=options.truncate, wiring=wiring
                 )
                 self._plans[key] = check_runnable(plan)
             else:
@@ -176,9 +183,10 @@ class StepRunner:
 
         Raises:
             DataError: Something does not fit.
+            CompileError: A loss or metric needs the whole batch, which is cut in time.
         """
-        wires, options = self._setup.wires, self._setup.options
-        return make_batch(
+        wires, options, compiled = self._setup.wires, self._setup.options, self._workers.compiled
+        batch = make_batch(
             x,
             y,
             sample_weight,
@@ -188,10 +196,15 @@ class StepRunner:
             labels=wires.labels,
             judged=judged,
             windows=options.windows,
-            judged_over_time=self._over_time(judged) if options.windows > 1 else (),
+            judged_over_time=self.over_time(judged) if options.windows > 1 else (),
         )
+        if not judged or compiled is None:
+            return batch
+        if self._meaning is None or self._meaning.compiled is not compiled:
+            self._meaning = Meaning(self._setup, self, self._workers.driver(), compiled)
+        return replace(batch, ways=self._meaning.ways(batch))
 
-    def _over_time(self, labels: Sequence[str]) -> list[str]:
+    def over_time(self, labels: Sequence[str]) -> list[str]:
         """Those outputs that have a time axis."""
         driver, wires = self._workers.driver(), self._setup.wires
         places = dict(zip(wires.labels, wires.outputs, strict=True))

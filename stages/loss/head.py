@@ -22,10 +22,9 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.keras_internals import function_arguments
+from stages.loss.ways import Way, Ways, known_loss, known_metrics
 
 _SUMS = ("sum", "none", None)
-_COUPLED_FUNCTIONS = ("dice", "tversky", "circle")
 
 
 class Head:
@@ -37,7 +36,11 @@ class Head:
         weighted_metrics: The same, updated with the sample weights.
         place: Which of its stage's outputs it judges.
         label: The output's name among several; metrics are called after it, as in Keras. None: there is one output.
-        weight: What the loss weighs among several (`loss_weights`); None: 1.
+        weight: What the loss weighs among several (`loss_weights`): a number or a variable; None: 1.
+
+    Attributes:
+        known: The ways of losses and metrics that are Keras's own; None for what must be tried.
+        ways: How its loss and metrics are made of microbatches; settable.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Head:
         *,
         place: int = 0,
         label: str | None = None,
-        weight: float | None = None,
+        weight: Any | None = None,
     ) -> None:
         self.place, self.label, self.weight = place, label, weight
         self.judge = LossModel()
@@ -56,14 +59,13 @@ class Head:
         self.loss = None if loss is None else keras.losses.get(loss)
         self._counts = bool(metrics) or bool(weighted_metrics)
         self._built = False
+        self.known = (known_loss(self.loss), known_metrics([*_listed(metrics), *_listed(weighted_metrics)]))
+        self.ways = Ways(self.known[0] or Way.PARTS, self.known[1] or Way.PARTS)
 
     @property
     def couples_samples(self) -> bool:
         """Whether the loss of a sample depends on other samples, so that it needs the whole batch at once."""
-        if getattr(self.loss, "__name__", None) in _COUPLED_FUNCTIONS or isinstance(self.loss, keras.losses.Circle):
-            return True
-        axis = function_arguments(self.loss).get("axis", -1)
-        return axis is None or 0 in (axis if isinstance(axis, list | tuple) else (axis,))
+        return self.ways.loss is Way.WHOLE
 
     def build(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:
         """Create the metrics' variables from one example, without counting it."""
@@ -81,7 +83,9 @@ class Head:
     @property
     def is_mean(self) -> bool:
         """Whether the loss has a denominator, so that a mask on the predictions changes what a microbatch weighs."""
-        return self.loss is not None and getattr(self.loss, "reduction", "sum_over_batch_size") not in _SUMS
+        if self.loss is None or self.ways.loss is not Way.PARTS:
+            return False
+        return getattr(self.loss, "reduction", "sum_over_batch_size") not in _SUMS
 
     @property
     def has_metrics(self) -> bool:
@@ -134,7 +138,7 @@ class Head:
             One weight per microbatch. They sum to 1, except for a sum, where each is 1.
         """
         reduction = getattr(self.loss, "reduction", "sum_over_batch_size")
-        if reduction in _SUMS:
+        if reduction in _SUMS or self.ways.loss is Way.SUM:
             return (1.0,) * len(sizes)
         shares = [float(size) for size in sizes]
         ignored = getattr(self.loss, "ignore_class", None)
@@ -161,6 +165,11 @@ class LossModel(keras.Model):  # type: ignore[misc]
     def call(self, prediction: Any) -> Any:
         """The prediction itself; Keras wants a model to have a call."""
         return prediction
+
+
+def _listed(metrics: Any) -> Sequence[Any]:
+    """One metric, a list of them or None as a flat list."""
+    return [] if metrics is None else list(keras.tree.flatten(metrics))
 
 
 def _valid(

@@ -15,7 +15,11 @@ from typing import Any
 import tensorflow as tf
 
 from stages.loss.head import Head
+from stages.loss.ways import Way, Ways
 from stages.masks import mask_of, with_mask
+
+Outputs = Sequence[Any] | Mapping[int, Any]
+"""A stage's outputs by their place; those without a head may be left out of a mapping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,22 @@ class Heads:
         return any(head.couples_samples for head in self)
 
     @property
+    def counts_at_once(self) -> bool:
+        """Whether a metric gives a number of the whole batch; then all of the stage's count whole batches."""
+        return any(head.ways.metrics is Way.WHOLE for head in self)
+
+    def go(self, ways: Sequence[Ways | None]) -> None:
+        """Say how each head's loss and metrics are made of microbatches; None: as it is known of Keras's own."""
+        for head, given in zip(self, ways, strict=True):
+            loss, metrics = head.known
+            head.ways = given or Ways(loss or Way.PARTS, metrics or Way.PARTS)
+
+    @property
     def variables(self) -> list[Any]:
         """The metrics' state."""
         return [variable for head in self for variable in head.variables]
 
-    def values(self, outputs: Sequence[Any], objective: Objective) -> list[Any]:
+    def values(self, outputs: Outputs, objective: Objective) -> list[Any]:
         """Each head's loss on a microbatch, times what the microbatch weighs in the batch: float scalars."""
         found = []
         for head, target, sample_weight, weight in self._with(objective):
@@ -99,8 +114,8 @@ class Heads:
         ]
         return [sum(weighted[1:], start=weighted[0])] if weighted else []
 
-    def update(self, outputs: Sequence[Any], objective: Objective) -> None:
-        """Let the metrics count a microbatch."""
+    def update(self, outputs: Outputs, objective: Objective) -> None:
+        """Let the metrics count a microbatch, or a whole batch where one of them must."""
         for head, target, sample_weight, _ in self._with(objective):
             head.update(target, outputs[head.place], sample_weight)
 
@@ -136,15 +151,15 @@ def whole_batch(
     Returns:
         Each head's value, and the gradients of the weighted sum, cut into microbatches.
     """
-    places = sorted({head.place for head in heads})
-    joined = {place: tf.concat([part[place] for part in parts], axis=0) for place in places}
+    joined, masks = _joined(heads, parts)
+    places = list(joined)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         for tensor in joined.values():
             tape.watch(tensor)
-        judged = {place: with_mask(tensor, _joined_mask(parts, place)) for place, tensor in joined.items()}
-        values = heads.values(judged, objective)  # type: ignore[arg-type]
+        judged = {place: with_mask(tensor, masks[place]) for place, tensor in joined.items()}
+        values = heads.values(judged, objective)
         terms = heads.terms(values)
-    heads.update(judged, objective)  # type: ignore[arg-type]
+    heads.update(judged, objective)
     cut: dict[int, list[Any]] = {}
     if training:
         sizes = [int(part[places[0]].shape[0]) for part in parts]
@@ -152,6 +167,12 @@ def whole_batch(
         found = tape.gradient(terms, list(joined.values()), output_gradients=seeds)
         cut = {place: tf.split(g, sizes) for place, g in zip(places, found, strict=True) if g is not None}
     return WholeBatch(values, [{place: pieces[k] for place, pieces in cut.items()} for k in range(len(parts))])
+
+
+def count_whole_batch(heads: Heads, parts: Sequence[Mapping[int, Any]], objective: Objective) -> None:
+    """Let the metrics count a batch once; the arguments are those of `whole_batch`."""
+    joined, masks = _joined(heads, parts)
+    heads.update({place: with_mask(tensor, masks[place]) for place, tensor in joined.items()}, objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +188,11 @@ class WholeBatch:
     gradients: list[dict[int, Any]]
 
 
-def _joined_mask(parts: Sequence[Mapping[int, Any]], place: int) -> Any | None:
-    masks = [mask_of(part[place]) for part in parts]
-    return None if masks[0] is None else tf.concat(masks, axis=0)
+def _joined(heads: Heads, parts: Sequence[Mapping[int, Any]]) -> tuple[dict[int, Any], dict[int, Any | None]]:
+    """{output: predictions (n, ...) of all microbatches}, and {output: their masks, or None}."""
+    places = sorted({head.place for head in heads})
+    masks = {place: [mask_of(part[place]) for part in parts] for place in places}
+    return (
+        {place: tf.concat([part[place] for part in parts], axis=0) for place in places},
+        {place: None if some[0] is None else tf.concat(some, axis=0) for place, some in masks.items()},
+    )

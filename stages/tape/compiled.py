@@ -93,7 +93,7 @@ class CompiledTapes:
         objective: Objective | None = None,
     ) -> Opened:
         """Run the compiled forward; what its backward needs is kept under `key`."""
-        if objective is not None and self.ends:
+        if objective is not None and self.ends and not self.heads.counts_at_once:
             return self._all_at_once(key, inputs, share, masked, objective)
         trace = self._trace_recomputing if self.recompute else self._trace_pair
         pair: _Pair = self._function("pair", inputs, masked, objective, trace, key.window)
@@ -249,7 +249,8 @@ class CompiledTapes:
         shapes = ((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors)
         heads = None if objective is None else objective.heads
         places = self._prepare()
-        key = (name, places, self.part.modes(), tuple(masked), weighted, heads, later, *shapes)
+        counting = self.heads.counts_at_once
+        key = (name, places, self.part.modes(), tuple(masked), weighted, heads, later, counting, *shapes)
         found = self._functions.get(key)
         if found is None:
             specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
@@ -284,7 +285,7 @@ class CompiledTapes:
             results += [tf.add_n(own)] if own else []
             if objective is not None:
                 results += self.heads.values(outputs, objective)
-                self.heads.update(outputs, objective)
+                self._count(outputs, objective)
             return [*results, *(portable(tensor) for tensor in (*arguments, *before))]
 
         def backward(*tensors: Any) -> list[Any]:
@@ -330,7 +331,7 @@ class CompiledTapes:
             values = [] if objective is None else self.heads.values(outputs, objective)
             terms = [] if objective is None else self.heads.terms(values, objective.heads)
         if objective is not None and counts:
-            self.heads.update(outputs, objective)
+            self._count(outputs, objective)
         layout.outputs, layout.own = tuple(tensor.dtype for tensor in outputs), bool(own)
         targets = [tensor for tensor in outputs if is_differentiable(tensor.dtype)]
 
@@ -343,6 +344,11 @@ class CompiledTapes:
             return layout.flat(found, sum(layout.wanted))
 
         return [*outputs, *([tf.add_n(own)] if own else []), *values], targets, differentiate
+
+    def _count(self, outputs: Sequence[Any], objective: Objective) -> None:
+        """Let the metrics count a microbatch, unless they count whole batches."""
+        if not self.heads.counts_at_once:
+            self.heads.update(outputs, objective)
 
     def _finish(self, gradients: Sequence[Any | None], layout: Layout) -> list[Any]:
         """Accumulate dL/dvariables; return the dL/dinputs that exist, then values and places of embeddings' rows."""
@@ -391,7 +397,7 @@ class CompiledTapes:
             results += [tf.add_n(own) * share] if own else []
             if objective is not None:
                 results += self.heads.values(outputs, objective)
-                self.heads.update(outputs, objective)
+                self._count(outputs, objective)
             return results
 
         return direct(infer, [*specs, _SCALAR]), layout

@@ -218,7 +218,7 @@ class EagerTapes:
             opened = Opened(
                 called.structure, called.outputs, own, self._losses(called.outputs, objective), called.masked
             )
-        if objective is not None:
+        if objective is not None and not self._heads.counts_at_once:
             self._heads.update(opened.outputs, objective)
         return opened
 
@@ -233,7 +233,7 @@ class EagerTapes:
         """Run the part for evaluation: no tape, `training=False`."""
         structure, outputs, places, own = self._part.call(inputs, False, masked, window)
         losses = self._losses(outputs, objective)
-        if objective is not None:
+        if objective is not None and not self._heads.counts_at_once:
             self._heads.update(outputs, objective)
         return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 

@@ -17,6 +17,7 @@ from stages.grid import is_over_time
 from stages.keras_internals import layers_of, names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
+from stages.loss.ways import Ways
 from stages.recipe.optimizer_state import as_unbuilt
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
@@ -168,6 +169,10 @@ class HostedStage:
         label = spec.label if spec.named else None
         given = (judging.loss, judging.metrics, judging.weighted_metrics)
         return Head(*given, place=place, label=label, weight=spec.weight)
+
+    def go(self, ways: Mapping[str, Ways]) -> None:
+        """Say how losses and metrics are made of microbatches, by the outputs' labels; the others as they are known."""
+        self.heads.go([ways.get(label) for label in self.labels])
 
     def takes_over_time(self, place: int) -> bool:
         """Whether an input has the time as its second axis."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 from stages.errors import HandoffError
 from stages.grid import Grid
+from stages.loss.ways import Way, Ways
 
 
 class Mode(StrEnum):
@@ -149,6 +150,7 @@ class StepOrder(Order):
         observe: What to note of tensors at the cuts: ``"values"``, ``"norms"`` or nothing; see
             `stages.worker.observers`.
         squared_norms: Whether the reply says each gradient's sum of squares.
+        ways: {label of an output: how its loss and its metrics are made of microbatches}, of those that were tried.
     """
 
     do: ClassVar[str] = "step"
@@ -162,6 +164,7 @@ class StepOrder(Order):
     truncate: int | None = None
     observe: str = ""
     squared_norms: bool = False
+    ways: Mapping[str, Ways] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -178,7 +181,8 @@ class StepOrder(Order):
         """From the wire."""
         grid = Grid(tuple(data["grid"]["sizes"]), tuple(data["grid"]["lengths"]))
         labels = tuple(data["sample_weights"])
-        return cls(**{**data, "mode": Mode(data["mode"]), "grid": grid, "sample_weights": labels})
+        ways = {label: Ways(*map(Way, one)) for label, one in data["ways"].items()}
+        return cls(**{**data, "mode": Mode(data["mode"]), "grid": grid, "sample_weights": labels, "ways": ways})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stages.actions import Action, Kind
-from stages.loss.heads import Objective, WholeBatch, whole_batch
+from stages.loss.heads import Objective, WholeBatch, count_whole_batch, whole_batch
 from stages.masks import with_mask
 from stages.tape.accumulate import plus
 from stages.tape.eager import PassKey
@@ -103,6 +103,7 @@ class Program:
         """
         board = self.links.board
         for hosted in self.hosted.values():
+            hosted.go(self.order.ways)
             hosted.stage.loss_scale = self.order.scale
             hosted.stage.truncate(self.grid.windows, self.order.truncate)
         do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
@@ -259,11 +260,15 @@ class Program:
         if objective is not None:
             which = objective.heads if objective.heads is not None else range(len(hosted.heads))
             batch.losses[unit] = dict(zip(which, opened.losses, strict=True))
-        if whole:
+        counts = objective is not None and hosted.heads.counts_at_once
+        if whole or counts:
             places = {head.place for head in hosted.heads}
             batch.outputs[k] = {i: with_mask(opened.outputs[i], opened.masks.get(i)) for i in places}
-            if not self.training and len(batch.outputs) == len(self.grid.sizes):
+            complete = len(batch.outputs) == len(self.grid.sizes)
+            if whole and complete and not self.training:
                 self._whole_batch(hosted)
+            if counts and complete:
+                self._count_whole_batch(hosted)
         if self.mode is Mode.MASKS:
             judged = {head.place for head in hosted.heads if self._is_given(hosted, head.place, unit)}
             for place in judged & set(opened.masks):
@@ -304,6 +309,13 @@ class Program:
             judged = self._whole_batch(hosted).gradients[action.microbatch]
             gradients = [plus(judged.get(place), gradient) for place, gradient in enumerate(gradients)]
         return gradients
+
+    def _count_whole_batch(self, hosted: HostedStage) -> None:
+        """Let metrics that give a number of the whole batch count it, and let its predictions go."""
+        outputs = self._batches[hosted.spec.index].outputs
+        objective = self._objective(hosted, None)
+        assert objective is not None
+        count_whole_batch(hosted.heads, [outputs.pop(k) for k in sorted(outputs)], objective)
 
     def _whole_batch(self, hosted: HostedStage) -> WholeBatch:
         """Losses that couple samples: computed once on the joined predictions."""

@@ -307,6 +307,19 @@ def test_the_arguments_inside_losses_and_metrics_are_read_and_take_effect():
     assert float(loss([0.0], [10.0])) == pytest.approx(9.5) and large == pytest.approx(25.5)
 
 
+def test_the_function_inside_a_loss_or_metric_is_found():
+    def own(y_true, y_pred):
+        return y_true - y_pred
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", loss=own, metrics=[own])
+    model.evaluate([[1.0]], [[0.0]], verbose=0)
+    (counted,) = [metric for metric in model.metrics if metric.name == "compile_metrics"]
+    assert internals.wrapped_function(counted.metrics[0]) is own
+    assert internals.wrapped_function(keras.losses.Huber()) is keras.losses.huber
+    assert internals.wrapped_function(object()) is None
+
+
 def test_a_loss_computes_in_the_dtype_that_was_set():
     loss = keras.losses.MeanSquaredError()
     assert internals.loss_dtype(loss) == "float32"

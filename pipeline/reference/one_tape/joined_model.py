@@ -139,7 +139,7 @@ class JoinedModel:
                 if i in objectives:
                     losses = hosted.heads.values(outputs, objectives[i])
                     terms = hosted.heads.terms(losses, objectives[i].heads)
-                    if self.counting:
+                    if self.counting and not hosted.heads.counts_at_once:
                         hosted.heads.update(outputs, objectives[i])
             seeds = (share * part.loss_scale, part.loss_scale)
             self._through_one_joint(hosted, run, window, outputs, own, terms, *seeds)

@@ -104,8 +104,8 @@ class SingleTape(JoinedModel):
 
     @property
     def couples(self) -> bool:
-        """Whether a loss needs the whole batch at once."""
-        return any(hosted.heads.couples_samples for hosted in self.hosted)
+        """Whether a loss or a metric needs the whole batch at once."""
+        return any(hosted.heads.couples_samples or hosted.heads.counts_at_once for hosted in self.hosted)
 
     def _microbatch(
         self,
@@ -358,19 +358,17 @@ class SingleTape(JoinedModel):
                 runs.append(run)
             at_once = self._objectives(batch, None, weights)
             for i in whole:
-                hosted = self.hosted[i]
-                names = [name for name, _ in hosted.spec.outputs]
-                predictions = {
-                    head.place: joined_with_masks([run.tensors[names[head.place]] for run in runs])
-                    for head in hosted.heads
-                }
-                values = hosted.heads.values(predictions, at_once[i])  # type: ignore[arg-type]
-                if self.counting:
-                    hosted.heads.update(predictions, at_once[i])  # type: ignore[arg-type]
+                hosted, predictions = self.hosted[i], self._predictions(i, runs)
+                values = hosted.heads.values(predictions, at_once[i])
+                if self.counting and not hosted.heads.counts_at_once:
+                    hosted.heads.update(predictions, at_once[i])
                 terms = hosted.heads.terms(values)
                 targets += terms
                 seeds += [tf.fill((), tf.cast(batch.loss_scale, term.dtype)) for term in terms]
                 losses[0][hosted.spec.index][0] = dict(enumerate(values))
+        for i, hosted in enumerate(self.hosted):
+            if self.counting and hosted.heads.counts_at_once:
+                hosted.heads.update(self._predictions(i, runs), at_once[i])
         at_cuts = self._at_cuts(runs) if self.observer is not None else []
         wanted = [tensor for tensor, _ in at_cuts if is_differentiable(tensor.dtype)]
         sources = [*(tensor for part in reads for tensor in part), *wanted]
@@ -383,6 +381,14 @@ class SingleTape(JoinedModel):
         for k in range(len(runs)):
             self._show(k, crossing[k * cuts : (k + 1) * cuts])
         return total, summed_losses(losses)
+
+    def _predictions(self, i: int, runs: Sequence[Pass]) -> dict[int, Any]:
+        """{output: (n, ...) of all microbatches}, of the outputs of a stage (by position) that are judged."""
+        names = [name for name, _ in self.hosted[i].spec.outputs]
+        return {
+            head.place: joined_with_masks([run.tensors[names[head.place]] for run in runs])
+            for head in self.hosted[i].heads
+        }
 
 
 __all__ = ["SingleTape", "Whole"]

@@ -20,6 +20,7 @@ from pipeline.reference.one_tape.batch import Whole, owner, state_names
 from pipeline.reference.witness.results import Array, Size
 from stages.keras_internals import layers_of, logits_of, set_logits, set_mask
 from stages.loss.head import Head
+from stages.loss.heads import Heads
 from stages.masks import mask_of, with_mask
 from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
@@ -145,10 +146,12 @@ def heads_of(stage: HostedStage, floats: str | None = None) -> list[Head]:
     losses = [
         copied(one.loss, "the loss", keep=stage.stage.model.variables, floats=floats) for one in stage.objects.judging
     ]
-    return [
+    found = [
         Head(loss, place=names.index(one.output), weight=one.weight)
         for loss, one in zip(losses, stage.spec.heads, strict=True)
     ]
+    Heads(found).go([head.ways for head in stage.heads])
+    return found
 
 
 def joined_riding(parts: Sequence[Any], axis: int) -> Any:

@@ -1,0 +1,124 @@
+"""What a batch means for the losses and metrics that are tried: of its parts, or only of the whole of it.
+
+Keras's own are known. Another one is tried on the first batch that is cut, before anything is updated: its targets and
+weights, and the predictions that the workers give for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.batch.step import Batch
+from pipeline.compiled.compiled import Compiled, name_of
+from pipeline.errors import CompileError
+from pipeline.plan.schedules import gpipe
+from stages.grid import Grid
+from stages.loss.trial import Example, tried
+from stages.loss.ways import Way, Ways
+from stages.worker.orders import Mode
+
+if TYPE_CHECKING:
+    from pipeline.runtime.driver import Driver
+    from pipeline.runtime.setup import Setup
+    from pipeline.runtime.step_runner import StepRunner
+
+Array = np.ndarray[Any, Any]
+
+
+class Meaning:
+    """How the losses and metrics of one call of `compile` are made of a batch's parts.
+
+    Args:
+        setup: What the pipeline is made of.
+        steps: Makes plans, and knows which outputs have a time axis.
+        driver: The running workers.
+        compiled: What `compile` was given.
+    """
+
+    def __init__(self, setup: Setup, steps: StepRunner, driver: Driver, compiled: Compiled) -> None:
+        self._setup, self._steps, self._driver, self.compiled = setup, steps, driver, compiled
+        self._tried: dict[tuple[str, bool], Ways] = {}
+        self._said = False
+
+    def ways(self, batch: Batch) -> Mapping[str, Ways]:
+        """{output label: its ways}, of those that are not made of a batch's parts as Keras's means are.
+
+        Raises:
+            CompileError: A loss or metric needs the whole batch, and the batch is cut in time.
+        """
+        heads = self.compiled.heads
+        keys = {label: (label, label in batch.sample_weights) for label in heads}
+        new = [label for label, head in heads.items() if None in head.known and keys[label] not in self._tried]
+        if new and (len(batch.sizes) > 1 or batch.lengths):
+            for label, ways in self._try(batch, new).items():
+                self._tried[keys[label]] = ways
+        found = {label: self._tried.get(keys[label], head.ways) for label, head in heads.items()}
+        found = {label: ways for label, ways in found.items() if ways != Ways()}
+        if batch.lengths:
+            self._refuse_windows(found)
+        return found
+
+    def say(self, batch: Batch) -> None:
+        """Say once that another schedule runs than the one asked for."""
+        if self._said or len(batch.sizes) == 1:
+            return
+        self._said, schedule = True, self._setup.options.schedule
+        (name, *_) = [name_of(self.compiled.heads[one].loss) for one, w in batch.ways.items() if w.loss is Way.WHOLE]
+        if schedule not in ("gpipe", gpipe):
+            warnings.warn(
+                f"the loss {name} is a number of the whole batch, no mean or sum over its samples, so it is computed "
+                f"over the whole batch under schedule='gpipe' in place of {schedule!r}: stages keep the activations of "
+                "all microbatches. Say Pipeline(..., schedule='gpipe') if this is meant",
+                stacklevel=2,
+            )
+
+    def _try(self, batch: Batch, labels: list[str]) -> dict[str, Ways]:
+        """What a trial says of some outputs; nothing of those whose loss fails on the batch, which a worker tells."""
+        driver, wires, outputs = self._driver, self._setup.wires, {}
+        names = {label: name for (name, _), label in zip(wires.outputs, wires.labels, strict=True)}
+        driver.keep()
+        try:
+            outputs = driver.run(self._steps.plan(batch, training=False), Mode.PREDICT, batch).outputs
+        finally:
+            if not driver.closed:
+                driver.put_back()
+        over_time = self._steps.over_time(labels) if batch.lengths else ()
+        masked = any(description.masks for description in driver.descriptions.values())
+        found = {}
+        for label in labels:
+            example = Example(
+                batch.targets[label],
+                outputs[names[label]],
+                batch.sample_weights.get(label),
+                Grid(tuple(batch.sizes), tuple(batch.lengths)),
+                label in over_time,
+                masked,
+            )
+            try:
+                ways = tried(self.compiled.heads[label], example)
+            except Exception:  # the worker that has the loss meets it too, and tells where
+                continue
+            if ways is not None:
+                found[label] = ways
+        return found
+
+    def _refuse_windows(self, found: Mapping[str, Ways]) -> None:
+        for label, ways in found.items():
+            head = self.compiled.heads[label]
+            if ways.loss is Way.WHOLE:
+                raise CompileError(
+                    f"the loss {name_of(head.loss)} couples the samples of a batch, so it cannot be computed window by "
+                    "window; use a loss that is a mean or a sum over samples and time, or leave windows out"
+                )
+            if ways.metrics is Way.WHOLE:
+                raise CompileError(
+                    f"a metric of the output {label!r} gives a number of a whole batch, so it cannot count window by "
+                    "window; use one that counts samples and time steps, or leave windows out"
+                )
+
+
+__all__ = ["Meaning"]
