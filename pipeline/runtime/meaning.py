@@ -7,7 +7,7 @@ weights, and the predictions that the workers give for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,11 +35,11 @@ class Meaning:
     Args:
         setup: What the pipeline is made of.
         steps: Makes plans, and knows which outputs have a time axis.
-        driver: The running workers.
+        driver: Gives the running workers.
         compiled: What `compile` was given.
     """
 
-    def __init__(self, setup: Setup, steps: StepRunner, driver: Driver, compiled: Compiled) -> None:
+    def __init__(self, setup: Setup, steps: StepRunner, driver: Callable[[], Driver], compiled: Compiled) -> None:
         self._setup, self._steps, self._driver, self.compiled = setup, steps, driver, compiled
         self._tried: dict[tuple[str, bool], Ways] = {}
         self._said = False
@@ -78,7 +78,7 @@ class Meaning:
 
     def _try(self, batch: Batch, labels: list[str]) -> dict[str, Ways]:
         """What a trial says of some outputs; nothing of those whose loss fails on the batch, which a worker tells."""
-        driver, wires, outputs = self._driver, self._setup.wires, {}
+        driver, wires, outputs = self._driver(), self._setup.wires, {}
         names = {label: name for (name, _), label in zip(wires.outputs, wires.labels, strict=True)}
         driver.keep()
         try:

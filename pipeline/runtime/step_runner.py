@@ -201,7 +201,7 @@ class StepRunner:
         if not judged or compiled is None:
             return batch
         if self._meaning is None or self._meaning.compiled is not compiled:
-            self._meaning = Meaning(self._setup, self, self._workers.driver(), compiled)
+            self._meaning = Meaning(self._setup, self, self._workers.driver, compiled)
         return replace(batch, ways=self._meaning.ways(batch))
 
     def over_time(self, labels: Sequence[str]) -> list[str]:

@@ -197,9 +197,30 @@ WEIGHTS = (
     Planted(
         "a loss over the whole batch does not see the predictions' masks",
         "stages/loss/heads.py",
-        "with_mask(tensor, _joined_mask(parts, place))",
-        "with_mask(tensor, None)",
+        "place: None if some[0] is None else tf.concat(some, axis=0)",
+        "place: None",
         (*_WHOLE, "test_masks"),
+    ),
+    Planted(
+        "a loss of one's own is tried by its value alone, not by its gradient",
+        "stages/loss/trial.py",
+        "abs(sum(terms) - whole) <= APART * size and _same(joined, gradient)",
+        "abs(sum(terms) - whole) <= APART * size",
+        ("test_meaning", "test_trial"),
+    ),
+    Planted(
+        "a sum of one's own weighs in each microbatch what a mean would",
+        "stages/loss/head.py",
+        "if reduction in _SUMS or self.ways.loss is Way.SUM:",
+        "if reduction in _SUMS:",
+        ("test_meaning",),
+    ),
+    Planted(
+        "a metric of a whole batch counts every microbatch in compiled stages",
+        "stages/tape/compiled.py",
+        "        if not self.heads.counts_at_once:\n            self.heads.update(outputs, objective)",
+        "        if self.heads:\n            self.heads.update(outputs, objective)",
+        ("test_meaning",),
     ),
     Planted(
         "a loss over the whole batch is not scaled before it is differentiated",
