@@ -1,4 +1,7 @@
-"""What the look at the first batch costs: time of the first `train_on_batch` with it and without it, in turns.
+"""What the user's own objects cost as judges: the look at the first batch, and the check "own" of every verification.
+
+The look: time of the first `train_on_batch` with it and without it, in turns. The check: its share of a `verify`, the
+second one, beside a step.
 
     python benchmarks/first_batch.py [--rounds 5]
 
@@ -49,6 +52,26 @@ def first_step(make: Any, look: bool) -> float:
         return time.perf_counter() - begin
 
 
+def judging(make: Any, rounds: int) -> tuple[float, float, float]:
+    """Medians in seconds: of a step, of the check "own", and of a verification by "own" alone."""
+    keras.utils.set_random_seed(0)
+    model, x = make()
+    y = np.zeros((len(x), *model.output_shape[1:]), "float32")
+    steps, checks, alone = [], [], []
+    with Pipeline.split(model, stages=2, microbatches=4) as pipe:
+        pipe.compile("sgd", "mean_squared_error")
+        for _ in range(rounds + 1):
+            begin = time.perf_counter()
+            pipe.train_on_batch(x, y)
+            middle = time.perf_counter()
+            report = pipe.verify(x, y, checks="own")
+            steps.append(middle - begin)
+            alone.append(time.perf_counter() - middle)
+            checks += [check.seconds for check in report.checks if check.name == "own"]
+    found = [statistics.median(some[1:]) for some in (steps, checks, alone)]
+    return found[0], found[1], found[2]
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,6 +84,11 @@ def main() -> None:
         without, beside = zip(*[(first_step(make, False), first_step(make, True)) for _ in range(rounds)], strict=True)
         extra = statistics.median(b - a for a, b in zip(without, beside, strict=True))
         print(f"| {name} | {statistics.median(without):.2f} | {statistics.median(beside):.2f} | {extra:.2f} |")
+    print("\n| model | a step, s | the check own, s | verify(checks='own'), s |")
+    print("|---|---|---|---|")
+    for name, make in {"6 x Dense(64)": dense, "MobileNetV2, 64 px": mobile_net}.items():
+        step, check, alone = judging(make, rounds)
+        print(f"| {name} | {step:.3f} | {check:.2f} | {alone:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

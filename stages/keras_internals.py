@@ -234,6 +234,20 @@ def let_inner_layers_mask(model: Any) -> None:
         model.compute_mask = lambda inputs, previous_mask: None
 
 
+@contextmanager
+def handing_masks_on(model: Any) -> Iterator[None]:
+    """What `let_inner_layers_mask` says of a model, for a while. Relies on both being attributes of an instance."""
+    before, said = model.supports_masking, "compute_mask" in vars(model)
+    let_inner_layers_mask(model)
+    try:
+        yield
+    finally:
+        if not before:
+            model.supports_masking = before
+            if not said:
+                del model.compute_mask
+
+
 def layer_call() -> tuple[type, str]:
     """For `tensorflow_internals.replaced`: (layer, ...) of every call of any layer or model.
 
@@ -274,6 +288,26 @@ def replaced_draws(replace: Mapping[str, Callable[[CallMethod], CallMethod]]) ->
     finally:
         for name, draw in before.items():
             setattr(module, name, draw)
+
+
+@contextmanager
+def keeping_the_global_seed() -> Iterator[None]:
+    """Draws without a seed (`keras.random.normal(shape)`) made inside are as if they had not been made.
+
+    Relies on Keras drawing for them from one generator for the process, the global attribute
+    ``"global_seed_generator"``, which is made when it is first needed.
+    """
+    import keras
+
+    name, state = "global_seed_generator", keras.src.backend.common.global_state
+    generator = state.get_global_attribute(name)
+    before = None if generator is None else generator.state.value.read_value()
+    try:
+        yield
+    finally:
+        state.set_global_attribute(name, generator)
+        if before is not None:
+            generator.state.value.assign(before)
 
 
 # -- what rides on tensors ---------------------------------------------------------------------------------------

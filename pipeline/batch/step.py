@@ -52,7 +52,7 @@ class StepResult:
         squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
         finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
         roundings: Of a compiled reference: how far its gradients, and what it has at the cuts, are from those of the
-            same tape run eagerly, each as a part of the largest of its kind.
+            same tape run eagerly, the largest of some samples; each as a part of the largest of its kind.
         own_losses: {stage: its own losses (regularisers, `add_loss`)} of those that have any.
         boundary_norms: {(what, producer, consumer, tensor): L2 norm over the batch}, where it was asked for.
     """

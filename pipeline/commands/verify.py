@@ -27,7 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checks", type=_checks, default=("tape",), metavar="LIST",
-        help="tape, chain, differences, batch, steps: several with commas between, or all (default tape)",
+        help="tape, chain, differences, batch, steps, own: several with commas between, or all (default tape; own is "
+        "made in any case, where the models are this process's)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=1, metavar="K", help="steps of the check 'steps' (default 1)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report there as a page")

@@ -17,8 +17,9 @@ CHECKS = {
     "differences": "finite differences in float64 along random directions",
     "batch": "the whole batch under one tape, with Keras's own loss",
     "steps": "updates: weights, optimizer, statistics, seeds, metrics and predictions after each step",
+    "own": "your own model, loss and optimizer, the objects themselves, in this process",
 }
-"""The checks that can be asked for, and what each compares with."""
+"""The checks that can be asked for, and what each compares with; "own" is made unasked too, wherever it can be."""
 
 
 ALWAYS = {

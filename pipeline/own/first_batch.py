@@ -4,8 +4,8 @@ Before the first update, evaluation or prediction after `compile`, a few samples
 and through the user's own objects in this process. Loss and outputs must agree to within rounding. So a model that
 became another one on its way into the workers is refused before it trains, with the first stage that differs.
 
-What rounding may do is measured where the difference is no plain rounding: the own model is run again with every
-variable changed by at most one rounding of its dtype, and what that changes is what may differ, `MARGIN` times over.
+What rounding may do is the rule of `Tolerance.elsewhere`: where the difference is no plain rounding, the own model is
+run again with every variable changed by at most one rounding.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import numpy as np
 
 from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.step import Batch, StepResult
-from pipeline.compare.tolerance import eps
+from pipeline.compare.tolerance import TRIES, Tolerance
 from pipeline.errors import FirstBatchError
+from pipeline.own.chance import layers_that_draw, told
+from pipeline.own.distance import distance
+from pipeline.own.lent import lent
 from pipeline.own.model import OwnModel, OwnResult
 from stages.worker.observers import ACTIVATION
 from stages.worker.orders import Mode
@@ -33,11 +36,6 @@ __all__ = ["FirstBatch"]
 Array = np.ndarray[Any, Any]
 ROWS = 8
 """Samples per microbatch that are looked at."""
-PLAIN_EPS = 64
-"""A difference of up to so many eps, as a part of the largest |value|, is plain rounding."""
-MARGIN = 32
-"""A larger one must stay below so many times what one rounding of every variable changes, the largest of `TRIES`."""
-TRIES = 3
 THE_LOSS = "the loss"
 
 
@@ -52,6 +50,7 @@ class FirstBatch:
         self._session = session
         self._seen: dict[Mode, Any] = {}
         self._untold = ""
+        self._warned = False
 
     def look(self, mode: Mode, batch: Batch) -> None:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
@@ -82,22 +81,36 @@ class FirstBatch:
                 own.disturb(seed)
             return own.run(few, training)
 
-        with own.put_back():
+        besides = [variable for some in self._session.workers.besides().values() for variable in some]
+        with lent([*own.variables, *besides]):
             try:
                 theirs = run()
             except Exception as error:
                 self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
                 return
             ours = self._through_the_pipeline(mode, few)
-            rounding = PLAIN_EPS * max(eps(array.dtype.name) for array in theirs.outputs.values())
-            apart = {what: by for what, by in _apart(ours, theirs).items() if by > rounding}
-            if not apart or any(_apart(run(), theirs).values()):  # or it draws numbers that nobody can repeat
+            plain = Tolerance.elsewhere(own.precision).relative
+            apart = {what: by for what, by in _apart(ours, theirs).items() if by > plain}
+            if not apart:
+                return
+            if any(_apart(run(), theirs).values()):
+                self._warn_of_chance(told(layers_that_draw(run)))
                 return
             changes = [_apart(run(seed), theirs) for seed in range(TRIES)]
             for what, by in apart.items():
-                if not by <= MARGIN * max(change[what] for change in changes):
+                if not by <= Tolerance.elsewhere(own.precision, [change[what] for change in changes]).relative:
                     own.assign(values)
                     raise FirstBatchError(self._sentence(what, ours, theirs, by, own, few, training))
+
+    def _warn_of_chance(self, drawing: str) -> None:
+        """Say once which layers draw numbers that are not Keras's; where none is known, nothing is said."""
+        if drawing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{drawing}, and are others than Keras would draw in one process, so neither the first batch nor "
+                "verify can judge this model; draw by keras.random, with a SeedGenerator of the layer's own",
+                stacklevel=2,
+            )
 
     def _cannot(self) -> bool:
         """Whether there is nothing in this process to compare with, or something else by design."""
@@ -134,7 +147,7 @@ class FirstBatch:
         finally:
             if not driver.closed:
                 driver.put_back()
-        return OwnResult(result.loss, result.outputs, {})
+        return OwnResult(result.loss, result.outputs, {}, result.losses)
 
     def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
         driver, compiled = self._session.workers.driver(), self._session.workers.compiled
@@ -171,15 +184,15 @@ class FirstBatch:
         finally:
             if not driver.closed:
                 driver.put_back()
-        theirs = own.parts(few, training)
+        theirs = own.parts(few, training).tensors
         pieces: dict[tuple[int, str], dict[int, Array]] = {}
         for sight, array in seen.items():
             if sight.what == ACTIVATION and sight.sent and array is not None:
                 pieces.setdefault((sight.producer, sight.tensor), {})[sight.microbatch] = array
         for (stage, tensor), parts in sorted(pieces.items()):
             whole = np.concatenate([array for _, array in sorted(parts.items())])
-            by = _distance(whole, theirs[tensor])
-            if by > PLAIN_EPS * eps(whole.dtype.name):
+            by = distance(whole, theirs[tensor])
+            if by > Tolerance.elsewhere(own.precision).relative:
                 name = self._session.setup.wires.names[stage]
                 return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."
         last = self._session.setup.wires.names[-1]
@@ -190,21 +203,11 @@ def _apart(ours: OwnResult, theirs: OwnResult) -> dict[str, float]:
     """How far two results are apart, each as a part of the largest |value|; what only one has is left out."""
     found = {}
     if ours.loss is not None and theirs.loss is not None:
-        found[THE_LOSS] = _distance(np.asarray(ours.loss), np.asarray(theirs.loss))
+        found[THE_LOSS] = distance(np.asarray(ours.loss), np.asarray(theirs.loss))
+    for label, loss in theirs.losses.items() if len(theirs.losses) > 1 else ():
+        if label in ours.losses:
+            found[f"the loss of {label!r}"] = distance(np.asarray(ours.losses[label]), np.asarray(loss))
     for name, array in theirs.outputs.items():
         if name in ours.outputs:
-            found[f"the output {name!r}"] = _distance(ours.outputs[name], array)
+            found[f"the output {name!r}"] = distance(ours.outputs[name], array)
     return found
-
-
-def _distance(ours: Array, theirs: Array) -> float:
-    """The largest |difference| as a part of the largest |value|; places where neither is finite count as equal."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    lost = ~np.isfinite(a) & ~np.isfinite(b)
-    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("inf")
-    difference = float(np.abs(a - b).max(initial=0.0))
-    return difference / float(np.abs(b).max(initial=0.0) or 1.0) if difference else 0.0

@@ -2,6 +2,8 @@
 
     values of the stages ──► the user's own variables ──► own model, own loss, one tape ──► own values put back
 
+What it leaves is `pipeline.own.lent`'s business: afterwards every bit of the user's objects is as it was.
+
 The model is the object that was split, or the models that the pipeline was put together from. Keras's own trainer
 resolves the loss (a Keras model without layers, compiled with it), on the outputs of the *whole* batch. The model is
 called once per microbatch, as the pipeline calls its stages, so that statistics and random numbers are the same; over
@@ -11,8 +13,7 @@ the whole length, whatever `windows` says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -24,6 +25,7 @@ from pipeline.compare.tolerance import eps
 from pipeline.compiled.compiled import Compiled
 from pipeline.model.merge import StageValues
 from pipeline.model.wiring import Wires
+from stages.keras_internals import handing_masks_on, layers_of
 from stages.loss.head import LossModel
 from stages.masks import joined_with_masks
 from stages.recipe.segment import Segment
@@ -31,6 +33,7 @@ from stages.tape.accumulate import dense
 from stages.tape.eagerly import eagerly
 from stages.tape.model_call import packer
 from stages.worker import snapshot
+from transport.dtypes import DTYPES
 
 Array = np.ndarray[Any, Any]
 
@@ -43,11 +46,26 @@ class OwnResult:
         loss: The objective: losses by their weights, and own losses (regularisers, `add_loss`); None without a loss.
         outputs: {tensor name: array (n, ...)} of the model's outputs.
         gradients: {id of a trainable variable: its gradient, or None}; empty if none were asked for.
+        losses: {output label: its loss, unweighted}, of those that have one; empty without a loss.
     """
 
     loss: float | None
     outputs: Mapping[str, Array]
     gradients: Mapping[int, Array | None]
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartResults:
+    """What the parts of the model give, one after the other: where a difference begins.
+
+    Attributes:
+        tensors: {tensor name: array (n, ...)} of all that a part gives.
+        own_losses: {stage: its own losses (regularisers, `add_loss`) as they count in the batch}, of those with any.
+    """
+
+    tensors: Mapping[str, Array]
+    own_losses: Mapping[int, float]
 
 
 class OwnModel:
@@ -64,56 +82,71 @@ class OwnModel:
         self._parts = [segment.model for segment in segments]
         self.wires, self._original, self._compiled = wires, original, compiled
         self._judge: Any = None
+        self._judges: dict[str, Any] = {}
 
     @property
     def variables(self) -> list[Any]:
-        """All variables that a run may change, each once."""
+        """All variables that a run may change, each once: weights, statistics, seeds, metrics of layers."""
         models = self._parts if self._original is None else [self._original, *self._parts]
-        return list({id(v): v for model in models for v in model.variables}.values())
+        found = [v for model in models for v in (*model.variables, *model.metrics_variables)]
+        return list({id(variable): variable for variable in found}.values())
+
+    @property
+    def layers(self) -> list[Any]:
+        """All layers at any depth, each once."""
+        models = self._parts if self._original is None else [self._original, *self._parts]
+        return list({id(layer): layer for model in models for layer in layers_of(model)}.values())
+
+    @property
+    def precision(self) -> float:
+        """eps of the coarsest dtype that a layer computes in."""
+        dtypes = {str(getattr(layer, "compute_dtype", None)) for layer in self.layers}
+        return max([eps(dtype) for dtype in dtypes if dtype in DTYPES], default=0.0) or eps("float32")
+
+    @property
+    def in_model_order(self) -> list[Any]:
+        """The trainable variables, each once, as one optimizer of the whole model has them."""
+        models = self._parts if self._original is None else [self._original]
+        return list({id(v): v for model in models for v in model.trainable_variables}.values())
 
     @property
     def trainable(self) -> list[list[Any]]:
         """For each stage its trainable variables, in order: the user's own objects."""
         return [list(part.trainable_variables) for part in self._parts]
 
-    @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Give the user's variables their own values back afterwards, whatever they are given meanwhile."""
-        before = [(variable, variable.value.read_value()) for variable in self.variables]
-        try:
-            yield
-        finally:
-            for variable, value in before:
-                variable.value.assign(value)
-
     def assign(self, values: StageValues) -> None:
-        """Give the user's variables the values of the stages; see `put_back`."""
+        """Give the user's variables the values of the stages; see `pipeline.own.lent`."""
         for stage, part in enumerate(self._parts):
             snapshot.write(part.variables, values[stage], f"stage {self.wires.names[stage]!r}")
 
+    def values(self) -> dict[int, list[Array]]:
+        """What the user's variables have now, by stage."""
+        return {stage: snapshot.read(part.variables) for stage, part in enumerate(self._parts)}
+
     def disturb(self, seed: int) -> None:
-        """Change every floating variable by at most one rounding of its dtype, at random; see `put_back`.
+        """Change every floating variable by at most one rounding of what the model computes in, at random.
 
         What this changes in a result is what rounding may change: the measure of "differs by more than rounding".
         """
-        draw = np.random.default_rng(seed)
+        draw, coarsest = np.random.default_rng(seed), self.precision
         for variable in self.variables:
             value = variable.value.read_value()
             if value.dtype.is_floating:
-                noise = 1 + eps(value.dtype.name) * draw.uniform(-1, 1, tuple(value.shape))
+                by = max(eps(value.dtype.name), coarsest)
+                noise = 1 + by * draw.uniform(-1, 1, tuple(value.shape))
                 variable.value.assign(tf.cast(tf.cast(value, tf.float64) * noise, value.dtype))
 
-    def run(self, batch: Batch, training: bool, gradients: bool = False) -> OwnResult:
+    def run(self, batch: Batch, training: bool, gradients: bool = False, loss_scale: float | None = None) -> OwnResult:
         """One batch through the user's own objects, eagerly.
 
         Args:
             batch: Inputs, targets and sample weights by name, and the sizes of the microbatches.
             training: Whether layers run as in training.
             gradients: Whether to differentiate the loss.
+            loss_scale: Factor on the loss while it is differentiated, which the gradients are divided by again.
 
         Returns:
-            Loss, outputs and gradients. Variables that the run itself changed (statistics, seeds) stay changed; see
-            `put_back`.
+            Losses, outputs and gradients. Variables that the run itself changed (statistics, seeds) stay changed.
         """
         wanted = {id(v): v for part in self.trainable for v in part} if gradients else {}
         judged = None if self._compiled is None or not batch.targets else self._compiled
@@ -129,26 +162,35 @@ class OwnModel:
                 for share, (_, own) in zip(shares, runs, strict=True):
                     for one in own:
                         loss = loss + tf.cast(tf.reduce_sum(one) * tf.cast(share, one.dtype), loss.dtype)
+                target = loss if loss_scale is None else loss * tf.cast(loss_scale, loss.dtype)
         found: dict[int, Array | None] = {}
         if gradients and loss is not None:
-            values = tape.gradient(loss, [variable.value for variable in wanted.values()])
-            found = {key: None if g is None else np.asarray(dense(g)) for key, g in zip(wanted, values, strict=True)}
+            values = tape.gradient(target, [variable.value for variable in wanted.values()])
+            found = {key: _unscaled(g, loss_scale) for key, g in zip(wanted, values, strict=True)}
         arrays = {name: np.asarray(tensor) for name, tensor in outputs.items()}
-        return OwnResult(None if loss is None else float(loss), arrays, found)
-
-    def parts(self, batch: Batch, training: bool) -> dict[str, Array]:
-        """What every part of the model gives, {tensor name: array (n, ...)}: where a difference begins."""
-        found: dict[str, list[Any]] = {}
         with eagerly():
-            for rows in _microbatches(batch):
-                for name, tensor in self._through_parts(rows, training)[0].items():
+            each = {} if judged is None else self._losses(outputs, batch, judged)
+        return OwnResult(None if loss is None else float(loss), arrays, found, each)
+
+    def parts(self, batch: Batch, training: bool) -> PartResults:
+        """What every part of the model gives for a batch that is not cut in time."""
+        found: dict[str, list[Any]] = {}
+        own_losses: dict[int, float] = {}
+        with eagerly():
+            for size, rows in zip(batch.sizes, _microbatches(batch), strict=True):
+                tensors, own = self._through_parts(rows, training)
+                for name, tensor in tensors.items():
                     found.setdefault(name, []).append(tensor)
-        return {name: np.asarray(_joined(tensors)) for name, tensors in found.items()}
+                for stage, losses in own.items():
+                    share = sum(float(tf.reduce_sum(one)) for one in losses) * size / sum(batch.sizes)
+                    own_losses[stage] = own_losses.get(stage, 0.0) + share
+        return PartResults({name: np.asarray(_joined(tensors)) for name, tensors in found.items()}, own_losses)
 
     def _call(self, rows: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], list[Any]]:
         """The outputs by tensor name, and own losses, of one microbatch."""
         if self._original is None:
-            return self._through_parts(rows, training)
+            found, own = self._through_parts(rows, training)
+            return found, [one for losses in own.values() for one in losses]
         tensors = [tf.convert_to_tensor(rows[name]) for name in self.wires.inputs]
         given = packer(self._original)(tensors)
         outputs = keras.tree.flatten(self._original(given, training=training))
@@ -156,16 +198,35 @@ class OwnModel:
             self._original.losses
         )
 
-    def _through_parts(self, rows: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], list[Any]]:
+    def _through_parts(self, rows: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], dict[int, list[Any]]]:
+        """What each part gives, by tensor name, and its own losses, by stage."""
         tensors = {name: tf.convert_to_tensor(array) for name, array in rows.items()}
-        losses: list[Any] = []
+        losses: dict[int, list[Any]] = {}
         for i, part in enumerate(self._parts):
             taken = [tensors[name] for name, _ in self.wires.takes[i]]
             given = packer(part)(taken)
-            outputs = keras.tree.flatten(part(given, training=training))
+            with handing_masks_on(part):
+                outputs = keras.tree.flatten(part(given, training=training))
             tensors |= {name: tensor for (name, _), tensor in zip(self.wires.gives[i], outputs, strict=True)}
-            losses += part.losses
+            if own := list(part.losses):
+                losses[i] = own
         return {name: tensors[name] for gives in self.wires.gives for name, _ in gives}, losses
+
+    def _losses(self, outputs: Mapping[str, Any], batch: Batch, compiled: Compiled) -> dict[str, float]:
+        """Each output's loss by itself, unweighted, as Keras computes it from the user's own loss object."""
+        names = {label: name for name, label in self.wires.labelled}
+        found = {}
+        for one in compiled.objectives:
+            if one.loss is None:
+                continue
+            if one.label not in self._judges:
+                self._judges[one.label] = LossModel()
+                self._judges[one.label].compile(optimizer=None, loss=one.loss)
+            value = self._judges[one.label].compute_loss(
+                None, batch.targets[one.label], outputs[names[one.label]], batch.sample_weights.get(one.label)
+            )
+            found[one.label] = float(tf.reduce_sum(value))
+        return found
 
     def _loss(self, outputs: Mapping[str, Any], batch: Batch, compiled: Compiled) -> Any:
         """The compiled loss of the whole batch, as Keras's trainer computes it from the user's own loss objects."""
@@ -199,6 +260,13 @@ def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
     for size in batch.sizes:
         yield {name: array[begin : begin + size] for name, array in batch.inputs.items()}
         begin += size
+
+
+def _unscaled(gradient: Any, loss_scale: float | None) -> Array | None:
+    if gradient is None:
+        return None
+    found = np.asarray(dense(gradient))
+    return found if loss_scale is None else found / found.dtype.type(loss_scale)
 
 
 def _joined(tensors: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.compare.tolerance import TRIES, eps, magnifies
 from pipeline.reference.explain import explain_joined
 from pipeline.reference.one_tape.batch import Whole
 from pipeline.reference.one_tape.optimizer import ReferenceOptimizer, reference_optimizers, share_values
@@ -113,21 +114,28 @@ class ReferenceWorker(BaseWorker):
             return losses, seen.seen
 
         compiled = not tape.hosted[0].spec.run_eagerly and not tape.couples
-        before = [Kept(hosted, ("states", "metrics")) for hosted in tape.hosted] if compiled else []
+        before = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted] if compiled else []
         losses, seen = run(compiled=False)
         roundings: dict[str, float] = {}
         if compiled:
-            for kept in before:
-                kept.put_back()
-            eager, seen_eagerly = self._found, seen
+            _put_back(before)
+            eager = self._found, seen
             losses, seen = run(compiled=True)
-            pairs = [(a, b) for i, part in eager.items() for a, b in zip(part, self._found[i], strict=True)]
-            roundings["gradient"] = largest_difference(pairs)
-            for what in {sight.what for sight in seen}:
-                places = [sight for sight in seen if sight.what == what]
-                roundings[f"{what} at a cut"] = largest_difference(
-                    [(seen_eagerly[sight], seen[sight]) for sight in places]
-                )
+            found = self._found
+            roundings = _roundings(eager, (found, seen))
+            if magnifies(roundings):
+                after = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted]
+                for seed in range(TRIES):
+                    both: list[Run] = []
+                    for compile_it in (False, True):
+                        _put_back(before)
+                        self._disturb(seed)
+                        _, disturbed = run(compile_it)
+                        both.append((self._found, disturbed))
+                    again = _roundings(*both)
+                    roundings = {kind: max(value, again[kind]) for kind, value in roundings.items()}
+                _put_back(after)
+                self._found = found
         self._seen = ValueObserver(seen)
         by_stage = {int(index): (by_head, own) for index, (by_head, own) in losses.items()}
         return StepReply(by_stage, metrics=self._metrics(), roundings=roundings)
@@ -157,7 +165,32 @@ class ReferenceWorker(BaseWorker):
         for (index, name, k, w), array in zip(names, found[-1], strict=True):
             message = Message("output", self.incarnation, step, DRIVER, index, name, k, w, array=array)
             self.driver.send(message, None)
-        return {"prediction": largest_difference(list(zip(*found, strict=True)))} if compiled else {}
+        if not compiled:
+            return {}
+        roundings = {"prediction": largest_difference(list(zip(*found, strict=True)))}
+        if magnifies(roundings):
+            before = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted]
+            for seed in range(TRIES):
+                self._disturb(seed)
+                both = [
+                    [to_array(t) for k in range(len(batch.grid.sizes)) for t in run(batch, k)]
+                    for run in (tape.outputs, tape.compiled_outputs)
+                ]
+                again = largest_difference(list(zip(*both, strict=True)))
+                roundings["prediction"] = max(roundings["prediction"], again)
+                _put_back(before)
+        return roundings
+
+    def _disturb(self, seed: int) -> None:
+        """Change every floating variable by at most one rounding of its dtype, at random: all behind it rounds anew."""
+        draw = np.random.default_rng(seed)
+        for hosted in self.tape.hosted:
+            for variable in hosted.variables("model"):
+                value = variable.numpy()
+                if precision := eps(value.dtype.name):
+                    noise = 1 + precision * draw.uniform(-1, 1, value.shape)
+                    variable.assign((value.astype(np.float64) * noise).astype(value.dtype))
+        share_values(self.tape.hosted)
 
     def apply(self, order: Apply) -> None:
         """One update by the reference's own optimizers, which clip by themselves."""
@@ -204,6 +237,25 @@ class ReferenceWorker(BaseWorker):
 def main(spec: Mapping[str, Any], board: Array) -> None:
     """Entry of the reference's process; the arguments are a worker's."""
     serve(ReferenceWorker, spec, board)
+
+
+Run = tuple[Mapping[int, Sequence[Any]], Mapping[Sight, Array | None]]
+"""Gradients by stage, and what was seen at the cuts."""
+
+
+def _roundings(one: Run, other: Run) -> dict[str, float]:
+    """How far two runs of the same tape are apart, by kind, as a part of the largest |value| of the other."""
+    pairs = [(a, b) for i, part in one[0].items() for a, b in zip(part, other[0][i], strict=True)]
+    found = {"gradient": largest_difference(pairs)}
+    for what in {sight.what for sight in other[1]}:
+        places = [sight for sight in other[1] if sight.what == what]
+        found[f"{what} at a cut"] = largest_difference([(one[1][sight], other[1][sight]) for sight in places])
+    return found
+
+
+def _put_back(kept: Sequence[Kept]) -> None:
+    for one in kept:
+        one.put_back()
 
 
 def largest_difference(pairs: Sequence[tuple[Any, Any]]) -> float:

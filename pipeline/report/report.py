@@ -55,15 +55,16 @@ class Report:
     @property
     def missed(self) -> str:
         """Why none of the checks that were asked for could be made; "" if one was (or it is not known)."""
-        asked = [check for check in self.checks if check.name in CHECKS]
+        some = [check for check in self.checks if check.name in CHECKS]
+        asked = [check for check in some if check.name != "own"] or some  # "own" is made unasked
         if not asked or any(check.ran for check in asked):
             return ""
         return "; ".join(f"{check.name!r} could not be made: {check.reason}" for check in asked)
 
     @property
     def gradients(self) -> tuple[Row, ...]:
-        """The comparisons of dL/dvariables with one tape."""
-        return self.of("gradient", check="tape")
+        """The comparisons of dL/dvariables with one tape; where none was made, with your own model's."""
+        return self.of("gradient", check="tape") or self.of("gradient", check="own")
 
     def of(self, *kinds: str, check: str | None = None) -> tuple[Row, ...]:
         """The comparisons of some kinds, of one check or of all."""
@@ -91,7 +92,8 @@ class Report:
     def summary(self) -> str:
         """One line."""
         if self.first is not None:
-            return f"NOT equal to one tape: {self.first.sentence}"
+            what = "your own model" if self.first.row.check == "own" else "one tape"
+            return f"NOT equal to {what}: {self.first.sentence}"
         if not self.ok:
             return self.missed or ("NOT equal to one tape" if self.rows else "nothing was compared")
         worst = self.worst
@@ -99,7 +101,11 @@ class Report:
         part = ", all equal bits" if worst is not None and worst.relative == 0.0 else part
         bits = " (bit for bit)" if self.tolerance.relative == 0.0 else ""
         others = len(self.rows) - len(self.gradients)
-        return f"equal to one tape{bits}: {len(self.gradients)} gradients{part}; {others} other comparisons"
+        own = {check.ran for check in self.checks if check.name == "own"}
+        model = ", and to your own model" if True in own else ""
+        missing = "; not compared with your own model" if False in own else ""
+        found = f"{len(self.gradients)} gradients{part}; {others} other comparisons{missing}"
+        return f"equal to one tape{bits}{model}: {found}"
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; numbers that JSON has not (NaN, infinities) as strings: "nan", "inf", "-inf"."""

@@ -45,9 +45,10 @@ def table(report: Report, every: bool | None = None) -> Table:
 
     Args:
         report: What to show.
-        every: List every row; None: unless there are more than `LONG`.
+        every: List every row; None: unless there are more than `LONG`, and of the check "own" those that deviate.
     """
-    everything = len(report.rows) <= LONG if every is None else every
+    asked = [row for row in report.rows if row.check != "own"]  # made unasked, and short unless it deviates
+    everything = len(asked) <= LONG if every is None else every
     found = Table.grid(padding=0, expand=False)
     for line in _top(report):
         found.add_row(line)
@@ -57,10 +58,11 @@ def table(report: Report, every: bool | None = None) -> Table:
         if rows:
             found.add_row("")
             found.add_row(_heading(report, name, rows))
-            shown = rows if everything else [row for row in rows if not row.ok][:MOST]
+            brief = not everything or (name == "own" and not every)
+            shown = [row for row in rows if not row.ok][:MOST] if brief else rows
             if shown:
                 found.add_row(_rows(shown))
-            for line in _left_out(rows, shown):
+            for line in _left_out(rows, shown) if not everything or name != "own" else ():
                 found.add_row(line)
             for allowed in allowances(rows):
                 found.add_row(harmless(f"  allowed {allowed}", style="dim"))

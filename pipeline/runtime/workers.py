@@ -32,11 +32,13 @@ class Workers:
 
     Attributes:
         compiled: What `compile` was given; None before.
+        loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
     """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self.compiled: Compiled | None = None
+        self.loaded_from = ""
         self._start: StartValues | None = None
         self._besides: dict[int, list[Any]] = {}
         self._driver: Driver | None = None

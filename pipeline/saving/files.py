@@ -65,6 +65,7 @@ def load(
     """See `Pipeline.load`."""
     if path.name.endswith(_WEIGHTS):
         raise CheckpointError(f"{path.name} holds weights and no model; make the pipeline, then pipe.load_weights(...)")
-    if path.suffix in _MODELS:
-        return keras_files.load(kind, path, stages, at, options)
-    return checkpoint.load(kind, path, stages, at, options)
+    how = keras_files.load if path.suffix in _MODELS else checkpoint.load
+    pipe = how(kind, path, stages, at, options)
+    pipe.session.workers.loaded_from = path.name
+    return pipe

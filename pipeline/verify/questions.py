@@ -49,14 +49,17 @@ def verify(
 ) -> Report:
     """Check this pipeline on one batch: everything that crosses a cut, all gradients, and whatever else is asked.
 
-    What was sent and what arrived is always compared, and all values are put back and compared bit for bit. The
-    reference runs in a process of its own, with the same values, microbatches and thread count.
+    What was sent and what arrived is always compared, so is the step with that of your own objects, and all values are
+    put back and compared bit for bit, your own objects' too. The reference of "tape" runs in a process of its own, with
+    the same values, microbatches and thread count.
 
     Args:
         x: As in `train_on_batch`, like `y` and `sample_weight`.
         checks: ``"all"`` or some of: ``"tape"``, one tape over the joined model; ``"chain"``, the Jacobian chain
             rule; ``"differences"``, finite differences in float64; ``"batch"``, the whole batch under one tape
-            with Keras's own loss; ``"steps"``, updates of weights, optimizer, statistics, seeds and metrics.
+            with Keras's own loss; ``"steps"``, updates of weights, optimizer, statistics, seeds and metrics; ``"own"``,
+            your own model, loss and optimizer in this process: outputs, losses, gradients and one update. It is made
+            unasked too, with every verification, and the report says where it could not be.
         steps: How many updates the check ``"steps"`` makes.
         tolerance: Largest accepted difference as a part of the largest |value|; default: the rules of
             `pipeline.compare.tolerance`: 0 (bit for bit) when eager, 8 eps or what compiling alone changes when

@@ -1,6 +1,7 @@
 """Verify a running pipeline: one step seen at every cut, and whatever witnesses are asked for; nothing stays changed.
 
-    keep all values ─► a step with observers ─► compare with one tape, with witnesses ─► updates ─► put all values back
+    keep all values ─► a step with observers ─► compare with one tape, with witnesses, with the user's own objects
+                                               ─► updates ─► put all values back
 
 The report's first deviation walks the flow (`pipeline.verify.tape`), so that it names the culprit and not what only
 follows from it.
@@ -23,6 +24,7 @@ from pipeline.plan.timeline import measured_timeline
 from pipeline.reference.orders import Witness
 from pipeline.reference.witness.results import Differences, WitnessGradients
 from pipeline.report.report import Report
+from pipeline.verify.by_own import ByOwn, CannotJudgeError
 from pipeline.verify.by_witnesses import Yardstick, by_differences, by_gradients
 from pipeline.verify.question import Question
 from pipeline.verify.steps import Steps
@@ -59,23 +61,29 @@ class Verification:
     question: Question
     _judged: list[Judged] = field(default_factory=list)
     _checks: list[Check] = field(default_factory=list)
+    _changed: dict[int, list[str]] = field(default_factory=dict)
+    _own_changed: list[str] | None = None
+    _here: Callable[[], None] = lambda: None
 
     def run(self) -> Report:
         """Make all checks; whatever happens, all values are put back."""
         begin = time.monotonic()
-        compiled, driver = self.session.workers.needs_compile("verify"), self.session.workers.driver()
         self.session.workers.needs_the_trainable_set("verify")
-        put_back = compiled.keep()
-        driver.keep()
-        changed: dict[int, list[str]] = {}
+        self._here = self.session.workers.needs_compile("verify").keep()
+        self.session.workers.driver().keep()
         try:
             report = self._checked()
         finally:
-            put_back()
-            if not driver.closed:
-                changed = driver.put_back()
-        self._timed("undisturbed", lambda: [self._undisturbed(i, paths) for i, paths in changed.items()])
+            self._put_back()
+        self._timed("undisturbed", self._undisturbed)
         return self._report(report, time.monotonic() - begin)
+
+    def _put_back(self) -> None:
+        """Give the workers all values back, and what is kept here of the optimizer its own."""
+        self._here()
+        if not self.session.workers.driver().closed:
+            for stage, paths in self.session.workers.driver().put_back().items():
+                self._changed.setdefault(stage, []).extend(paths)
 
     def _checked(self) -> Report:
         session, asked = self.session, self.question.checks
@@ -95,22 +103,65 @@ class Verification:
         for check in WITNESSES:
             if check in asked:
                 self._witnessed(check, ours, names, allowed)
+        own = self._by_own(ours, names)
         if "steps" in asked:
             steps = Steps(session, self.batch, self.question, names)
             if reason := steps.refused:
                 self._checks.append(Check("steps", False, reason))
             else:
                 self._timed("steps", steps.run)
+        self._drop_what_a_second_run_would_turn_round(names)
         nothing = float("nan")
+        right = own if theirs is ours else theirs.result.loss
         return Report(
             (),
             (),
             nothing if ours.result.loss is None else ours.result.loss,
-            nothing if theirs.result.loss is None else theirs.result.loss,
+            nothing if right is None else right,
             allowed.of("gradient"),
             self._headline(),
             flow=self._flow(ours),
         )
+
+    def _drop_what_a_second_run_would_turn_round(self, names: Names) -> None:
+        """Give no verdict by a reference that does not give the same numbers twice; it is run twice to see that."""
+        judges = {"tape", "steps", *WITNESSES}
+        wrong = {one.row.check for one in self._judged if not one.row.ok} & judges
+        if not wrong or not (reason := self._chance(names)):
+            return
+        self._judged = [one for one in self._judged if one.row.check not in wrong]
+        self._checks = [replace(c, ran=False, reason=reason) if c.name in wrong else c for c in self._checks]
+
+    def _chance(self, names: Names) -> str:
+        """Why two runs of one tape from the same values differ; "" if they do not."""
+        first, second = (self._observed(self.session.reference.synchronised()) for _ in range(2))
+        allowed = Allowance(self._eager, second.result.roundings, None)
+        found = [
+            *at_cuts(first.seen, second.seen, names, allowed),
+            *losses(first.result, second.result, names, allowed.of("gradient")),
+            *variable_gradients(first, second, names, allowed),
+        ]
+        if all(one.row.ok for one in found):
+            return ""
+        own = ByOwn(self.session, self.batch, None, names)
+        why = "" if own.refused else own.chance()
+        return f"two runs of one tape from the same values give other numbers{why and f': {why}'}"
+
+    def _by_own(self, ours: Observed, names: Names) -> float | None:
+        """Let the user's own objects judge the step, asked or not, or note why they cannot; their loss."""
+        begin = time.monotonic()
+        own = ByOwn(self.session, self.batch, self.question.tolerance, names)
+        reason = own.refused
+        if not reason:
+            try:
+                self._judged += own.judged(ours)
+            except CannotJudgeError as error:
+                reason = str(error)
+            self._own_changed = own.changed
+            self._put_back()  # an update was made
+            self.session.workers.driver().keep()
+        self._checks.append(Check("own", not reason, reason, time.monotonic() - begin))
+        return own.loss
 
     def _witnessed(self, check: str, ours: Observed, names: Names, allowed: Allowance) -> None:
         """Let one of the independent witnesses judge the step, or note why it cannot."""
@@ -150,12 +201,18 @@ class Verification:
         self._judged += make()
         self._checks.append(Check(check, True, seconds=time.monotonic() - begin))
 
-    def _undisturbed(self, stage: int, changed: Sequence[str]) -> Judged:
-        """All bits of a stage are as before, or which are not."""
+    def _undisturbed(self) -> list[Judged]:
+        """All bits of every stage, and of the user's own objects, are as before, or which are not."""
+        names = self.session.setup.wires.names
+        found = [self._as_before(names[i], names[i], i, paths) for i, paths in sorted(self._changed.items())]
+        if self._own_changed is not None:
+            found.append(self._as_before("", "your own objects", len(names), self._own_changed))
+        return found
+
+    def _as_before(self, stage: str, name: str, place: int, changed: Sequence[str]) -> Judged:
         count = np.asarray(len(changed), np.int64)
-        part = Pair(count, np.zeros((), np.int64), (UPDATE, 1 << 30, stage), ", ".join(changed))
-        name = self.session.setup.wires.names[stage]
-        return judge("undisturbed", "left as it was", name, name, [part], Tolerance.bits())
+        part = Pair(count, np.zeros((), np.int64), (UPDATE, 1 << 30, place), ", ".join(dict.fromkeys(changed)))
+        return judge("undisturbed", "left as it was", stage, name, [part], Tolerance.bits())
 
     def _headline(self) -> str:
         session = self.session
@@ -191,9 +248,8 @@ class Verification:
 def deviation(row: Row) -> Deviation:
     """What is wrong, in words."""
     if row.kind == "left as it was":
-        return Deviation(
-            row, row.stage, f"the verification did not put everything back in stage {row.stage!r}: {row.where}"
-        )
+        where = f"stage {row.stage!r}" if row.stage else row.name
+        return Deviation(row, row.stage, f"the verification did not put everything back in {where}: {row.where}")
     size = f"by {row.difference:.1e}, {row.relative:.1e} of the largest" if np.isfinite(row.difference) else row.verdict
     at = f" in {row.where}" if row.where else ""
     sentences = {

@@ -72,10 +72,15 @@ def rate_is_a_variable(optimizer: Any) -> bool:
     return _is_variable(optimizer._learning_rate)
 
 
-def as_unbuilt(optimizer: Any) -> Any:
-    """An optimizer like this one as it was before it was built; it shares the variables that it had then."""
+def as_unbuilt(optimizer: Any, attributes: Mapping[str, Any] | None = None) -> Any:
+    """An optimizer like this one as it was before it was built; it shares the variables that it had then.
+
+    Args:
+        optimizer: Any optimizer of Keras's.
+        attributes: Those that are to be set otherwise.
+    """
     made = blank(type(optimizer))
-    vars(made).update(unbuilt_state(optimizer, dict(vars(optimizer))))
+    vars(made).update(unbuilt_state(optimizer, dict(vars(optimizer))) | dict(attributes or {}))
     return made
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from tests.faults import copies as in_copies
 from tests.faults.cases import CASES, MICROBATCHES, SAMPLES, SCHEDULES
 from tests.faults.catalogue import FAULTS
 from tests.faults.healthy import Verdict
@@ -17,6 +18,13 @@ from tests.sources import ROOT
 
 PATH = ROOT / "docs" / "fault-matrix.md"
 NONE = "-"
+COPIES = """
+## In the copies of the user's objects
+
+Workers and reference get copies of the model, the loss and the optimizer. A copy that lost something is another model,
+right in itself: one tape and its updates agree, and so do all witnesses. The user's own objects do not; the check `own`
+names the stage whose copy it is, and the first thing that differs.
+"""
 _HEAD = ("fault", "where", "found by", *CASES)
 _INTRODUCTION = """\
 # The fault matrix: `verify` can fail
@@ -37,6 +45,7 @@ def page(
     eager: Sequence[Outcome],
     compiled: Sequence[Outcome],
     shared: Sequence[Found],
+    copies: Sequence[in_copies.Found],
     healthy: Verdict,
     models: Mapping[str, str],
 ) -> str:
@@ -46,6 +55,7 @@ def page(
         eager: What became of all faults in eager stages.
         compiled: The same in compiled stages.
         shared: What became of faults in code that the pipeline and its reference share.
+        copies: What became of faults in the copies of the user's objects.
         healthy: What was said of healthy pipelines.
         models: {case: its stages and cut edges, in words}.
     """
@@ -65,6 +75,8 @@ def page(
         "One tape on the same microbatches has these faults too and agrees; the independent checks find them, and name",
         "a stage with a loss.\n",
         _shared_table(shared),
+        COPIES,
+        _copies_table(copies),
         "\n## Over processes\n",
         "A bit flipped and a cast to bfloat16 are also made in the frames that worker processes send each other over",
         "`ipc`, and found (`tests/faults/test_processes.py`).",
@@ -114,6 +126,17 @@ def _shared_table(found: Sequence[Found]) -> str:
                 mine = [one for one in found if (one.fault, one.check, one.case) == (fault, check, case)]
                 cells.append(f"{sum(one.ok for one in mine)} of {len(mine)}" if mine else NONE)
             rows.append((fault.name, fault.how, check, *cells))
+    return _markdown(_HEAD, rows)
+
+
+def _copies_table(found: Sequence[in_copies.Found]) -> str:
+    rows = []
+    for fault in in_copies.FAULTS:
+        cells = []
+        for case in CASES:
+            mine = [one for one in found if (one.fault, one.case) == (fault, case)]
+            cells.append(f"{sum(one.ok for one in mine)} of {len(mine)}" if mine else NONE)
+        rows.append((fault.name, fault.how, "own", *cells))
     return _markdown(_HEAD, rows)
 
 

@@ -1,6 +1,7 @@
 """Faults in code that the pipeline and its reference share, so that one tape on the same microbatches has them too.
 
-Only the independent checks can find them: the whole batch under one natural tape, and finite differences.
+Only the independent checks can find them: the whole batch under one natural tape, finite differences, and the user's
+own objects.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ FAULTS = (
     SharedFault("gradient scaled by 1/M", "besides the batch's denominators", _once_more, ALL),
     SharedFault("gradient scaled by M", "besides the batch's denominators", _m_times, ALL),
 )
-CHECKS = {"batch": True, "differences": False}
+CHECKS = {"batch": True, "differences": False, "own": False}
 """The checks that must find them; whether the model must be quiet for that."""
 
 
@@ -147,6 +148,8 @@ def injected(live: Live, fault: SharedFault, check: str) -> Found:
     blind = all(row.ok for row in report.rows if row.check != check)
     seen = report.first is not None and report.first.row.check == check
     judges = {live.names[i] for i, hosted in live.hosted.items() if hosted.heads}
+    if check == "own":  # it sees what crosses the cuts, and every stage's own losses
+        judges = set(live.names)
     named = report.first is not None and report.first.stage in judges
     return Found(fault, live.case.name, check, blind and seen and named, report.summary())
 

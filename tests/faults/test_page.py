@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from tests.faults import shared
+from tests.faults import copies, shared
 from tests.faults.cases import CASES, SCHEDULES
 from tests.faults.catalogue import FAULTS, NAMES
 from tests.faults.live import Live
 from tests.faults.page import NONE, PATH, described, tables
 
 PAGE = PATH.read_text()
-EAGER, COMPILED, SHARED = tables(PAGE)
+EAGER, COMPILED, SHARED, COPIES = tables(PAGE)
 CELL = re.compile(r"(\d+) of (\d+)")
 
 
@@ -27,7 +27,13 @@ def test_every_shared_fault_has_a_row_per_check():
         assert list(row[3:]) == ["1 of 1" if case in fault.cases else NONE for case in CASES]
 
 
-@pytest.mark.parametrize("table", [EAGER, COMPILED, SHARED], ids=["eager", "compiled", "shared"])
+def test_every_fault_of_a_copy_has_its_row():
+    assert [row[:3] for row in COPIES] == [(fault.name, fault.how, "own") for fault in copies.FAULTS]
+    for row, fault in zip(COPIES, copies.FAULTS, strict=True):
+        assert list(row[3:]) == ["1 of 1" if case in fault.where else NONE for case in CASES]
+
+
+@pytest.mark.parametrize("table", [EAGER, COMPILED, SHARED, COPIES], ids=["eager", "compiled", "shared", "copies"])
 def test_nothing_was_missed_or_misnamed(table):
     cells = [cell for row in table for cell in row[3:] if cell != NONE]
     assert cells

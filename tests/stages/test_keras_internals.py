@@ -397,3 +397,23 @@ def test_the_variables_that_an_optimizer_was_built_for_are_known():
     assert internals.variables_known_to(optimizer) == internals.variables_known_to(None) == []
     optimizer.build([second, first])
     assert [id(variable) for variable in internals.variables_known_to(optimizer)] == [id(second), id(first)]
+
+
+def test_draws_without_a_seed_can_be_made_as_if_they_had_not_been():
+    keras.utils.set_random_seed(1)
+    first = keras.random.normal((3,)).numpy()
+    with internals.keeping_the_global_seed():
+        second = keras.random.normal((3,)).numpy()
+    assert (keras.random.normal((3,)).numpy() == second).all() and (first != second).any()
+    keras.utils.set_random_seed(1)
+    with internals.keeping_the_global_seed():
+        keras.random.normal((3,))
+    assert (keras.random.normal((3,)).numpy() == first).all()
+
+
+def test_a_model_hands_masks_on_for_a_while():
+    model = keras.Sequential([keras.Input((2, 3)), keras.layers.Dense(1)])
+    said = dict(vars(model))
+    with internals.handing_masks_on(model):
+        assert model.supports_masking
+    assert not model.supports_masking and vars(model).keys() == said.keys()

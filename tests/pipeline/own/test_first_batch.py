@@ -131,9 +131,28 @@ def test_a_deep_model_that_magnifies_rounding_raises_no_alarm() -> None:
         pipe.train_on_batch(*batch(96))
 
 
-def test_numbers_that_nobody_can_repeat_raise_no_alarm() -> None:
-    with split(model(Noisy())) as pipe:
-        pipe.train_on_batch(*batch())
+def test_numbers_that_nobody_can_repeat_raise_no_alarm_and_are_named_once() -> None:
+    with split(model(Noisy(name="hiss"))) as pipe:
+        with pytest.warns(UserWarning, match="layer 'hiss' .RandomStandardNormal. draws random numbers"):
+            pipe.train_on_batch(*batch())
+        pipe.test_on_batch(*batch())
+
+
+def test_of_several_losses_the_one_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = keras.Input((6,))
+    low = layers.Dense(4, name="low")(inputs)
+    whole = keras.Model(inputs, {"a": layers.Dense(1, name="a")(low), "b": layers.Dense(1, name="b")(low)})
+    right = Head.value
+
+    def wrong(self: Head, *given: Any) -> Any:
+        return right(self, *given) * (1.0 if isinstance(self.loss, keras.losses.MeanSquaredError) else 1.001)
+
+    monkeypatch.setattr(Head, "value", wrong)
+    x, y = batch()
+    with Pipeline.split(whole, at=["low"], transport="inproc") as pipe:
+        pipe.compile("sgd", {"a": keras.losses.MeanSquaredError(), "b": keras.losses.MeanAbsoluteError()})
+        with pytest.raises(FirstBatchError, match="the loss of 'b' in the workers differs"):
+            pipe.train_on_batch(x, {"a": y, "b": y})
 
 
 def test_a_model_that_cannot_be_called_here_is_trained_with_a_warning() -> None:

@@ -1,0 +1,35 @@
+"""How far two arrays are apart, as a part of the largest |value|."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+def distance(ours: Array, theirs: Array, scale: float | None = None) -> float:
+    """The largest |difference| as a part of the largest |value|; places where neither is finite count as equal.
+
+    Args:
+        ours: Numbers.
+        theirs: The numbers that they should be.
+        scale: The largest |value| of what these belong to; default: of `theirs`.
+
+    Returns:
+        0 of what is equal, infinity where the shapes differ or one alone is not finite.
+    """
+    if ours.shape != theirs.shape:
+        return float("inf")
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    lost = ~np.isfinite(a) & ~np.isfinite(b)
+    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    difference = float(np.abs(a - b).max(initial=0.0))
+    largest = float(np.abs(b).max(initial=0.0)) if scale is None else scale
+    return difference / (largest or 1.0) if difference else 0.0
+
+
+__all__ = ["distance"]

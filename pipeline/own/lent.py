@@ -1,0 +1,63 @@
+"""The user's own objects, lent to a comparison: whatever it does with them, they come back with every bit.
+
+What a model's run draws on besides its variables is kept too: the random numbers of Python and NumPy, Keras's generator
+for draws without a seed, and the seeds that TensorFlow gives to random operations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from stages.keras_internals import keeping_the_global_seed
+from stages.tensorflow_internals import drawing_seeds_from
+from stages.worker.snapshot import path_of
+
+
+class Lent:
+    """What a loan left changed.
+
+    Attributes:
+        changed: The paths of variables that are not, bit for bit, as they were; known when the loan has ended.
+    """
+
+    def __init__(self) -> None:
+        self.changed: list[str] = []
+
+
+@contextmanager
+def lent(variables: Iterable[Any]) -> Iterator[Lent]:
+    """Give these variables their values back afterwards, and random generators their states.
+
+    Args:
+        variables: Keras's or TensorFlow's, all that may be changed meanwhile.
+    """
+    loan = Lent()
+    before = [(variable, _held(variable).read_value()) for variable in variables]
+    drawn, numpy_drawn = random.getstate(), np.random.get_state()
+    try:
+        with keeping_the_global_seed(), drawing_seeds_from("the user's own model"):
+            yield loan
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(numpy_drawn)
+        for variable, value in before:
+            _held(variable).assign(value)
+        loan.changed += [path_of(v) for v, value in before if _bits(_held(v)) != _bits(value)]
+
+
+def _held(variable: Any) -> Any:
+    """The TensorFlow variable in a Keras one."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _bits(value: Any) -> bytes:
+    return bytes(np.asarray(value).tobytes())
+
+
+__all__ = ["Lent", "lent"]
