@@ -237,15 +237,14 @@ def let_inner_layers_mask(model: Any) -> None:
 @contextmanager
 def handing_masks_on(model: Any) -> Iterator[None]:
     """What `let_inner_layers_mask` says of a model, for a while. Relies on both being attributes of an instance."""
-    before, said = model.supports_masking, "compute_mask" in vars(model)
+    before = model.supports_masking
     let_inner_layers_mask(model)
     try:
         yield
     finally:
         if not before:
             model.supports_masking = before
-            if not said:
-                del model.compute_mask
+            del model.compute_mask
 
 
 def layer_call() -> tuple[type, str]:

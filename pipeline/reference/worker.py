@@ -126,7 +126,7 @@ class ReferenceWorker(BaseWorker):
             if magnifies(roundings):
                 after = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted]
                 for seed in range(TRIES):
-                    both: list[Run] = []
+                    both: list[TapeRun] = []
                     for compile_it in (False, True):
                         _put_back(before)
                         self._disturb(seed)
@@ -239,11 +239,11 @@ def main(spec: Mapping[str, Any], board: Array) -> None:
     serve(ReferenceWorker, spec, board)
 
 
-Run = tuple[Mapping[int, Sequence[Any]], Mapping[Sight, Array | None]]
+TapeRun = tuple[Mapping[int, Sequence[Any]], Mapping[Sight, Array | None]]
 """Gradients by stage, and what was seen at the cuts."""
 
 
-def _roundings(one: Run, other: Run) -> dict[str, float]:
+def _roundings(one: TapeRun, other: TapeRun) -> dict[str, float]:
     """How far two runs of the same tape are apart, by kind, as a part of the largest |value| of the other."""
     pairs = [(a, b) for i, part in one[0].items() for a, b in zip(part, other[0][i], strict=True)]
     found = {"gradient": largest_difference(pairs)}

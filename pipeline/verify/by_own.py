@@ -16,7 +16,6 @@ judged. Where something differs, the model's parts are run one by one to find th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ import numpy as np
 
 from pipeline.batch.step import Batch
 from pipeline.compare.compare import Judged
+from pipeline.model.merge import StageValues
 from pipeline.own.chance import layers_that_draw, told
 from pipeline.own.lent import Lent, lent
 from pipeline.own.model import OwnModel
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from pipeline.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
-Values = Mapping[int, Sequence[Array]]
 LATE = 1 << 29
 """In place of a microbatch: what one tape finds names one, and comes first."""
 
@@ -119,7 +118,7 @@ class ByOwn:
         with self._lent():
             return self._drawing(self.session.values.read("model"))
 
-    def _drawing(self, values: Values) -> str:
+    def _drawing(self, values: StageValues) -> str:
         return told(layers_that_draw(lambda: self._run(values)))
 
     def _lent(self) -> AbstractContextManager[Lent]:
@@ -129,7 +128,7 @@ class ByOwn:
         slots = [variable for one in compiled.optimizers if one is not None for variable in one.variables]
         return lent({id(v): v for v in [*self.model.variables, *besides, *slots]}.values())
 
-    def _step(self, values: Values, ours: Observed, predicted: Numbers) -> list[Judged]:
+    def _step(self, values: StageValues, ours: Observed, predicted: Numbers) -> list[Judged]:
         try:
             theirs = self._run(values)
         except CannotJudgeError:
@@ -144,7 +143,7 @@ class ByOwn:
             return self._first_difference(values, ours) + found
         return found
 
-    def _update(self, values: Values) -> list[Judged]:
+    def _update(self, values: StageValues) -> list[Judged]:
         if self.session.workers.needs_compile("verify").optimizer is None:
             return []
         update = OwnUpdate(self.session, self.batch, self.names, self.model, self.rule)
@@ -161,7 +160,7 @@ class ByOwn:
         """What may differ."""
         return Rule(self.model.precision, self.tolerance)
 
-    def _run(self, values: Values, seed: int | None = None) -> Numbers:
+    def _run(self, values: StageValues, seed: int | None = None) -> Numbers:
         """Everything that the own model gives: outputs in inference, losses, gradients and statistics of training."""
         self._given(values, seed)
         inference = self.model.run(self._inputs, training=False)
@@ -182,12 +181,12 @@ class ByOwn:
             self._refuse_state_in_windows(values, after)
         return numbers
 
-    def _given(self, values: Values, seed: int | None) -> None:
+    def _given(self, values: StageValues, seed: int | None) -> None:
         self.model.assign(values)
         if seed is not None:
             self.model.disturb(seed)
 
-    def _refuse_state_in_windows(self, before: Values, after: Values) -> None:
+    def _refuse_state_in_windows(self, before: StageValues, after: StageValues) -> None:
         for i, described in self.session.workers.driver().descriptions.items():
             for variable, a, b in zip(described.variables, before[i], after[i], strict=True):
                 if a.tobytes() != b.tobytes():
@@ -205,7 +204,7 @@ class ByOwn:
             found |= _losses(label, loss, weights.get(label))
         return found | {("gradient", i, k): ours.gradients[i][k] for i, k in self.names.variables}
 
-    def _compared(self, values: Values, ours: Numbers, theirs: Numbers) -> list[Judged]:
+    def _compared(self, values: StageValues, ours: Numbers, theirs: Numbers) -> list[Judged]:
         """Outputs, losses and gradients."""
         names, wires = self.names, self.session.setup.wires
         stages, last = names.stages, len(names.stages)
@@ -227,7 +226,7 @@ class ByOwn:
             ]
         return compared(pairs, ours, theirs, lambda seed: self._run(values, seed), self.rule)
 
-    def _first_difference(self, values: Values, ours: Observed) -> list[Judged]:
+    def _first_difference(self, values: StageValues, ours: Observed) -> list[Judged]:
         """What every part gives to others, and its own losses; nothing of a batch that is cut in time."""
         if self.batch.lengths:
             return []

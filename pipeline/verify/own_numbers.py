@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 NumberKey = tuple[Any, ...]
 Numbers = Mapping[NumberKey, Array | None]
 """{what: array; None where there is none}."""
-Again = Callable[[int | None], Numbers]
+OnceMore = Callable[[int | None], Numbers]
 """The own numbers once more: as before (None), or with every variable changed by one rounding drawn from a seed."""
 
 
@@ -68,7 +68,7 @@ class Rule:
         return Tolerance.elsewhere(self.precision, changes, self.plain)
 
 
-def compared(pairs: Sequence[OwnPair], ours: Numbers, theirs: Numbers, again: Again, rule: Rule) -> list[Judged]:
+def compared(pairs: Sequence[OwnPair], ours: Numbers, theirs: Numbers, again: OnceMore, rule: Rule) -> list[Judged]:
     """Compare all pairs; what rounding may do is measured only where something differs by more than plain rounding.
 
     Raises:
