@@ -202,11 +202,11 @@ class FirstBatch:
 def _apart(ours: OwnResult, theirs: OwnResult) -> dict[str, float]:
     """How far two results are apart, each as a part of the largest |value|; what only one has is left out."""
     found = {}
-    if ours.loss is not None and theirs.loss is not None:
-        found[THE_LOSS] = distance(np.asarray(ours.loss), np.asarray(theirs.loss))
     for label, loss in theirs.losses.items() if len(theirs.losses) > 1 else ():
         if label in ours.losses:
             found[f"the loss of {label!r}"] = distance(np.asarray(ours.losses[label]), np.asarray(loss))
+    if ours.loss is not None and theirs.loss is not None:
+        found[THE_LOSS] = distance(np.asarray(ours.loss), np.asarray(theirs.loss))
     for name, array in theirs.outputs.items():
         if name in ours.outputs:
             found[f"the output {name!r}"] = distance(ours.outputs[name], array)

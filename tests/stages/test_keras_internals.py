@@ -1,6 +1,7 @@
 """What Keras does with the private names that `stages.keras_internals` touches: one test for every function there."""
 
 import inspect
+import random
 import threading
 from functools import partial
 
@@ -406,8 +407,10 @@ def test_draws_without_a_seed_can_be_made_as_if_they_had_not_been():
         second = keras.random.normal((3,)).numpy()
     assert (keras.random.normal((3,)).numpy() == second).all() and (first != second).any()
     keras.utils.set_random_seed(1)
+    drawn = random.getstate()
     with internals.keeping_the_global_seed():
-        keras.random.normal((3,))
+        keras.random.normal((3,))  # makes Keras's generator, from Python's
+    random.setstate(drawn)
     assert (keras.random.normal((3,)).numpy() == first).all()
 
 
