@@ -234,19 +234,6 @@ def let_inner_layers_mask(model: Any) -> None:
         model.compute_mask = lambda inputs, previous_mask: None
 
 
-@contextmanager
-def handing_masks_on(model: Any) -> Iterator[None]:
-    """What `let_inner_layers_mask` says of a model, for a while. Relies on both being attributes of an instance."""
-    before = model.supports_masking
-    let_inner_layers_mask(model)
-    try:
-        yield
-    finally:
-        if not before:
-            model.supports_masking = before
-            del model.compute_mask
-
-
 def layer_call() -> tuple[type, str]:
     """For `tensorflow_internals.replaced`: (layer, ...) of every call of any layer or model.
 

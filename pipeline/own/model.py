@@ -13,6 +13,7 @@ the whole length, whatever `windows` says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.compare.tolerance import eps
 from pipeline.compiled.compiled import Compiled
 from pipeline.model.merge import StageValues
 from pipeline.model.wiring import Wires
-from stages.keras_internals import handing_masks_on, layers_of
+from stages.keras_internals import layers_of, let_inner_layers_mask
 from stages.loss.head import LossModel
 from stages.masks import joined_with_masks
 from stages.recipe.segment import Segment
@@ -205,7 +206,7 @@ class OwnModel:
         for i, part in enumerate(self._parts):
             taken = [tensors[name] for name, _ in self.wires.takes[i]]
             given = packer(part)(taken)
-            with handing_masks_on(part):
+            with _handing_masks_on(part):
                 outputs = keras.tree.flatten(part(given, training=training))
             tensors |= {name: tensor for (name, _), tensor in zip(self.wires.gives[i], outputs, strict=True)}
             if own := list(part.losses):
@@ -260,6 +261,19 @@ def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:
     for size in batch.sizes:
         yield {name: array[begin : begin + size] for name, array in batch.inputs.items()}
         begin += size
+
+
+@contextmanager
+def _handing_masks_on(part: Any) -> Iterator[None]:
+    """A part hands masks on, as it does in its worker, for a while."""
+    before = part.supports_masking
+    let_inner_layers_mask(part)
+    try:
+        yield
+    finally:
+        if not before:
+            part.supports_masking = before
+            del part.compute_mask
 
 
 def _unscaled(gradient: Any, loss_scale: float | None) -> Array | None:

@@ -412,11 +412,3 @@ def test_draws_without_a_seed_can_be_made_as_if_they_had_not_been():
         keras.random.normal((3,))  # makes Keras's generator, from Python's
     random.setstate(drawn)
     assert (keras.random.normal((3,)).numpy() == first).all()
-
-
-def test_a_model_hands_masks_on_for_a_while():
-    model = keras.Sequential([keras.Input((2, 3)), keras.layers.Dense(1)])
-    said = dict(vars(model))
-    with internals.handing_masks_on(model):
-        assert model.supports_masking
-    assert not model.supports_masking and vars(model).keys() == said.keys()

@@ -127,6 +127,19 @@ def test_a_model_in_parts_is_the_users_own_as_well() -> None:
     assert made(report).ran
 
 
+def test_masks_go_from_part_to_part_and_the_users_models_stay_as_they_were() -> None:
+    keras.utils.set_random_seed(0)
+    bottom = keras.Sequential([keras.Input((4,)), layers.Embedding(7, 5, mask_zero=True)], name="bottom")
+    top = keras.Sequential([keras.Input((4, 5)), layers.SimpleRNN(3)], name="top")
+    said = [sorted(vars(part)) for part in (bottom, top)]
+    words = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [1, 2, 3, 4]])
+    with Pipeline([bottom, top], microbatches=2, transport="inproc") as pipe:
+        pipe.compile("sgd", loss(), run_eagerly=True)
+        pipe.verify(words, np.array([0, 1, 2]), checks="own").raise_if_failed()
+    assert said == [sorted(vars(part)) for part in (bottom, top)]
+    assert not top.supports_masking
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
