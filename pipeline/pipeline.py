@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.batch.data import class_weights
+from pipeline.batch.inputs import check_cuttable
 from pipeline.compiled.compiled import Compiled, refuse_options
 from pipeline.cutting.cores import default_threads
 from pipeline.cutting.cut_table import CutTable, cut_table
@@ -106,6 +107,7 @@ class Pipeline:
         )
         self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
         self.recompute, self.threads = options.recompute, options.threads
+        check_cuttable([s.model for s in self.segments if s.model is not None], self.microbatches)
         self._trainer: Trainer | None = None
         self.history: Any = None
         self._session = Session.of(self.segments, self.wires, options, split)

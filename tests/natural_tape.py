@@ -26,6 +26,7 @@ def natural_tape(
     factors: Sequence[float] | None = None,
     sample_weights: Sequence[Any] | None = None,
     restore: bool = True,
+    dense: bool = True,
 ) -> tuple[float, Gradients]:
     """The loss of one batch and its gradients, microbatch after microbatch.
 
@@ -38,6 +39,7 @@ def natural_tape(
         factors: Loss weights.
         sample_weights: One for each output, (n, ...).
         restore: Whether statistics and seeds are put back.
+        dense: Whether embeddings' gradients become arrays; else they stay rows, as an optimizer gets them.
 
     Returns:
         The loss with regularisers, and dL/dvariables in the order of the model's trainable variables.
@@ -63,7 +65,7 @@ def natural_tape(
         loss += float(sum(value.numpy() for value in values) + sum(share * term.numpy() for term in own))
     for variable, value in zip(states, before, strict=True) if restore else ():
         variable.assign(value)
-    return loss, [None if total is None else tf.convert_to_tensor(total).numpy() for total in sums]
+    return loss, [total if total is None or not dense else tf.convert_to_tensor(total).numpy() for total in sums]
 
 
 def _plus(a: Any, b: Any) -> Any:

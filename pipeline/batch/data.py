@@ -171,8 +171,10 @@ def _input(leaf: Any, name: str, spec: InputSpec | None) -> np.ndarray[Any, Any]
     dtype, shape = spec
     wanted = shape[1:]
     if not compatible(array.shape[1:], wanted):
-        if wanted == (*array.shape[1:], 1):
-            array = array[..., None]  # as Keras does
+        if wanted[-1:] == (1,) and compatible(array.shape[1:], wanted[:-1]):
+            array = array[..., None]  # as Keras does, like the opposite
+        elif array.shape[-1] == 1 and compatible(array.shape[1:-1], wanted):
+            array = array[..., 0]
         else:
             raise DataError(
                 f"x ({name!r}) must have the shape {('n', *wanted)} (None is any size), received {array.shape}"

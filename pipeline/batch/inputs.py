@@ -6,11 +6,11 @@ model of a dict                     x: a dict with the same keys (not the inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SplitError
 from stages.tape.tensors import flatten
 
 
@@ -63,3 +63,23 @@ class InputNames:
     def _is_rows(self, x: Any) -> bool:
         """Whether a list is one array written as Python rows, not a list of input arrays."""
         return len(self.keys) == 1 and isinstance(x, list | tuple) and len(x) > 0 and not hasattr(x[0], "shape")
+
+
+def check_cuttable(models: Iterable[Any], microbatches: int) -> None:
+    """Refuse microbatches where a model says how many samples a batch has.
+
+    Args:
+        models: Those of the parts that are built here; their inputs may be the pipeline's or come from other parts.
+        microbatches: Into how many parts a batch is cut.
+
+    Raises:
+        SplitError: A batch of the only size that an input takes would be cut.
+    """
+    for symbol in (symbol for model in models for symbol in model.inputs):
+        size, *shape = symbol.shape
+        if size is not None and microbatches > 1:
+            raise SplitError(
+                f"the input {symbol.name!r} takes batches of {size} samples (keras.Input has a batch_size), "
+                f"and microbatches={microbatches} would cut them into smaller ones; make it "
+                f"keras.Input({tuple(shape)}), or microbatches=1"
+            )

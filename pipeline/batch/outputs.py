@@ -125,6 +125,8 @@ def by_label(given: Any, labels: Iterable[str], with_loss: Iterable[str]) -> dic
         with_loss: Those that are judged.
     """
     labels, judged = list(labels), list(with_loss)
+    if len(labels) == 1 and isinstance(given, list | tuple) and len(given) == 1 and hasattr(given[0], "shape"):
+        given = given[0]  # the only output's array in a list
     if isinstance(given, Mapping):
         return dict(given) if set(judged) <= set(given) <= set(labels) else None
     if len(labels) == 1 or (len(judged) == 1 and not isinstance(given, list | tuple)):

@@ -41,6 +41,9 @@ class Compiled:
     Raises:
         CompileError: A name that Keras does not know, or something that does not fit the outputs or stages.
         RecipeError: Something that a worker cannot import.
+
+    Attributes:
+        metric_copies: The user's metric objects, each with the copy of it in `heads`.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Compiled:
         self._judging = {
             one.label: Judging(_known_here(one.loss), one.metrics, one.weighted_metrics) for one in self.objectives
         }
+        self.metric_copies: list[tuple[Any, Any]] = []
         self.heads = {spec.label: self._head(spec) for spec in self.specs}
         self.has_metrics = any(head.has_metrics for head in self.heads.values())
         self._constant_rates = [_constant_rate(optimizer) for optimizer in self.optimizers]
@@ -80,6 +84,11 @@ class Compiled:
     def optimizer(self) -> Any:
         """The first stage's optimizer object: with one for all stages, the user's."""
         return self.optimizers[0]
+
+    @property
+    def loss(self) -> Any:
+        """The loss as it was given."""
+        return self._given["loss"]
 
     @property
     def averages(self) -> bool:
@@ -196,7 +205,11 @@ class Compiled:
 
     def _head(self, spec: HeadSpec) -> Head:
         """The objective of one output here, where its weights over microbatches are computed."""
-        one = copied(self._judging[spec.label], "what compile() was given")
+        given = self._judging[spec.label]
+        one = copied(given, "what compile() was given")
+        for own, copy in ((given.metrics, one.metrics), (given.weighted_metrics, one.weighted_metrics)):
+            pairs = zip(keras.tree.flatten(own), keras.tree.flatten(copy), strict=True)
+            self.metric_copies += [both for both in pairs if isinstance(both[0], keras.metrics.Metric)]
         return Head(one.loss, one.metrics, one.weighted_metrics, label=spec.label if spec.named else None)
 
     def _only(self, find: Any, what: str) -> Any:

@@ -40,6 +40,7 @@ class ModelWithoutLayers(keras.Model):  # type: ignore[misc]
     trainable_variables = _in_the_workers("trainable_variables")
     non_trainable_weights = _in_the_workers("non_trainable_weights")
     non_trainable_variables = _in_the_workers("non_trainable_variables")
+    losses = _in_the_workers("losses")
 
     def get_layer(self, name: Any = None, index: Any = None) -> NoReturn:
         """Refuse.

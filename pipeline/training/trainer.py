@@ -19,6 +19,7 @@ from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
+from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, watchers_among
 from pipeline.training.model_without_layers import ModelWithoutLayers
 from pipeline.verify.every import VerifyEvery
@@ -44,9 +45,11 @@ class Trainer(ModelWithoutLayers):
         self._order: list[str] = []
         self._logs: dict[str, Any] = {}
         self._watchers: tuple[StepWatcher, ...] = ()
+        self._metrics_are_read = False
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
+        self.loss = None if session.compiled is None else session.compiled.loss
 
     def call(self, x: Any) -> Any:
         """One forward pass through the workers, in inference mode."""
@@ -60,11 +63,11 @@ class Trainer(ModelWithoutLayers):
         verifying = () if verify_every is None else (VerifyEvery.of(verify_every),)
         callbacks = prepared(callbacks, self.session, finalize, verifying)
         refuse_text(args[0] if args else kwargs.get("x"))
-        self._watchers = watchers_among(callbacks)
+        self._watchers, self._metrics_are_read = watchers_among(callbacks), own_metrics.reads_every_batch(callbacks)
         try:
             return super().fit(*args, callbacks=callbacks, **kwargs)
         finally:
-            self._watchers = ()
+            self._watchers, self._metrics_are_read = (), False
 
     def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
         """Keras's `evaluate`, its list in Keras's order."""
@@ -117,10 +120,23 @@ class Trainer(ModelWithoutLayers):
             metrics = dict(sorted(metrics.items()))
         logs = {**{name: float(total / self._samples) for name, total in self._totals.items()}, **metrics}
         self._order, self._logs = list(logs), logs
+        if self._metrics_are_read:
+            self._fetch_metrics()
         return logs
+
+    def _fetch_metrics(self) -> None:
+        """Give the metrics of this process the workers' values, and the loss's what was counted here."""
+        if self.session.compiled is None:
+            return
+        own_metrics.fetch(self.session, self.session.compiled)
+        for metric in self.metrics:
+            if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
+                metric.total.assign(self._totals.get("loss", 0.0))
+                metric.count.assign(self._samples)
 
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
         """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
+        self._fetch_metrics()
         if return_dict:
             return dict(sorted(logs.items()))
         values = [logs[name] for name in sorted(logs, key=self._order.index)]
@@ -153,16 +169,36 @@ class Trainer(ModelWithoutLayers):
             one = tf.convert_to_tensor(given[label])[:1]
             free = [*one.shape, *(1 for _ in shape)]
             sizes = [free[i] if size is None else size for i, size in enumerate(shape)]
-            compiled.heads[label].build(one, tf.zeros([1, *sizes[1:]], dtype), None)
+            own_metrics.build(compiled, label, one, tf.zeros([1, *sizes[1:]], dtype))
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
         self._totals, self._samples, self._logs = {}, np.float32(0.0), {}
         self.pipe.reset_metrics()
+        if self.session.compiled is not None:
+            own_metrics.reset(self.session.compiled)
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """The logs as the last step left them, also one of an evaluation by a callback."""
+        """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""
+        self._fetch_metrics()
         return dict(self._logs)
+
+    def count_params(self) -> int:
+        """The number of parameters of all stages' weights."""
+        return self.pipe.count_params()
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """The pipeline's table."""
+        self.pipe.summary(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """The configuration of the one model that the stages are."""
+        config: dict[str, Any] = self.pipe.merge().get_config()
+        return config
+
+    def to_json(self, **kwargs: Any) -> str:
+        """The one model that the stages are, as JSON."""
+        return str(self.pipe.merge().to_json(**kwargs))
 
     def get_weights(self) -> list[np.ndarray[Any, Any]]:
         """The pipeline's weights."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from pipeline import Pipeline
 from stages.tape.eager import EagerTapes
@@ -224,9 +225,18 @@ def adding(live: Live, stage: int, change: Callable[[int, list[Any | None]], lis
 
     def accumulate(right: Any) -> Any:
         def accumulated(key: Any, *given: Any, **named: Any) -> Any:
+            def added_rows(add: Any) -> Any:
+                def changed(variable: int, gradient: Any, fixed: bool = False) -> None:
+                    (values,) = change(key.microbatch, [gradient.values])
+                    if values is not None:
+                        add(variable, tf.IndexedSlices(values, gradient.indices, gradient.dense_shape), fixed)
+
+                return changed
+
             tapes._prepare()
             before = [value.numpy() for value in tapes._accumulators]
-            found = right(key, *given, **named)
+            with replaced(tapes._rows, "add", added_rows):
+                found = right(key, *given, **named)
             added = [value.numpy() - old for value, old in zip(tapes._accumulators, before, strict=True)]
             if any(part.any() for part in added):
                 for value, old, part in zip(

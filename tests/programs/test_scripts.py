@@ -70,7 +70,7 @@ SENTIMENT = '''
             self.count.assign_add(ops.sum(ops.cast(ops.abs(y_true - y_pred) < self.threshold, "float32")))
 
         def result(self):
-            return self.count.value
+            return ops.convert_to_tensor(self.count)
 
 
     def build():

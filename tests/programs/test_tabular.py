@@ -364,7 +364,7 @@ PROGRAMS = {
     "highways": Program(highways, regression, fit_progress, cuts={"stages": 3}),
     "several tasks": Program(several_tasks, weighed_losses, fit_wines, cuts={"at": ["trunk"]}, microbatches=1),
     "shared steps": Program(shared_steps, plain_sgd, fit_kinds, cuts={"stages": 2}),
-    "forest": Program(forest, plain_sgd, fit_kinds, microbatches=1),
+    "forest": Program(forest, plain_sgd, fit_kinds, microbatches=1, sums_apart=True),
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import DataError, Pipeline
+from pipeline.errors import SplitError
 from tests.pipeline.reference.twins import SEED, assert_same_arrays
 
 layers = keras.layers
@@ -80,23 +81,39 @@ def test_arrays_reach_their_inputs_as_in_keras(pair: tuple[str, Any, Any]) -> No
                 pipe.predict_on_batch(x)
 
 
-def test_an_input_of_one_number_a_sample_takes_no_column() -> None:
+def test_an_input_of_one_number_a_sample_may_come_as_a_column() -> None:
     inputs = keras.Input(())
     model = keras.Model(inputs, layers.Dense(1)(layers.Reshape((1,))(inputs)))
     with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
         pipe.compile(loss="mse", run_eagerly=True)
-        assert_same_arrays([pipe.predict_on_batch(X[:, 0])], [np.asarray(model(X[:, 0]))])
-        with pytest.raises(DataError, match=r"must have the shape \('n',\) .* received \(6, 1\)"):
-            pipe.predict_on_batch(X[:, :1])
+        for x in (X[:, 0], X[:, :1]):
+            assert_same_arrays([pipe.predict_on_batch(x)], [np.asarray(model(keras.ops.convert_to_tensor(x)))])
+        with pytest.raises(DataError, match=r"must have the shape \('n',\) .* received \(6, 4\)"):
+            pipe.predict_on_batch(X)
 
 
 def test_a_list_of_one_output_is_that_output() -> None:
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, [layers.Dense(1)(layers.Dense(3, name="cut")(inputs))])
+    model = keras.Model([inputs], [layers.Dense(1)(layers.Dense(3, name="cut")(inputs))])
+    with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
+        pipe.compile(loss="mse", metrics=["mae"], run_eagerly=True)
+        for found in (pipe.predict(X, verbose=0), pipe.predict([X], verbose=0), pipe.predict_on_batch(X)):
+            assert_same_arrays([found], [np.asarray(model(X))])
+        y, weight = X[:, :1], X[:, 1] ** 2
+        assert pipe.test_on_batch([X], [y], [weight]) == pipe.test_on_batch(X, y, weight)
+        assert pipe.evaluate([X], [y], verbose=0) == pipe.evaluate(X, y, verbose=0)
+
+
+def test_a_fixed_number_of_samples_cannot_be_cut_into_microbatches() -> None:
+    inputs = keras.Input(batch_shape=(6, 4), name="six")
+    model = keras.Model(inputs, layers.Dense(1)(layers.Dense(3, name="cut")(inputs)))
+    with pytest.raises(
+        SplitError, match=r"'six' takes batches of 6 samples .* keras\.Input\(\(4,\)\), or microbatches=1"
+    ):
+        Pipeline.split(model, at=["cut"], microbatches=3)
     with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
         pipe.compile(loss="mse", run_eagerly=True)
-        for found in (pipe.predict(X, verbose=0), pipe.predict_on_batch(X)):
-            assert_same_arrays([found], [np.asarray(model(X))])
+        assert_same_arrays([pipe.predict_on_batch(X)], [np.asarray(model(X))])
 
 
 def test_text_is_refused_with_where_to_turn_it_into_numbers() -> None:

@@ -180,7 +180,14 @@ def test_training_is_that_of_the_uncut_model(case: Case) -> None:
     optimizer, variables = keras.optimizers.Adam(0.01), case.model.trainable_variables
     for _ in range(3):
         _, gradients = natural_tape(
-            case.model, case.x, [case.y], [case.loss], MICROBATCHES, sample_weights=weights, restore=False
+            case.model,
+            case.x,
+            [case.y],
+            [case.loss],
+            MICROBATCHES,
+            sample_weights=weights,
+            restore=False,
+            dense=False,
         )
         optimizer.apply(gradients, variables)
     theirs = case.model.get_weights()

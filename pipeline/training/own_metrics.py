@@ -1,0 +1,62 @@
+"""The values of the workers' metrics, written into the user's own metric objects, where Keras would have counted them.
+
+A worker counts in copies. Whoever reads an object that was given to `compile`, after `fit` or in a callback, finds the
+value there; so does who looks at `self.model.metrics`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from pipeline.compiled.compiled import Compiled
+from pipeline.runtime.session import Session
+
+
+def own_metrics(compiled: Compiled) -> list[Any]:
+    """The metric objects that `compile` was given, each once."""
+    found = {id(own): own for own, _ in compiled.metric_copies}
+    return list(found.values())
+
+
+def reset(compiled: Compiled) -> None:
+    """Let the user's objects, and those that stand for the workers' here, count from zero."""
+    for metric in own_metrics(compiled):
+        metric.reset_state()
+    for head in compiled.heads.values():
+        head.reset()
+
+
+def fetch(session: Session, compiled: Compiled) -> None:
+    """Give the metrics of this process the workers' values."""
+    if not compiled.has_metrics:
+        return
+    driver = session.driver()
+    for stage, values in session.values("metrics").items():
+        labels = [head.label for head in driver.specs[stage].heads]
+        here = [variable for label in labels for variable in compiled.heads[label].variables]
+        if len(here) == len(values):  # or a metric that has seen no batch yet
+            for variable, value in zip(here, values, strict=True):
+                variable.assign(value)
+    for own, copy in compiled.metric_copies:
+        for variable, value in zip(own.variables, copy.variables, strict=False):
+            variable.assign(value)
+
+
+def build(compiled: Compiled, label: str, target: Any, prediction: Any) -> None:
+    """Make the variables of an output's metrics from one example, without counting it."""
+    compiled.heads[label].build(target, prediction, None)
+    for own, copy in compiled.metric_copies:
+        if len(own.variables) < len(copy.variables):
+            own.update_state(target, prediction)
+            own.reset_state()
+
+
+def reads_every_batch(callbacks: Any) -> bool:
+    """Whether a callback that is not Keras's own may look at metrics after a batch."""
+    given = getattr(callbacks, "callbacks", callbacks)
+    flat = [] if given is None else keras.tree.flatten(given)
+    return any(
+        isinstance(one, keras.callbacks.LambdaCallback) or not type(one).__module__.startswith("keras.") for one in flat
+    )
