@@ -32,8 +32,8 @@ def fetch(session: Session, compiled: Compiled) -> None:
     """Give the metrics of this process the workers' values."""
     if not compiled.has_metrics:
         return
-    driver = session.driver()
-    for stage, values in session.values("metrics").items():
+    driver = session.workers.driver()
+    for stage, values in session.values.read("metrics").items():
         labels = [head.label for head in driver.specs[stage].heads]
         here = [variable for label in labels for variable in compiled.heads[label].variables]
         if len(here) == len(values):  # or a metric that has seen no batch yet

@@ -49,7 +49,7 @@ class Trainer(ModelWithoutLayers):
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
-        self.loss = None if session.compiled is None else session.compiled.loss
+        self.loss = None if session.workers.compiled is None else session.workers.compiled.loss
 
     def call(self, x: Any) -> Any:
         """One forward pass through the workers, in inference mode."""
@@ -126,9 +126,9 @@ class Trainer(ModelWithoutLayers):
 
     def _fetch_metrics(self) -> None:
         """Give the metrics of this process the workers' values, and the loss's what was counted here."""
-        if self.session.compiled is None:
+        if self.session.workers.compiled is None:
             return
-        own_metrics.fetch(self.session, self.session.compiled)
+        own_metrics.fetch(self.session, self.session.workers.compiled)
         for metric in self.metrics:
             if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
                 metric.total.assign(self._totals.get("loss", 0.0))
@@ -175,8 +175,8 @@ class Trainer(ModelWithoutLayers):
         """Start counting anew, here and in the workers."""
         self._totals, self._samples, self._logs = {}, np.float32(0.0), {}
         self.pipe.reset_metrics()
-        if self.session.compiled is not None:
-            own_metrics.reset(self.session.compiled)
+        if self.session.workers.compiled is not None:
+            own_metrics.reset(self.session.workers.compiled)
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""
