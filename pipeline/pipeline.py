@@ -107,7 +107,7 @@ class Pipeline:
         )
         self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
         self.recompute, self.threads = options.recompute, options.threads
-        check_cuttable([s.model for s in self.segments if s.model is not None], self.microbatches)
+        check_cuttable([split.model] if split else [part.model for part in self.segments], self.microbatches)
         self._trainer: Trainer | None = None
         self.history: Any = None
         self._session = Session.of(self.segments, self.wires, options, split)

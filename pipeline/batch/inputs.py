@@ -69,13 +69,13 @@ def check_cuttable(models: Iterable[Any], microbatches: int) -> None:
     """Refuse microbatches where a model says how many samples a batch has.
 
     Args:
-        models: Those of the parts that are built here; their inputs may be the pipeline's or come from other parts.
+        models: The one that was split, or the parts; None for one that its worker builds.
         microbatches: Into how many parts a batch is cut.
 
     Raises:
         SplitError: A batch of the only size that an input takes would be cut.
     """
-    for symbol in (symbol for model in models for symbol in model.inputs):
+    for symbol in (symbol for model in models if model is not None for symbol in model.inputs):
         size, *shape = symbol.shape
         if size is not None and microbatches > 1:
             raise SplitError(

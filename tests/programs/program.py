@@ -139,7 +139,8 @@ def assert_same_within_rounding(ours: Outcome, theirs: Outcome, program: Program
     if far:
         compiling = _apart(plain(program, run_eagerly=False), plain(program), program)
         far = {path: (by, compiling[path]) for path, by in far.items() if by > COMPILING * compiling[path]}
-    assert far == {}, "{weight: (difference, what compiling changes)}, of the largest change of a weight"
+        assert far == {}, "{weight: (difference, what compiling changes)}, of the largest change of a weight"
+        theirs = plain(program, run_eagerly=False)
     assert list(ours.history) == list(theirs.history)
     for name, values in theirs.history.items():
         np.testing.assert_allclose(ours.history[name], values, rtol=1e-4, atol=1e-6, err_msg=name)

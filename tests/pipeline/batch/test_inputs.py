@@ -98,7 +98,7 @@ def test_a_list_of_one_output_is_that_output() -> None:
     with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
         pipe.compile(loss="mse", metrics=["mae"], run_eagerly=True)
         for found in (pipe.predict(X, verbose=0), pipe.predict([X], verbose=0), pipe.predict_on_batch(X)):
-            assert_same_arrays([found], [np.asarray(model(X))])
+            assert_same_arrays([found], [np.asarray(model([X]))])
         y, weight = X[:, :1], X[:, 1] ** 2
         assert pipe.test_on_batch([X], [y], [weight]) == pipe.test_on_batch(X, y, weight)
         assert pipe.evaluate([X], [y], verbose=0) == pipe.evaluate(X, y, verbose=0)

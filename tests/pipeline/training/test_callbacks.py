@@ -1,6 +1,7 @@
 """Keras's own callbacks do on a pipeline what they do on the unsplit model; those that cannot say so at the start."""
 
 import csv
+import json
 from importlib.util import find_spec
 
 import keras
@@ -373,3 +374,63 @@ def test_a_callback_that_asks_for_layers_is_told_where_they_are(ask):
             CompileError, match=r"a callback asks for self\.model\.\w+.* in the workers.*pipe\.merge\(\)"
         ):
             pipe.fit(XN, YN, verbose=0, callbacks=[asking])
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_metric_objects_have_the_values_of_keras_whenever_they_are_read(microbatches):
+    """After every batch in a callback, after `fit`, `evaluate` and `train_on_batch`; of one that builds itself too."""
+    made = []
+
+    def compiled():
+        made.append([keras.metrics.MeanAbsoluteError(name="mae"), keras.metrics.R2Score(name="r2")])
+        return {**squares(), "metrics": made[-1][:1], "weighted_metrics": made[-1][1:]}
+
+    def seen_by(twin, metrics):
+        def note(*_, **__):
+            seen.append([float(metric.result()) for metric in metrics])
+
+        seen = []
+        every = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: note() if epoch else None, on_train_batch_end=note, on_epoch_end=note
+        )
+        twin.fit(XN, YN, batch_size=8, epochs=2, validation_split=0.2, verbose=0, shuffle=False, callbacks=[every])
+        for ask in (
+            lambda: twin.evaluate(XN[:7], YN[:7], verbose=0),
+            lambda: twin.train_on_batch(XN[:8], YN[:8]),
+            lambda: twin.test_on_batch(XN[8:], YN[8:]),
+        ):
+            ask()
+            note()
+        return seen
+
+    with twins(regressor, compiled, microbatches=microbatches) as pair:
+        theirs, ours = seen_by(pair.model, made[0]), seen_by(pair.pipe, made[1])
+        assert theirs[0] != theirs[1]
+        np.testing.assert_allclose(ours, theirs, rtol=0 if microbatches == 1 else 1e-5)
+
+
+def test_a_callback_asks_the_model_what_it_would_ask_in_keras():
+    """Its loss and its numbers of parameters, the loss object, and the model as JSON."""
+    loss = keras.losses.Huber()
+    with Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", loss, run_eagerly=True)
+        seen = {}
+
+        def look(**_):
+            model = pipe._trainer
+            lines = []
+            model.summary(print_fn=lines.append)
+            seen.update(
+                count=model.count_params(),
+                loss=model.loss,
+                counted=float(model.metrics[0].result()),
+                names=[layer["config"]["name"] for layer in json.loads(model.to_json())["config"]["layers"]],
+                summary=lines,
+            )
+
+        history = pipe.fit(
+            XN, YN, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_end=lambda logs: look())]
+        )
+        assert seen["count"] == regressor().count_params() and seen["loss"] is loss
+        assert seen["counted"] == np.float32(history.history["loss"][0])
+        assert seen["names"][-2:] == ["a", "b"] and "stage0" in seen["summary"][0]
