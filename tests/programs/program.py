@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
-from tests.levels import in_turn
 
 SEED = 7
 COMPILING = 4
@@ -47,7 +46,6 @@ class Program:
         rounding: What is allowed where numbers are not equal to the bit, of the largest change of a weight.
         zeros: Parts of the paths of weights whose gradient is zero but for rounding (a bias of attention's keys), which
             some optimizers make as large as any; left out where numbers agree within rounding only.
-        waits: Why it fails as yet.
     """
 
     build: Callable[[], Any]
@@ -61,7 +59,6 @@ class Program:
     sums_apart: bool = False
     rounding: float = 1e-5
     zeros: tuple[str, ...] = ()
-    waits: str = ""
 
     def x(self) -> Any:
         """What `predict` takes."""
@@ -163,19 +160,11 @@ def assert_compiled_is_keras(program: Program, **options: Any) -> None:
     assert_same_within_rounding(split(program, run_eagerly=False, **options), plain(program), program)
 
 
-def each(programs: dict[str, Program], check: int, gate: int | None = None) -> Any:
-    """Programs by name, as parameters of a test, in turn (`in_turn`); what fails as yet is expected to.
-
-    Args:
-        programs: {name: program}.
-        check: How many run at every level.
-        gate: How many run in the gate, those among them; None: all.
-    """
-    turns = in_turn(list(programs.values()), check, len(programs) if gate is None else gate)
-    params = []
-    for (name, one), turn in zip(programs.items(), turns, strict=True):
-        waits = [pytest.mark.xfail(strict=True, reason=one.waits)] if one.waits else []
-        params.append(pytest.param(one, id=name, marks=[*turn.marks, *waits]))
+def each(programs: dict[str, Program], check: Sequence[str] = (), gate: Sequence[str] = ()) -> Any:
+    """Programs by name, as parameters of a test: `check` run at every level, `gate` in the gate too, all in the soak."""
+    assert {*check, *gate} <= set(programs)
+    marks = {name: pytest.mark.gate if name in gate else pytest.mark.soak for name in programs if name not in check}
+    params = [pytest.param(one, id=name, marks=marks.get(name, ())) for name, one in programs.items()]
     return pytest.mark.parametrize("program", params)
 
 

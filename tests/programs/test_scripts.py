@@ -175,8 +175,13 @@ COMPARED = """
 """
 
 
-@pytest.mark.gate
-@pytest.mark.parametrize("program", [SENTIMENT, REGRESSION], ids=["sentiment", "regression"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(SENTIMENT, id="sentiment", marks=pytest.mark.gate),
+        pytest.param(REGRESSION, id="regression", marks=pytest.mark.soak),
+    ],
+)
 def test_a_script_trains_its_own_classes_as_keras_does(program, tmp_path):
     script = tmp_path / "program.py"
     script.write_text(textwrap.dedent(program + COMPARED))
