@@ -161,7 +161,7 @@ def assert_compiled_is_keras(program: Program, **options: Any) -> None:
 
 
 def each(programs: dict[str, Program], check: Sequence[str] = (), gate: Sequence[str] = ()) -> Any:
-    """Programs by name, as parameters of a test: `check` run at every level, `gate` in the gate too, all in the soak."""
+    """Programs by name, as a test's parameters: `check` run at every level, `gate` in the gate too, all in the soak."""
     assert {*check, *gate} <= set(programs)
     marks = {name: pytest.mark.gate if name in gate else pytest.mark.soak for name in programs if name not in check}
     params = [pytest.param(one, id=name, marks=marks.get(name, ())) for name, one in programs.items()]
