@@ -163,7 +163,7 @@ class Steps:
         return sorted(found, key=lambda judged: _KINDS.index(judged.row.kind))
 
     def _norm_tolerance(self) -> Tolerance | None:
-        """Where gradients are clipped by their global norm: it is summed stage by stage, and by Keras all at once."""
+        """Where gradients are clipped by their global norm: the reference sums it in the order of the stages."""
         compiled = self._compiled
         if compiled.global_clipnorm is None or self.question.tolerance is not None:
             return None
