@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.one_tape import Gradients
+from tests.one_tape import Gradients, plus
 
 
 def natural_tape(
@@ -61,18 +61,8 @@ def natural_tape(
             ]
         seeds = [tf.ones_like(value) for value in values] + [tf.fill((), share) for _ in own]
         found = tape.gradient([*values, *own], model.trainable_variables, output_gradients=seeds)
-        sums = [_plus(a, b) for a, b in zip(sums, found, strict=True)]
+        sums = [plus(a, b) for a, b in zip(sums, found, strict=True)]
         loss += float(sum(value.numpy() for value in values) + sum(share * term.numpy() for term in own))
     for variable, value in zip(states, before, strict=True) if restore else ():
         variable.assign(value)
     return loss, [total if total is None or not dense else tf.convert_to_tensor(total).numpy() for total in sums]
-
-
-def _plus(a: Any, b: Any) -> Any:
-    """The sum; an embedding's rows stay as the tapes gave them, one behind the other, and become dense at the end."""
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
-        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
-        return tf.IndexedSlices(values, indices, a.dense_shape)
-    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)

@@ -71,7 +71,7 @@ class OneTape:
             own_terms = [term for losses in terms for term in losses]
             seeds = [tf.ones(()), *(tf.fill((), share) for _ in own_terms)]
             found = tape.gradient([value, *own_terms], self.variables, output_gradients=seeds)
-            total = [_plus(a, b) for a, b in zip(total, found, strict=True)]
+            total = [plus(a, b) for a, b in zip(total, found, strict=True)]
             loss += value.numpy()
             own = [a + tf.add_n(found).numpy() * share if found else a for a, found in zip(own, terms, strict=True)]
         for term in own:
@@ -79,7 +79,7 @@ class OneTape:
         return loss, total
 
 
-def _plus(a: Any, b: Any) -> Any:
+def plus(a: Any, b: Any) -> Any:
     """The sum; an embedding's rows stay as the tapes gave them, one behind the other, as the optimizer gets them."""
     if a is None or b is None:
         return b if a is None else a

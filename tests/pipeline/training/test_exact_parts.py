@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from pipeline import Pipeline
 from tests.models import Unused, cross_entropy, part
-from tests.one_tape import OneTape, assert_same_bits, difference
+from tests.one_tape import OneTape, assert_same_bits, difference, plus
 
 layers = keras.layers
 MODES = pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
@@ -24,15 +24,14 @@ def joined_gradients(parts: list[Any], x: list[Any], y: Any, microbatches: int) 
     for model in parts:
         h = model(h)
     whole = keras.Model(inputs, h)
-    total: list[Any] = []
+    total: list[Any] = [None] * sum(len(model.trainable_variables) for model in parts)
     for rows in np.array_split(np.arange(len(y)), microbatches):
         with tf.GradientTape() as tape:
             found = whole([tf.constant(array[rows]) for array in x], training=True)
             value = cross_entropy()(y[rows], found) * np.float32(len(rows) / len(y))
         sources = [variable for model in parts for variable in model.trainable_variables]
-        gradients = [tf.convert_to_tensor(gradient).numpy() for gradient in tape.gradient(value, sources)]
-        total = gradients if not total else [a + b for a, b in zip(total, gradients, strict=True)]
-    return total
+        total = [plus(a, b) for a, b in zip(total, tape.gradient(value, sources), strict=True)]
+    return [tf.convert_to_tensor(gradient).numpy() for gradient in total]
 
 
 def first() -> Any:
