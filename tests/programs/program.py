@@ -43,8 +43,6 @@ class Program:
         policy: The global dtype policy.
         sums_apart: Whether three or more uses of one tensor or variable lie on both sides of a cut, so that their
             gradients are added in another order than under one tape (see test_meeting_gradients.py).
-        terms_apart: Whether the logged loss has several terms besides the outputs' losses (regularisers, `add_loss`),
-            which are added stage by stage and by Keras all at once, so that its last bit may differ.
         rounding: What is allowed where numbers are not equal to the bit, of the largest change of a weight.
         zeros: Parts of the paths of weights whose gradient is zero but for rounding (a bias of attention's keys), which
             some optimizers make as large as any; left out where numbers agree within rounding only.
@@ -59,7 +57,6 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
     policy: str = "float32"
     sums_apart: bool = False
-    terms_apart: bool = False
     rounding: float = 1e-5
     zeros: tuple[str, ...] = ()
 
@@ -113,13 +110,12 @@ def split(program: Program, *, run_eagerly: bool = True, microbatches: int = 1, 
         return Outcome(paths, before, pipe.get_weights(), history, outputs, merged)
 
 
-def assert_same_bits(ours: Outcome, theirs: Outcome, terms_apart: bool = False) -> None:
+def assert_same_bits(ours: Outcome, theirs: Outcome) -> None:
     """Weights, history and predictions are equal, bit for bit; and training did change the weights."""
     assert any(not np.array_equal(a, b) for a, b in zip(theirs.before, theirs.weights, strict=True))
     assert list(ours.history) == list(theirs.history)
     for name, values in theirs.history.items():
-        rounding = 2 * np.finfo("float32").eps if terms_apart and name in ("loss", "val_loss") else 0
-        np.testing.assert_allclose(ours.history[name], values, rtol=rounding, atol=0, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(ours.history[name]), np.asarray(values), err_msg=name)
     for what in ("before", "weights", "outputs", "merged"):
         pairs = zip(getattr(ours, what), getattr(theirs, what), strict=True)
         for i, (a, b) in enumerate(pairs):
@@ -155,7 +151,7 @@ def assert_eager_is_keras(program: Program, **options: Any) -> None:
     if program.sums_apart:
         assert_same_within_rounding(ours, theirs, program)
     else:
-        assert_same_bits(ours, theirs, program.terms_apart)
+        assert_same_bits(ours, theirs)
 
 
 def assert_compiled_is_keras(program: Program, **options: Any) -> None:

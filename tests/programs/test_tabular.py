@@ -363,7 +363,7 @@ PROGRAMS = {
     "variable selection": Program(variable_selection, detection, fit_table, inputs=table_of_columns),
     "highways": Program(highways, regression, fit_progress, cuts={"stages": 3}),
     "several tasks": Program(
-        several_tasks, weighed_losses, fit_wines, cuts={"at": ["trunk"]}, microbatches=1, terms_apart=True
+        several_tasks, weighed_losses, fit_wines, cuts={"at": ["trunk"]}, microbatches=1, sums_apart=True
     ),
     "shared steps": Program(shared_steps, plain_sgd, fit_kinds, cuts={"stages": 2}),
     "forest": Program(forest, plain_sgd, fit_kinds, microbatches=1, sums_apart=True),
