@@ -101,8 +101,8 @@ def tiny_stage() -> str:
     import tensorflow as tf
 
     from stages.stage import Stage
+    from stages.tape.contract import PassKey
     from stages.tape.direct_calls import direct
-    from stages.tape.eager import PassKey
 
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(64, activation="relu") for _ in range(4)]

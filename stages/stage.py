@@ -29,7 +29,8 @@ from stages.masks import mask_of, with_mask
 from stages.tape.accumulate import Contribution
 from stages.tape.by_hand import ByHand
 from stages.tape.compiled import CompiledTapes
-from stages.tape.eager import Blocks, EagerTapes, Opened, PassKey, Tapes
+from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
+from stages.tape.eager import EagerTapes
 from stages.tape.misfit_message import named_misfit
 from stages.tape.model_call import Part
 from stages.tape.output_gradients import check_gradients, flat_gradients
@@ -277,11 +278,11 @@ class Stage:
             self._carrying()
         values = (*inputs[:count], *entered)
         self._part.check_inputs(values, key.microbatch)
-        whole = (*values, *inputs[count:])
+        given = PassInputs((*values, *inputs[count:]), share, tuple(masked), objective)
         where = f"stage {self.name!r}, forward of microbatch {key.microbatch}"
         if not training:
             with named_misfit(where, self.model, values, training):
-                opened = self._tapes.infer(whole, share, masked, objective, key.window)
+                opened = self._tapes.infer(given, key.window)
             return self._left(key, opened, entered, training)
         if key in self._opened:
             raise HandoffError(
@@ -289,7 +290,7 @@ class Stage:
                 "call backward first, give the new one another number, or forget it with zero_gradients()"
             )
         with named_misfit(where, self.model, values, training):
-            opened = self._tapes.forward(key, whole, share, masked, objective)
+            opened = self._tapes.forward(key, given)
         opened = self._left(key, opened, entered, training)
         self._opened[key] = opened
         self._inputs[key] = count

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
-from stages.tape.eager import Opened, PassKey
+from stages.tape.contract import Opened, PassKey
 from stages.tape.model_call import changed_by_calls
 
 

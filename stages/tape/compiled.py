@@ -1,9 +1,9 @@
 """Tapes that stay open between forward and backward: the compiled way.
 
 One trace per signature (dtypes and shapes with a free batch dimension) gives a forward and a backward function that
-hand the tape's intermediates over (`stages.graph_split`). Where no other stage takes an output, forward, losses and
-backward are one function (*fused*): the loss's output gradient exists as soon as the loss does. With `recompute`, only
-the inputs are kept and backward runs the forward pass again, from the same states.
+hand the tape's intermediates over (`stages.tape.graph_split`). Where no other stage takes an output, forward, losses
+and backward are one function (*fused*): the loss's output gradient exists as soon as the loss does. With `recompute`,
+only the inputs are kept and backward runs the forward pass again, from the same states.
 
 Gradients are added to accumulator variables inside the backward function, in the order of the calls: a schedule that
 goes backward in ascending order sums in ascending order. An embedding's, which are rows (`tf.IndexedSlices`), are
@@ -23,11 +23,12 @@ import tensorflow as tf
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, dense, plus
 from stages.tape.compiled_layout import Layout
+from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.direct_calls import direct, portable, portable_dtype, unportable
-from stages.tape.eager import Blocks, Masked, Opened, PassKey, rescaled, update
 from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
 from stages.tape.graph_split import Traced, depends_on, split_functions
 from stages.tape.model_call import CallState, Part, spread, watch
+from stages.tape.optimizer_update import rescaled, update
 from stages.tape.tensors import is_differentiable
 from stages.tape.trained import Trained
 
@@ -41,7 +42,7 @@ def _scalar(value: float) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Forward and backward of one signature; `source` is what they need to live (`stages.graph_split`)."""
+    """Forward and backward of one signature; `source` is what they need to live (`stages.tape.graph_split`)."""
 
     forward: Callable[..., list[Any]]
     backward: Callable[..., list[Any]]
@@ -61,8 +62,8 @@ class _Open:
 
 
 @dataclass
-class CompiledTapes:
-    """Compiled forward and backward of one part; the contract of `stages.tapes`.
+class CompiledTapes(Tapes):
+    """Compiled forward and backward of one part.
 
     Args:
         part: The model.
@@ -84,15 +85,9 @@ class CompiledTapes:
     _rows: Rows = field(default_factory=Rows)
     _trained: Trained = field(default_factory=Trained)
 
-    def forward(
-        self,
-        key: PassKey,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-    ) -> Opened:
+    def forward(self, key: PassKey, given: PassInputs) -> Opened:
         """Run the compiled forward; what its backward needs is kept under `key`."""
+        inputs, share, masked, objective = given
         if objective is not None and self.ends and not self.heads.counts_at_once:
             return self._all_at_once(key, inputs, share, masked, objective)
         trace = self._trace_recomputing if self.recompute else self._trace_pair
@@ -102,7 +97,7 @@ class CompiledTapes:
         return Opened(None, outputs, None if own is None else own * _scalar(share), losses, pair.layout.masked)
 
     def _all_at_once(
-        self, key: PassKey, inputs: Sequence[Any], share: float, masked: Masked, objective: Objective
+        self, key: PassKey, inputs: Sequence[Any], share: float, masked: Sequence[int], objective: Objective
     ) -> Opened:
         """Forward, losses, metrics and backward as one function; `backward` hands the result out."""
         run, layout = self._function("fused", inputs, masked, objective, self._trace_fused, key.window)
@@ -114,15 +109,9 @@ class CompiledTapes:
         self._open[key] = _Open(None, (), (), share, spread(layout.wanted, inside))
         return Opened(None, (), own, losses)
 
-    def infer(
-        self,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-        window: int = 0,
-    ) -> Opened:
+    def infer(self, given: PassInputs, window: int = 0) -> Opened:
         """Run the compiled evaluation: no gradients, `training=False`."""
+        inputs, share, masked, objective = given
         run, layout = self._function("infer", inputs, masked, objective, self._trace_inference, window)
         outputs, own, losses, _ = layout.results(run(*_arguments(inputs, objective), _scalar(share)))
         return Opened(None, outputs, own, losses, layout.masked)
@@ -165,10 +154,6 @@ class CompiledTapes:
         for i, (place, there) in enumerate(zip(layout.places, reached, strict=True)):
             self._reached[place] = self._reached[place] or (there and i not in layout.rows)
         return results[:end]
-
-    def gradients(self) -> list[Any | None]:
-        """Accumulated dL/dvariables; None for a variable that no objective reaches."""
-        return [dense(gradient) for gradient in self.as_given()]
 
     def as_given(self) -> list[Any | None]:
         """The same; of an embedding that is no more than that, all rows (`tf.IndexedSlices`)."""
@@ -237,7 +222,7 @@ class CompiledTapes:
         self,
         name: str,
         inputs: Sequence[Any],
-        masked: Masked,
+        masked: Sequence[int],
         objective: Objective | None,
         trace: Callable[..., Any],
         window: int,

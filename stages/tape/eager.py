@@ -1,15 +1,6 @@
 """Tapes that stay open between forward and backward: the eager way, one `tf.GradientTape` per microbatch.
 
-The compiled way is in `stages.tape.compiled`; both keep the same contract, so a stage holds either:
-
-    forward(key, inputs, share, masked, objective) → outputs and losses; the tape stays open under `key`
-    backward(key, output_gradients)                → input gradients; variable gradients are accumulated
-    gradients()                                    → per variable the sum over microbatches, or None
-    apply(optimizer, scale)                        → one update from those sums, which are cleared
-
-`share` is the microbatch's part of the batch (n_k / N): own losses count with it, so they count once a batch. Inputs
-and outputs are flat values followed by the masks of those that have one (`stages.tape.model_call`); `masked` says
-which.
+The compiled way is in `stages.tape.compiled`; both keep the contract of `stages.tape.contract`.
 
 What several targets of one tape send into one variable or tensor is added in the order in which TensorFlow happens to
 meet it; three summands in another order differ in the last bit. So all targets of a stage go through one `IdentityN`:
@@ -20,132 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import tensorflow as tf
 
-from stages.keras_internals import update_nothing
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, OrderedSum, dense
+from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.embedding_rows import fixed_rows, free_batch, is_sparse
 from stages.tape.model_call import CallState, Part, spread, watch
+from stages.tape.optimizer_update import rescaled, update
 from stages.tape.tensors import is_differentiable
 from stages.tape.trained import Trained
 
-Masked = Sequence[int]
-"""Which values the masks behind them belong to."""
-
-
 _DISTANCE = 16
 """Longer than the way from a loss of the stage to the tensor it is about, in operations."""
-
-
-class PassKey(NamedTuple):
-    """Which forward pass a tape belongs to."""
-
-    microbatch: int
-    window: int = 0
-
-
-class Blocks(NamedTuple):
-    """How a step's windows form blocks that gradients stay in (truncation); one block unless said otherwise.
-
-    Attributes:
-        number: Blocks per microbatch.
-        length: Windows per block; None: all.
-    """
-
-    number: int = 1
-    length: int | None = None
-
-    def of(self, key: PassKey) -> int:
-        """The block that a window is in, among those of all microbatches."""
-        return key.microbatch * self.number + (0 if self.length is None else key.window // self.length)
-
-    def completes(self, key: PassKey) -> bool:
-        """Whether a window is the last of its block to go backward."""
-        return (key.window if self.length is None else key.window % self.length) == 0
-
-
-class Opened(NamedTuple):
-    """What a forward pass gives.
-
-    Attributes:
-        structure: The outputs in the model's nesting; None where the caller asked for flat ones only.
-        outputs: The outputs, flat, followed by the masks of those that have one.
-        own_loss: The weighted sum of the part's own losses, a float scalar tensor, or None.
-        losses: With an objective, one float scalar tensor per head: its loss times what the microbatch weighs.
-        masked: Which outputs the masks belong to.
-    """
-
-    structure: Any
-    outputs: tuple[Any, ...]
-    own_loss: Any | None
-    losses: tuple[Any, ...] = ()
-    masked: tuple[int, ...] = ()
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The outputs without their masks."""
-        return self.outputs[: len(self.outputs) - len(self.masked)] if self.outputs else ()
-
-    @property
-    def masks(self) -> dict[int, Any]:
-        """{output: its mask}."""
-        return dict(zip(self.masked, self.outputs[len(self.outputs) - len(self.masked) :], strict=True))
-
-
-class Tapes(Protocol):
-    """Open tapes and accumulated gradients of one part; see the module's drawing.
-
-    Attributes:
-        loss_scale: Factor on every loss while it is differentiated; accumulated gradients are this much too large.
-        blocks: How windows are grouped when gradients are added.
-    """
-
-    loss_scale: float
-    blocks: Blocks
-
-    def forward(
-        self,
-        key: PassKey,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-    ) -> Opened:
-        """Run the part in training, with its heads' losses where there is an objective; its tape stays open."""
-
-    def infer(
-        self,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-        window: int = 0,
-    ) -> Opened:
-        """Run the part for evaluation: no tape, `training=False`."""
-
-    def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
-        """Close the tape: accumulate dL/dvariables, return dL/dinputs. An output without a gradient is no target."""
-
-    def gradients(self) -> list[Any | None]:
-        """Accumulated dL/dvariables in the order of the trainable variables; None where none exists."""
-
-    def as_given(self) -> list[Any | None]:
-        """The same as the optimizer gets them: tensors, or `tf.IndexedSlices` with rows that are not summed."""
-
-    def contributions(self, places: Sequence[int]) -> list[Contribution]:
-        """What each microbatch adds to some variables, one entry per microbatch (or one for all, compiled)."""
-
-    def replace(self, places: Sequence[int], totals: Sequence[Any | None]) -> None:
-        """Put other sums in place of some accumulated ones."""
-
-    def apply(self, optimizer: Any, scale: float | None, divisor: float | None = None) -> None:
-        """One update from the accumulated gradients (over `divisor`, times `scale`), which are then cleared."""
-
-    def clear(self) -> None:
-        """Drop open tapes and sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,23 +40,20 @@ class _Record:
     targets: list[Any]
     seeds: list[Any]
     inputs: Sequence[Any]
-    masked: Masked
+    masked: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Again:
     """A forward pass that will be computed again: its arguments, and the states it started from."""
 
-    inputs: tuple[Any, ...]
+    given: PassInputs
     variables: list[Any]
     states: CallState
     before: tuple[Any, ...]
-    share: float
-    masked: tuple[int, ...]
-    objective: Objective | None
 
 
-class EagerTapes:
+class EagerTapes(Tapes):
     """One `tf.GradientTape` per microbatch: the same operations, in the same order, as one tape over everything.
 
     Args:
@@ -198,54 +75,32 @@ class EagerTapes:
         self.loss_scale = 1.0
         self.blocks = Blocks()
 
-    def forward(
-        self,
-        key: PassKey,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-    ) -> Opened:
+    def forward(self, key: PassKey, given: PassInputs) -> Opened:
         """Run the part under a tape that stays open (or, recomputing, without one)."""
         variables = self._part.trainable_variables
         if not self._recompute:
-            opened = self._run(key, inputs, variables, share, masked, objective)
+            opened = self._run(key, given, variables)
         else:
             states = CallState(self._part.model)
-            self._open[key] = _Again(tuple(inputs), variables, states, states.read(), share, tuple(masked), objective)
-            called = self._part.call(inputs, training=True, masked=masked, window=key.window)
-            own = _weighted_sum(called.own, share)
-            opened = Opened(
-                called.structure, called.outputs, own, self._losses(called.outputs, objective), called.masked
-            )
-        if objective is not None and not self._heads.counts_at_once:
-            self._heads.update(opened.outputs, objective)
+            self._open[key] = _Again(given, variables, states, states.read())
+            called = self._part.call(given.inputs, training=True, masked=given.masked, window=key.window)
+            own = _weighted_sum(called.own, given.share)
+            losses = self._losses(called.outputs, given.objective)
+            opened = Opened(called.structure, called.outputs, own, losses, called.masked)
+        if given.objective is not None and not self._heads.counts_at_once:
+            self._heads.update(opened.outputs, given.objective)
         return opened
 
-    def infer(
-        self,
-        inputs: Sequence[Any],
-        share: float,
-        masked: Masked = (),
-        objective: Objective | None = None,
-        window: int = 0,
-    ) -> Opened:
+    def infer(self, given: PassInputs, window: int = 0) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
-        structure, outputs, places, own = self._part.call(inputs, False, masked, window)
-        losses = self._losses(outputs, objective)
-        if objective is not None and not self._heads.counts_at_once:
-            self._heads.update(outputs, objective)
-        return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
+        structure, outputs, places, own = self._part.call(given.inputs, False, given.masked, window)
+        losses = self._losses(outputs, given.objective)
+        if given.objective is not None and not self._heads.counts_at_once:
+            self._heads.update(outputs, given.objective)
+        return Opened(structure, outputs, _weighted_sum(own, given.share), losses, places)
 
-    def _run(
-        self,
-        key: PassKey,
-        inputs: Sequence[Any],
-        variables: list[Any],
-        share: float,
-        masked: Masked,
-        objective: Objective | None,
-    ) -> Opened:
+    def _run(self, key: PassKey, given: PassInputs, variables: list[Any]) -> Opened:
+        inputs, share, masked, objective = given
         wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, wanted, variables)
@@ -305,15 +160,11 @@ class EagerTapes:
         if isinstance(record, _Again):
             now = record.states.read()
             record.states.write(record.before)
-            self._run(key, record.inputs, record.variables, record.share, record.masked, record.objective)
+            self._run(key, record.given, record.variables)
             record.states.write(now)
             record = self._open.pop(key)
         assert isinstance(record, _Record)
         return record
-
-    def gradients(self) -> list[Any | None]:
-        """Accumulated dL/dvariables, in the order of the part's trainable variables; None where none exists."""
-        return [dense(gradient) for gradient in self.as_given()]
 
     def as_given(self) -> list[Any | None]:
         """The same as the tapes gave them: tensors or `tf.IndexedSlices`."""
@@ -353,42 +204,6 @@ def joint(losses: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
     for _ in range(_DISTANCE if losses else 0):
         far = [tf.identity(output) for output in far]
     return list(tf.identity_n([*losses, *far]))
-
-
-def update(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """One step of an optimizer, also where no objective reaches a variable of the stage.
-
-    One optimizer over all stages counts every step, and takes every variable into its averages. Keras's `apply` does
-    nothing without gradients; the stage's count would stay behind, and its averages would stay zero.
-
-    As Keras's trainer, it calls `apply_gradients`, which an optimizer of the user's own may override.
-    """
-    if gradients:
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    else:
-        update_nothing(optimizer)
-
-
-def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -> list[Any]:
-    """Gradients over a divisor (the loss scale), then times a factor (of clipping); None leaves a step out.
-
-    As in Keras, an embedding's rows stay apart when they are divided, and are summed when the global norm clips them.
-    """
-    if divisor is not None:
-        gradients = [_with_values(g, tf.divide(_values(g), tf.cast(divisor, g.dtype))) for g in gradients]
-    if scale is not None:
-        gradients = [tf.multiply(dense(g), tf.cast(scale, g.dtype)) for g in gradients]
-    return list(gradients)
-
-
-def _values(gradient: Any) -> Any:
-    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-
-
-def _with_values(gradient: Any, values: Any) -> Any:
-    if not isinstance(gradient, tf.IndexedSlices):
-        return values
-    return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
 
 
 def _weighted_sum(losses: Sequence[Any], share: float) -> Any | None:

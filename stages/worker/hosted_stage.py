@@ -22,8 +22,8 @@ from stages.recipe.optimizer_state import as_unbuilt
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
-from stages.tape.eager import rescaled
 from stages.tape.model_call import changed_by_calls
+from stages.tape.optimizer_update import rescaled
 from stages.variable_names import unique_names
 from stages.worker import snapshot
 from stages.worker.description import NOT_TRAINED, StageDescription, TensorInfo, VariableInfo

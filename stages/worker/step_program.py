@@ -19,7 +19,7 @@ from stages.actions import Action, Kind
 from stages.loss.heads import Objective, WholeBatch, count_whole_batch, whole_batch
 from stages.masks import with_mask
 from stages.tape.accumulate import plus
-from stages.tape.eager import PassKey
+from stages.tape.contract import PassKey
 from stages.tape.tensors import to_array, to_tensor
 from stages.worker import tied_gradients
 from stages.worker.hosted_stage import HostedStage

@@ -210,10 +210,10 @@ def statistics_twice(live: Live, place: Place) -> Context:
     others = [variable for variable in changed_by_calls(stage.model) if id(variable) not in averages]
 
     def make(forward: Any) -> Any:
-        def twice(key: Any, inputs: Any, share: float, masked: Any = (), objective: Any = None) -> Any:
-            opened = forward(key, inputs, share, masked, objective)
+        def twice(key: Any, given: Any) -> Any:
+            opened = forward(key, given)
             before = [variable.numpy() for variable in others]
-            stage._part.call(inputs, True, masked)
+            stage._part.call(given.inputs, True, given.masked)
             for variable, value in zip(others, before, strict=True):
                 variable.assign(value)
             return opened

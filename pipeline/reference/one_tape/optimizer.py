@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from pipeline.reference.one_tape.batch import owned, owner
 from stages.recipe.optimizer_state import as_unbuilt
-from stages.tape.eager import rescaled, update
+from stages.tape.optimizer_update import rescaled, update
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage, leave_undecayed
 

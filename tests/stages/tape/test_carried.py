@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from stages import HandoffError, Stage
-from stages.tape.eager import PassKey
+from stages.tape.contract import PassKey
 
 layers = keras.layers
 STEPS, FEATURES, UNITS = 6, 3, 4
