@@ -38,6 +38,7 @@ from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph
 from stages.tape.accumulate import dense
 from stages.tape.graph_split import depending_on
+from stages.tape.model_call import values_put_back
 from stages.tape.tensors import flatten, is_differentiable
 
 __all__ = ["measure", "weigh"]
@@ -141,13 +142,11 @@ def _weights(call: Call) -> tuple[Weight, ...]:
 def _undisturbed(graph: CallGraph) -> Iterator[None]:
     """Put back, bit for bit, what running the model's layers changes: statistics, seed generators, losses."""
     layers = {id(call.operation): call.operation for call in graph.calls}.values()
-    variables = {id(v): v.value for layer in layers for v in getattr(layer, "variables", ())}
-    before = {key: variable.read_value() for key, variable in variables.items()}
+    variables = {id(v): v for layer in layers for v in getattr(layer, "variables", ())}
     try:
-        yield
+        with values_put_back(variables.values()):
+            yield
     finally:
-        for key, variable in variables.items():
-            variable.assign(before[key])
         for layer in layers:
             _Training(layer)(tf.zeros(()))  # entering a layer makes Keras forget the losses of those inside
 

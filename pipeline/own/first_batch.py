@@ -141,12 +141,8 @@ class FirstBatch:
     def _through_the_pipeline(self, mode: Mode, few: Batch) -> OwnResult:
         """Loss and outputs, as far as the mode gives them; all values of the workers are put back."""
         driver = self._session.workers.driver()
-        driver.keep()
-        try:
+        with driver.keeping():
             result = self._step(mode, few)
-        finally:
-            if not driver.closed:
-                driver.put_back()
         return OwnResult(result.loss, result.outputs, {}, result.losses)
 
     def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
@@ -177,13 +173,9 @@ class FirstBatch:
         if few.lengths or (self._session.workers.compiled is None and training):
             return ""
         driver = self._session.workers.driver()
-        driver.keep()
-        try:
+        with driver.keeping():
             self._step(Mode.TRAIN if training else Mode.PREDICT, few, observe="values")
             seen = driver.seen()
-        finally:
-            if not driver.closed:
-                driver.put_back()
         theirs = own.parts(few, training).tensors
         pieces: dict[tuple[int, str], dict[int, Array]] = {}
         for sight, array in seen.items():

@@ -15,8 +15,8 @@ from pipeline.compiled.compiled import Compiled
 from pipeline.compiled.optimizer_slots import OptimizerSlots, Place
 from pipeline.own.model import OwnModel
 from stages.recipe.optimizer_state import as_unbuilt
-from stages.tape.eager import rescaled, update
 from stages.tape.eagerly import eagerly
+from stages.tape.optimizer_update import rescaled, update
 from stages.worker import snapshot
 
 Array = np.ndarray[Any, Any]

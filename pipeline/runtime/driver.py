@@ -13,7 +13,8 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -264,6 +265,21 @@ class Driver:
             {stage: paths of variables whose bits are not as they were}; all lists should be empty.
         """
         return {int(i): paths for reply in self.ask(PutBack()) for i, paths in reply.value.items()}
+
+    @contextmanager
+    def keeping(self) -> Iterator[dict[int, list[str]]]:
+        """Set all values aside, and put them back at the end whatever happened, as far as the workers are still there.
+
+        Yields:
+            A dict, filled at the end: {stage: paths of variables whose bits are not as they were}, as `put_back` says.
+        """
+        self.keep()
+        changed: dict[int, list[str]] = {}
+        try:
+            yield changed
+        finally:
+            if not self.closed:
+                changed |= self.put_back()
 
     def seen(self) -> dict[Sight, Array | None]:
         """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""

@@ -80,12 +80,8 @@ class Meaning:
         """What a trial says of some outputs; nothing of those whose loss fails on the batch, which a worker tells."""
         driver, wires, outputs = self._driver(), self._setup.wires, {}
         names = {label: name for (name, _), label in zip(wires.outputs, wires.labels, strict=True)}
-        driver.keep()
-        try:
+        with driver.keeping():
             outputs = driver.run(self._steps.plan(batch, training=False), Mode.PREDICT, batch).outputs
-        finally:
-            if not driver.closed:
-                driver.put_back()
         over_time = self._steps.over_time(labels) if batch.lengths else ()
         masked = any(description.masks for description in driver.descriptions.values())
         found = {}

@@ -24,7 +24,7 @@ from stages.loss.heads import Heads
 from stages.masks import mask_of, with_mask
 from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
-from stages.tape.model_call import CallState
+from stages.tape.model_call import changed_by_calls, values_put_back
 from stages.tape.tensors import flatten
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
@@ -41,14 +41,12 @@ class WitnessRefusedError(Exception):
 @contextmanager
 def undisturbed(hosted: Sequence[HostedStage]) -> Iterator[None]:
     """Put back what forward passes and the making of models change: statistics, seeds, Python's random numbers."""
-    states = [CallState(stage.stage.model) for stage in hosted]
-    before, drawn = [state.read() for state in states], random.getstate()
+    drawn = random.getstate()
     try:
-        yield
+        with values_put_back(variable for stage in hosted for variable in changed_by_calls(stage.stage.model)):
+            yield
     finally:
         random.setstate(drawn)
-        for state, values in zip(states, before, strict=True):
-            state.write(values)
 
 
 @contextmanager
