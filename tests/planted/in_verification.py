@@ -32,9 +32,9 @@ VERIFICATION = (
     ),
     Planted(
         "a verification leaves its traces, and says it did not",
-        _VERIFY,
-        "changed = driver.put_back()",
-        "changed = {}",
+        "pipeline/runtime/driver.py",
+        "changed |= self.put_back()",
+        "changed |= {}",
         _TESTS,
     ),
     Planted(
