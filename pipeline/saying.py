@@ -1,4 +1,4 @@
-"""What many messages say alike: the nearest known name, and that a whole number is expected."""
+"""Phrases of many messages: the nearest known name, and that a whole number is expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker can do, and what each deed needs first.
+"""The actions of a step (forward, backward, ...) and what each depends on.
 
 One `dependencies` serves the validator, the simulator and the worker, so a plan that was checked before
 launch waits at run time for exactly what it was checked against.  Nothing here knows TensorFlow.
@@ -36,7 +36,7 @@ __all__ = ["Action", "Kind", "Wiring", "actions_from_array", "actions_to_array",
 
 
 class Kind(enum.IntEnum):
-    """What is done; the numbers travel, so they never change."""
+    """The kind of an action; the numbers travel, so they never change."""
 
     FORWARD = 0
     BACKWARD = 1
@@ -84,7 +84,7 @@ class Action:
 
 
 class Wiring(Mapping[int, tuple[int, ...]]):
-    """Which stages feed which: a mapping from a stage to the stages upstream of it, with its inverse.
+    """A mapping from each stage to the stages upstream of it, with its inverse.
 
     A chain of three is `{0: (), 1: (0,), 2: (1,)}`; a skip edge over the middle makes its last entry `2: (0, 1)`;
     two bottoms under one top are `{0: (), 1: (), 2: (0, 1)}`.  Immutable; equal to any mapping of equal content.

@@ -1,4 +1,4 @@
-"""What can go wrong in one segment.
+"""Errors of a single segment or stage.
 
 All are the caller's mistakes, raised before anything has changed, so the stage can still be used.
 """

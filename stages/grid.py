@@ -21,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Grid:
-    """How a batch is cut.
+    """A batch's cuts into microbatches and windows.
 
     Attributes:
         sizes: Samples per microbatch.

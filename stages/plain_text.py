@@ -1,4 +1,4 @@
-"""What a terminal shows as plain lines without colours, and words of others without power over a terminal."""
+"""Terminal output as plain lines without colours, and words of others without power over a terminal."""
 
 from __future__ import annotations
 

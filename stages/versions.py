@@ -1,4 +1,4 @@
-"""Which TensorFlow and Keras this project runs with, said in words where another one is installed.
+"""The versions of TensorFlow and Keras that this project runs with; another one is refused in words.
 
 An older one lacks what is used here and would fail somewhere in the middle, with an AttributeError. A newer one may
 behave otherwise where private names are relied on (`stages.keras_internals`, `stages.tensorflow_internals`).

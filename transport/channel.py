@@ -41,7 +41,7 @@ Watchable = HasFileno | int
 
 
 class Closeable(Protocol):
-    """What can be closed, by hand or as a context manager."""
+    """An object that can be closed, by hand or as a context manager."""
 
     def close(self) -> None:
         """Releases everything; harmless when called again."""
@@ -56,7 +56,7 @@ class Closeable(Protocol):
 
 
 class Inbox(Closeable, Protocol):
-    """Where one process receives everything."""
+    """The receiving end of one process, for everything that is sent to it."""
 
     address: str
     closed: bool

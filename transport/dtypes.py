@@ -1,4 +1,4 @@
-"""Which element types may travel, by name: `dtype.str` cannot tell bfloat16 from two opaque bytes."""
+"""The element types that may travel, by name: `dtype.str` cannot tell bfloat16 from two opaque bytes."""
 
 from __future__ import annotations
 

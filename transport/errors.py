@@ -1,4 +1,4 @@
-"""What can go wrong: the ground class of all our errors, the four families, and what the transport raises.
+"""Errors: the ground class of all of ours, the four families, and those that the transport raises.
 
     TapelineError
     ├── MistakeError     your mistake: an argument, a model, a batch, a file that does not fit
@@ -31,7 +31,7 @@ class TimedOutError(TapelineError):
 
 
 class ClosedError(TapelineError):
-    """What was asked was closed before."""
+    """Something that was closed is asked for."""
 
 
 class TransportError(TapelineError):
@@ -59,7 +59,7 @@ class NotLoopback(BadAddress):
 
 
 class MalformedMessage(TransportError, PeerError, ValueError):  # noqa: N818
-    """What arrived is not a message of this protocol. It was dropped whole; the channel stays usable."""
+    """An arrived message is not of this protocol. It was dropped whole; the channel stays usable."""
 
 
 class PeerLost(TransportError, PeerError, ConnectionError):  # noqa: N818

@@ -1,4 +1,4 @@
-"""What a receiver accepts at most: checked by the sender before it sends and by the receiver before it allocates."""
+"""Limits of a message: checked by the sender before it sends and by the receiver before it allocates."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ KINDS: Final = DATA_KINDS | {
 
 
 class Key(NamedTuple):
-    """What a receiver waits for. Two messages with one key arrive in the order in which they were sent."""
+    """The key of a message. Two messages with one key arrive in the order in which they were sent."""
 
     kind: str
     step: int = 0

@@ -1,4 +1,4 @@
-"""Which transports there are, by the scheme of their addresses."""
+"""The registry of transports, by the scheme of their addresses."""
 
 from __future__ import annotations
 

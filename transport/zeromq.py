@@ -182,7 +182,7 @@ class ZeromqOutbox(Outbox):
 
 
 class ZeromqTransport(Transport):
-    """What ipc and tcp share: one ZeroMQ context, with one I/O thread; see `Transport`."""
+    """The base of ipc and tcp: one ZeroMQ context, with one I/O thread; see `Transport`."""
 
     def __init__(self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits

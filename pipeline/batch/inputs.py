@@ -1,4 +1,4 @@
-"""Which array of what a user passes as x goes to which input, as the model that was split reads it.
+"""The assignment of what a user passes as x to the pipeline's inputs, read as the model that was split reads it.
 
 model of a list, or of one input    x: a list in that order, or a dict by the inputs' names
 model of a dict                     x: a dict with the same keys (not the inputs' names), or a list in the keys' order
@@ -16,7 +16,7 @@ from stages.tape.tensors import flatten
 
 @dataclass(frozen=True)
 class InputNames:
-    """How a user may name the inputs of a pipeline.
+    """The names and the nesting under which a user may give the inputs of a pipeline.
 
     Attributes:
         keys: One per input, in the pipeline's order: the model's own keys where it takes a dict, else names.

@@ -1,4 +1,4 @@
-"""How a batch is cut into microbatches: the sizes of `np.array_split`, never an empty one.
+"""The cutting of a batch into microbatches: the sizes of `np.array_split`, never an empty one.
 
 Sizes differ by at most one, the larger come first, and order is kept, so that the microbatches put back
 together are the batch.  A last batch that is smaller than the number of microbatches gets one sample in each

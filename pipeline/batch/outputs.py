@@ -1,4 +1,4 @@
-"""What `compile` says of several outputs, taken apart as Keras reads it: one loss, weight and list of metrics each.
+"""The arguments of `compile` for each output: one loss, loss weight and list of metrics each, read as Keras reads them.
 
 loss=[a, b]           in the order of the outputs          {"main": a, "aux": b}    by their names
 metrics={"main": [..]}    outputs that are left out have none
@@ -16,7 +16,7 @@ from pipeline.saying import did_you_mean
 
 @dataclass(frozen=True)
 class OutputObjective:
-    """What judges one output.
+    """Loss, loss weight and metrics of one output.
 
     Attributes:
         label: The output's name, as Keras calls it.

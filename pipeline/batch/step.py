@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave.
+    """The result of a step.
 
     Attributes:
         loss: The batch's loss: that of every output by its loss weight, and own losses; None in prediction.

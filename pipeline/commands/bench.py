@@ -28,7 +28,7 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class StepTime:
-    """What was measured for one size.
+    """The measured step times of one model size.
 
     Attributes:
         width: N.

@@ -1,4 +1,4 @@
-"""What a verification found, piece by piece: rows, the checks that made them, the first deviation, the flow.
+"""The data of a verification's report: rows, the checks that made them, the first deviation, the flow.
 
 Plain data, which nothing here computes: `pipeline.verify` makes it, `pipeline.report` holds and shows it.
 """
@@ -113,7 +113,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Where the flow first leaves what it should be; all that comes after it may only be its consequence.
+    """The first place of the flow that is not as it should be; all after it may only be its consequence.
 
     Attributes:
         row: The comparison that failed.

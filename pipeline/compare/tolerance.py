@@ -1,4 +1,4 @@
-"""How much two computations of the same numbers may differ, by rules of dtype, mode and size.
+"""Tolerances: the difference allowed between two computations of the same numbers, by dtype, mode and size.
 
     eager against the same operations        0: equal bits
     compiled against compiled                8 eps of the dtype (fused operations skip roundings, at most three bits of
@@ -55,7 +55,7 @@ def magnifies(roundings: Mapping[str, float]) -> bool:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much two runs may differ.
+    """The allowed difference between two runs, with its reason.
 
     Attributes:
         relative: As a part of the largest |value|; 0 demands equal bits.

@@ -1,1 +1,1 @@
-"""What `compile` was given, made ready for the stages: optimizers, their slots, the loss scale."""
+"""The arguments of `compile` made ready for the stages: optimizers, their slots, the loss scale."""

@@ -1,4 +1,4 @@
-"""What `compile` was given, checked and described for the workers.
+"""The arguments of `compile`, checked and described for the workers.
 
 The optimizer objects stay here, so that callbacks can read and set their learning rates; each stage gets one like its
 own. What no stage can decide alone is decided here: clipping by a norm over all variables, and loss scaling.

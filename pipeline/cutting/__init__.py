@@ -1,1 +1,1 @@
-"""Where to cut a model: possible cuts, measured costs, balance, prediction of the step time."""
+"""Cutting a model: possible cuts, measured costs, balance, prediction of the step time."""

@@ -23,7 +23,7 @@ __all__ = ["Balanced", "balance"]
 
 @dataclass(frozen=True)
 class Balanced:
-    """Where to cut, and what that should cost.
+    """Chosen cuts, and their predicted cost.
 
     Attributes:
         cuts: Before which calls of the model's order the stages after the first begin.

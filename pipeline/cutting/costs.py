@@ -1,4 +1,4 @@
-"""What every call of a model costs: seconds, bytes, parameters. Values only; `pipeline.measuring` finds them.
+"""The costs of a model's calls: seconds, bytes, parameters. Values only; `pipeline.cutting.measure` measures them.
 
     Costs
       calls    in the model's order: what a call reads and makes, how long it takes, what it keeps for its backward
@@ -146,7 +146,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How long a tensor takes from one worker to another.
+    """The time of a tensor's way from one worker to another, by its bytes.
 
     The defaults are what `benchmarks/README.md` reports for ipc: 1 KiB in 181 us, 4 MiB at 1.74 GB/s.
     `pipeline.cutting.transfer.measure_transfer` measures it here.

@@ -1,4 +1,4 @@
-"""Where a model can be cut, and what a cut there means: what crosses, and what lies on either side.
+"""A table of the possible cuts of a model: the tensors that cross, and the costs on either side.
 
 calls     c0 ── c1 ── c2 ── c3          position 2: before c2. Crossing are the tensors that c0 and c1 make and that
              └────────────┘             c2 and c3 read, skip connections included.

@@ -1,4 +1,4 @@
-"""Where to cut, so that the slowest (or largest) stage is as fast (or small) as possible.
+"""Cuts found by dynamic programming that make the slowest (or largest) stage as fast (or small) as possible.
 
 A pipeline is as fast as its slowest stage, so the *heaviest* stage is minimised, by dynamic programming over the
 positions in the model's order:

@@ -1,4 +1,4 @@
-"""What a split should cost, said before it runs and shown beside what then happens.
+"""The predicted cost of a split, made before it runs and shown beside what is measured then.
 
     costs of the calls ─► per stage: forward, backward, messages ─► simulator ─► step time, bubble
                                                                                       ║ beside
@@ -33,7 +33,7 @@ __all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    """What one stage should need.
+    """The predicted time and memory of one stage.
 
     Attributes:
         name: The stage's name.
@@ -58,7 +58,7 @@ class StagePrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a split should cost under a plan.
+    """The predicted cost of a split under a plan.
 
     Attributes:
         stages: One entry per stage.

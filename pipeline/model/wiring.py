@@ -21,7 +21,7 @@ from transport.message import DRIVER
 
 @dataclass(frozen=True)
 class Wires:
-    """Who gives what to whom.
+    """The wiring of a pipeline's stages: the tensors that each takes and gives, and their other ends.
 
     Attributes:
         names: The stages' names.

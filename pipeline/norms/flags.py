@@ -1,4 +1,4 @@
-"""When a norm at a cut is called vanishing or exploding: by rules of dtype and place, no constants of taste.
+"""Rules that flag a norm at a cut as vanishing, exploding or not finite, derived from dtype and place in the model.
 
     stage 0 ──a0──► stage 1 ──a1──► stage 2 ──a2──► stage 3 ─► L       a: activations, beside those nearest to the input
             ◄──g0──         ◄──g1──         ◄──g2──                    g: gradients, beside those nearest to the loss
@@ -55,7 +55,7 @@ class Boundary(NamedTuple):
 
 @dataclass(frozen=True)
 class FlagLimits:
-    """When a ratio is too small or too large.
+    """The smallest and largest ratios of norms that are not flagged.
 
     Attributes:
         vanishing: A ratio below it is vanishing.
@@ -78,7 +78,7 @@ class FlagLimits:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What is known of a tensor at a cut, whatever the step.
+    """The dtype and size of a tensor at a cut, the same in every step.
 
     Attributes:
         dtype: As it crosses.

@@ -41,7 +41,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class OwnResult:
-    """What the user's own objects give for one batch.
+    """The loss, outputs and gradients of the user's own objects for one batch.
 
     Attributes:
         loss: The objective: losses by their weights, and own losses (regularisers, `add_loss`); None without a loss.

@@ -1,4 +1,4 @@
-"""When each action of a plan happens, if every worker takes its next one as soon as it may.
+"""The order of events in a plan in which every worker takes its next action as soon as it may.
 
 The programs fix the order on each worker, so a start time is simply the later of "the worker is free" and
 "the last thing needed has arrived"; no event queue is needed.  The validator asks who is stuck, the drawing
@@ -37,7 +37,7 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What ran, ordered by start and worker, and who is stuck (nobody, if the programs can run)."""
+    """The actions that ran, ordered by start and worker, and the workers that are stuck (none, if all can run)."""
 
     ticks: tuple[Tick, ...]
     blocked: tuple[Blocked, ...]

@@ -22,7 +22,7 @@ __all__ = ["Plan", "validate"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Who does what in which order within one step.
+    """The actions of every worker within one step, in order.
 
     Attributes:
         name: the schedule's name, for errors and drawings.

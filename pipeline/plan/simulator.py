@@ -1,4 +1,4 @@
-"""How long a step of a plan would take, from what each stage costs: an answer before any process is started.
+"""A simulator of plans: the timeline of a step, in seconds, from the cost of each stage, without any process.
 
 A transfer is a delay between two workers, not work of either, as sending is asynchronous; transfers do not slow each
 other down.  With equal costs and no transfer the result is the closed form: GPipe and 1F1B take (m+p-1)(F+B).
@@ -22,7 +22,7 @@ __all__ = ["Cost", "simulate"]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one stage needs for one microbatch (of one window), in seconds.
+    """The seconds that one stage needs for one microbatch (of one window).
 
     Attributes:
         forward: the forward.

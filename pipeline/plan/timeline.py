@@ -1,4 +1,4 @@
-"""When each action of a step happened: simulated and measured steps in one form, so that they can be compared.
+"""Timelines: the begin and end of each action of a step, simulated or measured, in one form that can be compared.
 
 All times are seconds. The bubble is the share of worker time within the step in which nothing was done:
 
@@ -40,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every worker did in one step.
+    """The actions of every worker in one step, with their begin and end.
 
     Args:
         spans: the actions with their times, in any order. Times are moved so that the first action starts at 0.

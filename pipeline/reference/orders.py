@@ -1,4 +1,4 @@
-"""What the driver may order of the reference, besides what every worker understands; see `stages.worker.orders`."""
+"""The orders that only the reference understands; for all others see `stages.worker.orders`."""
 
 from __future__ import annotations
 

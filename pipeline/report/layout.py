@@ -1,4 +1,4 @@
-"""Where boxes and arrows of a report's picture stand, and what each stands for; one layout for the page and the figure.
+"""The layout of a report's picture: boxes and arrows with their places; one for the page and the figure.
 
     lane 1      ┌────────────────────────────────────┐         skip edges: up, over, down; the longest on top
     lane 0      │                 ┌────────────────┐ │
@@ -75,7 +75,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """What crosses between two stages in one direction: `points` from tail to head; `caption` only for activations."""
+    """The tensors between two stages in one direction: `points` from tail to head; `caption` only for activations."""
 
     part: Clickable
     points: tuple[Point, ...]

@@ -1,4 +1,4 @@
-"""What a verification found, as plain data: rows, the checks that made them, the first deviation, the flow.
+"""The report of a verification as plain data: rows, the checks that made them, the first deviation, the flow.
 
 Nothing here computes: `pipeline.verify.verification` fills a report in, `pipeline.report.text`, `report_html` and
 `report_figure` show it.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification found.
+    """The report of a verification.
 
     Attributes:
         rows: All comparisons, in the order in which data flows: forward, backward, updates.

@@ -17,7 +17,7 @@ from transport.errors import BadAddress
 
 @dataclass(frozen=True)
 class Options:
-    """How a pipeline runs, whatever its model; see `pipeline.pipeline.Pipeline` for what each means to a user.
+    """The options of a pipeline, whatever its model; `pipeline.pipeline.Pipeline` says what each means to a user.
 
     Attributes:
         microbatches: Into how many parts a batch is cut, at least 1.

@@ -1,4 +1,4 @@
-"""Which of the plans that keep all rules the workers can carry out as yet.
+"""The check that workers can carry out a plan; not every plan that keeps all rules can run as yet.
 
 `pipeline.plan.rules` says what a plan may mean at all; simulation, drawings and comparisons of schedules need no more.
 The workers know less: every stage has a worker of its own, of the same number, and a backward is whole. Whatever else a

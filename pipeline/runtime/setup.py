@@ -1,4 +1,4 @@
-"""What a pipeline is made of, fixed before any worker runs: segments, how they are wired, options, the cut model."""
+"""The fixed parts of a pipeline, known before any worker runs: segments, wires, options, the model that was cut."""
 
 from __future__ import annotations
 

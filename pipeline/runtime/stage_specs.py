@@ -1,4 +1,4 @@
-"""What every worker is told about its stage: plain data, and copies of the user's own objects."""
+"""The specification that each worker gets of its stage: plain data, and copies of the user's own objects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SpecOptions(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What one worker is told, and the user's variables that go along beside those of the part, in the spec's order."""
+    """One worker's specification, and the user's variables beside those of its model, in the specification's order."""
 
     spec: StageSpec
     besides: list[Any]

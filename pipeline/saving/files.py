@@ -1,4 +1,4 @@
-"""Which kind of file a name's ending asks for: a checkpoint of the pipeline, or one of Keras's own files.
+"""The choice of a file's kind by its name's ending: a checkpoint of the pipeline, or one of Keras's own files.
 
 `save`, `save_weights` and `load_weights` are methods of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline.
 """

@@ -1,4 +1,4 @@
-"""What a user of a Keras model reaches for: tables, counts, names, files, calling it, and values in one's own model.
+"""Methods of `Pipeline` that `keras.Model` has too: tables, counts, calling it, and values in the user's own model.
 
 Each function is a method of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline. Arguments, defaults and return
 values are those of `keras.Model`'s methods of the same name.

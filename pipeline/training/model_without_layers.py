@@ -1,4 +1,4 @@
-"""What a callback would look for in a model and would not find, or would change in vain: refused, with what to do.
+"""A Keras model without layers, which refuses in words the attributes that a callback would look for in vain.
 
 `self.model` in a callback is a Keras model without layers: they and their variables are in the workers. Keras would
 answer with empty lists.

@@ -22,7 +22,7 @@ from stages.worker.observers import GRADIENT, Sight
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a witness says of a step.
+    """The verdict of a witness on a step.
 
     Attributes:
         judged: Its comparisons, in the order of the flow; () if it was refused.
@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a witness's comparisons may differ by.
+    """The tolerances of a witness's comparisons.
 
     Attributes:
         allowed: What compiling alone changes.

@@ -1,4 +1,4 @@
-"""Why a gradient of a pipeline is None, zero or not finite, over all stages: a blockage in stage 2 explains stage 0.
+"""Explanations of gradients that are None, zero or not finite, over all stages: a blockage in one explains another.
 
     driver                                        reference process
     batch ──────────────────────────────────────► all stages joined, recorded under one tape

@@ -1,4 +1,4 @@
-"""What can be asked of a verification, with the defaults and the limits of each answer, in one place."""
+"""The arguments of a verification, with their defaults and limits, in one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.saying import is_whole, not_whole
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a verification; `Pipeline.verify` says what each means to a user.
+    """The arguments of a verification; `Pipeline.verify` says what each means to a user.
 
     Attributes:
         checks: Keys of `pipeline.compare.rows.CHECKS`, in their order.
@@ -56,7 +56,7 @@ class Question:
 
 
 class Asked(TypedDict, total=False):
-    """The same as keyword arguments of a function that hands them on to `Pipeline.verify`."""
+    """The keyword arguments of a function that hands them on to `Pipeline.verify`."""
 
     checks: str | Sequence[str]
     steps: int

@@ -1,4 +1,4 @@
-"""What can be asked of a running pipeline and leaves it as it is: gradients, their verification, times.
+"""Methods of `Pipeline` that leave it as it is: gradients, their verification and explanation, times.
 
 Each function is a method of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline.
 """

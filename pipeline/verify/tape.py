@@ -45,7 +45,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Names:
-    """What stages and variables are called.
+    """The names of stages and variables.
 
     Attributes:
         stages: By number.
@@ -61,7 +61,7 @@ class Names:
 
 
 class Allowance:
-    """What each kind of comparison may differ by.
+    """The tolerance of each kind of comparison.
 
     Args:
         run_eagerly: Whether stages run eager tapes.

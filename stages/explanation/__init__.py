@@ -1,1 +1,1 @@
-"""Why a gradient is None, zero or not finite."""
+"""Explanations of gradients that are None, zero or not finite."""

@@ -1,4 +1,4 @@
-"""Why is this gradient None, zero, or not finite? Two ways to ask.
+"""Explanations of gradients that are None, zero or not finite: of a model or function, and of a block of own code.
 
     print(explain(lambda: loss_fn(y, model(x)), variables=model.variables))
 

@@ -1,4 +1,4 @@
-"""Why a gradient is None: from a recorded graph to a reason, the places, and what to do.
+"""Reasons for a gradient that is None: from a recorded graph to a reason, the places, and advice.
 
     the value does not lead to the target          no dependence, made beside, NumPy or Python in between
     it does, and the tape does not follow it       trainable=False, variable or tensor not watched, replaced, too late
@@ -99,7 +99,7 @@ class Finding:
 
 
 class Way:
-    """What leads to the targets of a call of `tape.gradient`.
+    """The part of a graph that leads to the targets of a call of `tape.gradient`.
 
     Args:
         graph: What happened.

@@ -1,4 +1,4 @@
-"""What an explanation says: for each target and variable whether a gradient arrives, and if not, why and where.
+"""The data of an explanation: for each target and variable whether a gradient arrives, and if not, why and where.
 
     status           what it means
     connected        the gradient is there, finite, and not all zero
@@ -38,7 +38,7 @@ _STYLES = {CONNECTED: "green", ZERO: "yellow", NOT_FINITE: "bold red", NOT_CONNE
 
 @dataclass(frozen=True)
 class Blocker:
-    """Where a gradient ends, or goes wrong.
+    """The place where a gradient ends, or goes wrong.
 
     Attributes:
         operation: TensorFlow's name of the operation, or the method that converted.

@@ -1,4 +1,4 @@
-"""What `explain` runs: a function of the user's, a Keras model or a stage, as a function that gives named targets."""
+"""The argument of `explain` (a function, a Keras model or a stage) as a function that gives named targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a gradient becomes zero, or stops being finite.
+"""The search for the place where a gradient becomes zero, or stops being finite.
 
 Two questions of one run, both by going along the flow from a variable to the target:
 

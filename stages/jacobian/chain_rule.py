@@ -48,7 +48,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentGradients:
-    """What the chain rule found for one segment.
+    """The chain rule's gradients of one segment.
 
     Attributes:
         name: the segment's name.

@@ -1,4 +1,4 @@
-"""How much memory Jacobians take, said before they are evaluated, and the error that refuses them.
+"""The memory of Jacobians in bytes, estimated before they are evaluated, and the error that refuses them.
 
 Why: dOut/dW has size(Out) * size(W) entries where dL/dW has only size(W). A layer of 256 units on a batch of 1024 with
 65 536 weights already asks for 64 GiB. The size follows from shapes alone, so nobody has to find out by running it.
@@ -79,7 +79,7 @@ class SegmentJacobians:
 
 @dataclass(frozen=True, slots=True)
 class JacobianEstimate:
-    """What the Jacobians of a chain of segments would take. `int(estimate)` is `needed`.
+    """The bytes that the Jacobians of a chain of segments would take. `int(estimate)` is `needed`.
 
     Attributes:
         segments: one entry a segment, bottom first.

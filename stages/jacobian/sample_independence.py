@@ -1,4 +1,4 @@
-"""Does an output sample depend on another input sample? Asked of the recorded tape, for this very forward pass.
+"""The test, on a recorded tape, of whether each output sample depends on its own input sample alone.
 
 Why: `GradientTape.batch_jacobian` sums d Out[b] / d In over all b and reads the result as if every sample had answered
 for itself alone. With BatchNormalization in training mode (or anything else that looks across the batch) it is

@@ -24,7 +24,7 @@ Outputs = Sequence[Any] | Mapping[int, Any]
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a stage's heads need for their losses on one microbatch (of one window), one entry per head.
+    """Targets, sample weights and weights of a stage's heads for one microbatch (of one window), one entry per head.
 
     Attributes:
         targets: Eager tensors (n_k, ...).
@@ -177,7 +177,7 @@ def count_whole_batch(heads: Heads, parts: Sequence[Mapping[int, Any]], objectiv
 
 @dataclass(frozen=True, slots=True)
 class WholeBatch:
-    """What losses over a whole batch give.
+    """Losses over a whole batch, and their gradients.
 
     Attributes:
         values: One per head.

@@ -1,4 +1,4 @@
-"""What travels on the socket between the driver and its fork server: one JSON object a datagram, and open files.
+"""Messages between the driver and its fork server: one JSON object a datagram, and open files.
 
 Not `socket.recv_fds`: in Python 3.11 it ignores its flags, so it would block, and leave what it received inheritable.
 """

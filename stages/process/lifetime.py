@@ -1,11 +1,11 @@
-"""How a process makes sure that it never outlives its parent, whatever it is doing when the parent dies.
+"""The means by which a process never outlives its parent, whatever it is doing when the parent dies.
 
 The kernel does it (`PR_SET_PDEATHSIG`): it needs no thread of ours, no GIL and no poll, so it also ends a process that
 is inside a long TensorFlow call, is stopped, or is just importing. Two rules make it safe:
 
 1. The parent may die before the call. Then the process has another parent already, so that is checked after.
 2. The kernel watches the parent *thread* that forked. So that thread must live as long as the parent process: it is
-   the fork server's only thread, and in the driver a thread that exists for nothing else (`pipeline.launch.keeper`).
+   the fork server's only thread, and in the driver a thread that exists for nothing else (`pipeline.runtime.launch.keeper`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Keras's own configuration of an object leaves out, so that the copy in a worker is the same object.
+"""Settings that Keras's own configuration of an object leaves out, carried along so that a copy is the same object.
 
 Keras 3.15 forgets, among others, the `delta` of Huber, the `axis` of CosineSimilarity, what
 `Optimizer.exclude_from_weight_decay` was told, and that single variables of a layer are frozen. A worker that is built

@@ -1,4 +1,4 @@
-"""How Keras and TensorFlow objects are taken apart into their state, and put together again.
+"""Keras and TensorFlow objects taken apart into their state, and put together again.
 
 Keras itself copies an object through its configuration, the arguments it was made with, and loses what they do not say:
 attributes set later, regularisers put on a built variable, what `adapt` found, arrays drawn in `__init__`. Here an

@@ -1,4 +1,4 @@
-"""What is left to do when all objects of a copy are there: identities to learn, graphs of calls to wire.
+"""The end of making a copy, once all its objects are there: identities to learn, graphs of calls to wire.
 
 Objects refer to one another in circles, so an object may be asked for before it is whole. Whatever needs whole objects
 waits here until the last one has come.

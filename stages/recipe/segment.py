@@ -23,7 +23,7 @@ _NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Segment:
-    """How to build one part of a model.
+    """The recipe of one part of a model.
 
     Args:
         build: A function (or its ``"module:name"``) that returns a built Keras model; called in the worker as

@@ -27,7 +27,7 @@ class Built:
 
 @dataclass(frozen=True, eq=False)
 class Judging:
-    """What judges one output: each as `keras.Model.compile` takes it for one."""
+    """Loss and metrics of one output, each as `keras.Model.compile` takes it for one."""
 
     loss: Any = None
     metrics: Any = None

@@ -1,4 +1,4 @@
-"""How TensorFlow's own objects are taken apart: variables, tensors, tables, functions.
+"""TensorFlow's own objects taken apart: variables, tensors, tables, functions.
 
 A variable travels as its shape, dtype and flags, with its value or, where values follow on another way, with zeros. A
 table travels as its keys and values. A `tf.function` travels as the Python function inside it and is traced anew. A

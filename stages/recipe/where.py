@@ -1,4 +1,4 @@
-"""Where in a nesting of objects one of them is: the words for an error message."""
+"""The place of an object in a nesting of objects, in words for an error message."""
 
 from __future__ import annotations
 

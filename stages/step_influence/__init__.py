@@ -1,1 +1,1 @@
-"""Which step of a sequence influences which: maps of gradients between steps."""
+"""Influence between the steps of a sequence: maps of gradients between steps."""

@@ -1,4 +1,4 @@
-"""What an influence map says: sizes in a table, in words, as JSON and as a picture.
+"""An influence map: sizes in a table, in words, as JSON and as a picture.
 
     matrix         connected    flows    in the table    what it means
     a number > 0   True         True     0.125           a gradient flows; its size
@@ -34,7 +34,7 @@ LEGEND = "0: connected, but the derivative is zero    none: not connected"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InfluenceMap:
-    """How much each source influences each output, to first order at the given inputs.
+    """The influence of each source on each output, to first order at the given inputs.
 
     Attributes:
         outputs: one label a row.

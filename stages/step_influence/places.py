@@ -1,4 +1,4 @@
-"""Which tensors, steps and variables an influence map is about: names and indices to pieces of tensors.
+"""The choice of tensors, steps and variables of an influence map, by names and indices.
 
     outputs=                   what it means, for a function that returns ...
     2                          a tensor (batch, time, units): its step 2; a list: its element 2
@@ -75,7 +75,7 @@ class Root:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Places:
-    """What outputs and sources can be chosen from.
+    """The tensors and variables that outputs and sources can be chosen from.
 
     Attributes:
         inputs, outputs: the two structures.

@@ -1,1 +1,1 @@
-"""How a stage computes its gradients: tapes, eager and compiled, accumulation, states through time."""
+"""The gradients of a stage: tapes, eager and compiled, accumulation, states through time."""

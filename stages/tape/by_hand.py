@@ -1,4 +1,4 @@
-"""What is asked of a stage that a user calls by hand, and need not be asked of a worker's.
+"""Checks of a stage that a user calls by hand, which a worker's calls do not need.
 
 A kept tape holds what it needs of the weights, so they may change before its backward. A forward pass that is computed
 again (`recompute`) runs with the weights of now: others would give another gradient than that of the outputs that were

@@ -1,4 +1,4 @@
-"""What the arguments and results of a stage's compiled functions are, in a flat list of tensors.
+"""The flat lists of tensors that a stage's compiled functions take and give, and the meaning of each place.
 
 forward    inputs, masks, targets, sample weights, weights of losses  ──► outputs, own loss, losses, what is kept
 backward   what is kept, seeds  ──► dL/dinputs, then values (n, ...) and places (n,) of each embedding's rows
@@ -19,7 +19,7 @@ from stages.tape.embedding_rows import parts_of
 
 @dataclass
 class Layout:
-    """What arguments a function takes, and what its trace learned.
+    """The arguments of a compiled function, and what its trace learned.
 
     Attributes:
         inputs: How many input tensors there are, masks included.

@@ -21,14 +21,14 @@ from stages.tape.accumulate import Contribution, dense
 
 
 class PassKey(NamedTuple):
-    """Which forward pass a tape belongs to."""
+    """The microbatch and window of the forward pass that a tape belongs to."""
 
     microbatch: int
     window: int = 0
 
 
 class Blocks(NamedTuple):
-    """How a step's windows form blocks that gradients stay in (truncation); one block unless said otherwise.
+    """The blocks of windows that gradients stay in (truncation); one block unless said otherwise.
 
     Attributes:
         number: Blocks per microbatch.
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
 
 class PassInputs(NamedTuple):
-    """What one forward pass is given.
+    """The arguments of one forward pass.
 
     Attributes:
         inputs: Eager tensors (n_k, ...), flat, followed by the masks of those that have one.
@@ -64,7 +64,7 @@ class PassInputs(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
         structure: The outputs in the model's nesting; None where the caller asked for flat ones only.

@@ -31,7 +31,7 @@ from stages.tape.direct_calls import direct, portable, portable_dtype, unportabl
 
 @dataclass(frozen=True)
 class Traced:
-    """What the joint function leaves behind: symbolic tensors of one graph."""
+    """The symbolic tensors that the joint function leaves in one graph."""
 
     outputs: Sequence[Any]
     seeds: Sequence[Any]

@@ -1,4 +1,4 @@
-"""Where in a model an operation failed: its layer, and the tensors that it was given, by the layers that made them.
+"""The place in a model where an operation failed: its layer, the tensors it was given, the layers that made them.
 
 TensorFlow names an operation and its shapes, not the layer; inside a compiled function not even that. So the model is
 run once more, one layer after the other, up to the one that fails.

@@ -23,7 +23,7 @@ from stages.tape.tensors import compatible, describe_tensor, flatten, is_differe
 
 
 class Called(NamedTuple):
-    """What a call of a part gives.
+    """The results of a call of a part.
 
     Attributes:
         structure: The outputs in the model's nesting.

@@ -1,4 +1,4 @@
-"""What every worker does alike: hear orders, answer them, hold stages and their values.
+"""The base of every worker: it hears orders, answers them, and holds stages and their values.
 
     driver ── order 1, 2, 3 ... ──► worker ── replies, errors ──► driver
 

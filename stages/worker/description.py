@@ -1,4 +1,4 @@
-"""What a worker says of a stage that it has built: variables, optimizer slots, tensors.
+"""The description of a built stage, as its worker tells it: variables, optimizer slots, tensors.
 
 Written by `HostedStage.describe`, sent once as plain data, read by the driver for the rest of the run.
 """

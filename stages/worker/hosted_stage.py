@@ -66,7 +66,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What a worker is told about one stage.
+    """The specification of one stage for its worker.
 
     Attributes:
         index: The stage's number.

@@ -1,4 +1,4 @@
-"""What crosses a cut, seen at both ends: every activation and gradient as it was sent and as it arrived.
+"""Observers of the cuts, at both ends: every activation and gradient as it was sent and as it arrived.
 
 A verification compares the two ends with each other (nothing may change on the way) and each with one tape; watching a
 training run needs their norms alone. Nobody looks unless asked: an observer costs a copy of the batch's activations and
@@ -19,7 +19,7 @@ CROSSES = (ACTIVATION, MASK, GRADIENT, SHARED)
 
 
 class Sight(NamedTuple):
-    """Where something was seen.
+    """The place where a tensor was seen.
 
     Attributes:
         what: `ACTIVATION`, its `MASK`, `GRADIENT` (dL/dOut), or `SHARED` (of a tied variable).

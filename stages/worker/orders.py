@@ -1,4 +1,4 @@
-"""What the driver may order, one frozen class an order: the driver makes it, the worker gets an equal one.
+"""The orders of the driver, one frozen class each: the driver makes it, the worker gets an equal one.
 
 On the wire an order is ``{"do": its name, field: value, ...}``; `of_wire` is the only place that looks into it. Which
 orders are legal when is the table of `stages.worker.states`.
@@ -17,7 +17,7 @@ from stages.loss.ways import Way, Ways
 
 
 class Mode(StrEnum):
-    """What a step is for."""
+    """The purpose of a step."""
 
     TRAIN = "train"  # forward and backward, for an update
     GRADIENTS = "gradients"  # the same for a look at the gradients: what a forward pass changes is put back

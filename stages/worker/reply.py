@@ -65,7 +65,7 @@ EdgePlace = tuple[str, int, int, str]
 
 @dataclass(frozen=True)
 class StepReply:
-    """What a worker says of a step.
+    """A worker's reply to a step.
 
     Attributes:
         losses: {stage: (each head's loss, unweighted; the stage's own losses or None)}, of its stages.

@@ -16,7 +16,7 @@ from stages.keras_internals import slots_of
 
 
 class OptimizerSlot(NamedTuple):
-    """What an optimizer variable belongs to.
+    """The variable that an optimizer's variable belongs to, and its name.
 
     Attributes:
         variable: Index of the model's trainable variable, or -1 for the optimizer's own (iterations, learning rate).

@@ -1,4 +1,4 @@
-"""Which order is legal when: one table, a row for each state of a worker, as h11 has for HTTP.
+"""The table of legal orders: a row for each state of a worker, as h11 has for HTTP.
 
     new ──build──► built ──plan──► ready ──step──► stepped ──apply──► applied
                                      ▲               │                  │
@@ -21,7 +21,7 @@ from stages.errors import HandoffError
 
 
 class WorkerState(StrEnum):
-    """What a worker has."""
+    """The state of a worker."""
 
     NEW = "new"
     BUILT = "built"

@@ -1,4 +1,4 @@
-"""What a worker does, on eight integers that outlive it: written as it goes, read by the driver when it fails.
+"""The status of a worker on eight int64 numbers that outlive it: written as it goes, read by the driver on failure.
 
 The memory is `stages.process.status_board`'s; here its slots have names, and nobody else counts them.
 """
@@ -18,7 +18,7 @@ BoardArray = np.ndarray[Any, Any]
 
 
 class Phase(IntEnum):
-    """What a worker is about."""
+    """The phase of a worker."""
 
     IDLE = 0  # waits for the driver's next order
     WAITING = 1  # waits for a tensor
@@ -28,7 +28,7 @@ class Phase(IntEnum):
 
 
 class Status(NamedTuple):
-    """What a board says, slot by slot.
+    """The content of a status board, slot by slot.
 
     Attributes:
         phase: Number of a `Phase`.
@@ -52,7 +52,7 @@ class Status(NamedTuple):
 
     @classmethod
     def of(cls, slots: Sequence[int] | BoardArray) -> Status:
-        """Read a board."""
+        """The content of a board, read from its memory (int64, shape (8,))."""
         return cls(*(int(slot) for slot in slots))
 
     @property

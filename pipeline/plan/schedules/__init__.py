@@ -21,7 +21,7 @@ __all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_
 
 
 class Schedule(Protocol):
-    """What makes plans: a function of the number of stages, of microbatches and of windows."""
+    """A function that makes a plan for a number of stages, of microbatches and of windows."""
 
     def __call__(self, stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None) -> Plan:
         """The plan for one step of so many stages, microbatches and windows, each at least 1."""

@@ -1,4 +1,4 @@
-"""What all schedules share: the check of their numbers, and the blocks that they arrange.
+"""Helpers of all schedules: the check of their numbers, and the blocks that they arrange.
 
 Time runs forward in the forward pass and backward in the backward pass, so a microbatch of W windows is the
 block F/0 F/1 ... F/W-1 and later the block B/W-1 ... B/0.  Where gradients are cut behind every k windows

@@ -1,4 +1,4 @@
-"""What the reference tape is given and what it reports: a batch, its parts, the weights of losses, sums of losses."""
+"""The reference's batch, its microbatches, the weights of losses, and sums of losses."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def of_microbatch(weights: Weights, k: int) -> list[tuple[int, int, int, Any]]:
 
 
 def by_head(weights: Sequence[tuple[int, int, int, Any]]) -> Weights:
-    """The other way: weights by head, of microbatch 0."""
+    """Inverse of `of_microbatch`: {(stage, head): {(0, window): weight}}."""
     found: dict[tuple[int, int], dict[tuple[int, int], Any]] = {}
     for i, h, w, weight in weights:
         found.setdefault((i, h), {})[0, w] = weight

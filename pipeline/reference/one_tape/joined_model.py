@@ -26,7 +26,7 @@ from transport.message import DRIVER
 
 @dataclass
 class Pass:
-    """What one call of all segments leaves on the tape.
+    """One call of all segments: its tensors, targets, seeds, losses and states.
 
     Attributes:
         tensors: {tensor name: its value}.

@@ -46,7 +46,7 @@ class SingleTape(JoinedModel):
         hosted: The stages, in the order of the data flow.
 
     Attributes:
-        observer: Is shown what is at the cuts, as a worker's observer is; see `stages.observing`.
+        observer: Is shown what is at the cuts, as a worker's observer is; see `stages.worker.observers`.
     """
 
     def __init__(self, hosted: Sequence[HostedStage]) -> None:

@@ -85,12 +85,12 @@ class BatchLoss:
 
     @classmethod
     def own(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:
-        """By the models themselves."""
+        """The loss by the models themselves, in float32."""
         return cls(hosted, batch, [s.stage.model for s in hosted], [heads_of(s) for s in hosted], "float32")
 
     @classmethod
     def twin(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:
-        """By float64 twins.
+        """The loss by float64 twins of the models.
 
         Raises:
             RefusedError: A stage has none, or its twin computes something else.
@@ -240,7 +240,7 @@ class BatchLoss:
 
 
 class Rounding(NamedTuple):
-    """How far the model's own gradients are from those of its float64 twin, on one batch.
+    """The distance of the model's own gradients from those of its float64 twin, on one batch.
 
     Attributes:
         variables: Largest difference, as a part of the largest |dL/dvariable|.
@@ -252,7 +252,7 @@ class Rounding(NamedTuple):
 
 
 def rounding(hosted: Sequence[HostedStage], batch: Whole) -> Rounding:
-    """Measure it, by one tape in either dtype over the same microbatches; zero where there is no twin.
+    """Measure a `Rounding`, by one tape in either dtype over the same microbatches; zero where there is no twin.
 
     The hand-off has no part in it, so what is wrong there is not taken for rounding.
     """

@@ -1,4 +1,4 @@
-"""What the witnesses share: the segments called in the order of the flow, their states kept, the batch's own loss.
+"""Helpers of all witnesses: the segments called in the order of the flow, their states, the batch's own loss.
 
 None of it is the hand-off's code: segments are called as Keras models, losses are asked of Keras, and what a forward
 pass changes by itself is put back.

@@ -1,4 +1,4 @@
-"""What the three witnesses besides the single tape found, as plain data that travels from the reference to the driver.
+"""The results of the three witnesses, as plain data that travels from the reference to the driver.
 
 Nothing here imports TensorFlow: the reference's process fills these in, the driver's compares with them. On the wire a
 result is a JSON description and a list of arrays (`to_wire`, `from_wire`).
@@ -18,7 +18,7 @@ Wire = tuple[dict[str, Any], list[Array]]
 
 
 class CutPlace(NamedTuple):
-    """Where a gradient crosses between two stages.
+    """The place where a gradient crosses between two stages.
 
     Attributes:
         producer: The stage whose output the tensor is.
@@ -36,7 +36,7 @@ class CutPlace(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How long the sums are that a gradient is made of, for tolerances.
+    """The length of the sums that a gradient is made of, for tolerances.
 
     Attributes:
         terms: Numbers that are added up on the longest way from the inputs to the loss and back.

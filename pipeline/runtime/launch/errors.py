@@ -1,4 +1,4 @@
-"""What can go wrong before a worker runs its entry.
+"""Errors before a worker runs its entry.
 
 What goes wrong after that is not an exception here: it is the worker's `exit_reason()`, and the driver decides.
 """

@@ -1,4 +1,4 @@
-"""Where values leave TensorFlow for NumPy or Python while a recorder is open.
+"""Conversions of tensors to NumPy or Python, noted while a recorder is open.
 
     tensor.numpy(), float(tensor), if tensor:, np.array(tensor), np.mean(tensor), model.predict(x), tf.numpy_function
 

@@ -1,4 +1,4 @@
-"""What one eager run did, as a graph: operations, the values between them, and what is kept in variables.
+"""The graph of one eager run: operations, the values between them, and writes to variables.
 
     x ─► [MatMul dense] ─► [Relu dense] ─► [AssignVariableOp memory] ─► (content of the variable) ─► [ReadVariableOp] ─►
 

@@ -1,4 +1,4 @@
-"""Record what a block of eager code does as a graph; see `stages.gradient_flow`.
+"""Record what a block of eager code does as a graph; see `stages.explanation.flow.graph`.
 
     with Recorder() as recorder:
         ...                      # every operation, conversion to NumPy, tape and gradient in here is seen
@@ -133,7 +133,7 @@ class Recorder:
         self._tapes.add(id(tape))
 
     def tape_closed(self, tape: Any) -> None:
-        """And no longer."""
+        """Note that a tape of the user's does not record any more."""
         self._tapes.discard(id(tape))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a user's tapes did while a recorder was open: when they recorded, what they watched, what they were asked."""
+"""The user's own tapes while a recorder was open: when they recorded, what they watched, what they were asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NONE = tf.UnconnectedGradients.NONE
 
 @dataclass(eq=False)
 class Source:
-    """What a gradient was asked for.
+    """A variable or tensor that a gradient was asked for.
 
     Attributes:
         name: The variable's path, the name that the user gave a tensor, or its place.

@@ -1,4 +1,4 @@
-"""What there is to know of a recurrent cell: the sizes of its state and output, its dropout masks.
+"""Facts of a recurrent cell: the sizes of its state and output, its dropout masks.
 
 Keras's cells tell some of it in one way and stacked cells in another.
 """

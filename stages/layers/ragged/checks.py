@@ -1,4 +1,4 @@
-"""What a `RaggedSteps` refuses, and in which words.
+"""The checks of a `RaggedSteps`'s arguments and inputs, and the words of their errors.
 
 Each function raises `SegmentError` for what the layer is made of, `HandoffError` for a tensor that it receives.
 """
