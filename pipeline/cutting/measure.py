@@ -275,7 +275,7 @@ class _Run:
         return results
 
     def _kept(self, operations: Sequence[Any], late: set[str]) -> list[str]:
-        """What a backward reads and does not compute, by the memory that it is in: rule 2 of `stages.tape.graph_split`."""
+        """Names of what a backward reads and does not compute, by memory: rule 2 of `stages.tape.graph_split`."""
         found = {}
         for tensor in (tensor for operation in operations if operation.name in late for tensor in operation.inputs):
             if tensor.op.name in late or tensor.dtype == tf.resource:

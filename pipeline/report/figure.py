@@ -19,7 +19,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, state_of
+from pipeline.report.layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, worst_state
 from pipeline.report.svg import arrow_head
 from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
 
@@ -173,7 +173,7 @@ def _differences(axes: Axes, report: Report) -> None:
         return max(row.relative, zero) if row.relative else zero
 
     for state in STATES[1:]:
-        chosen = [(index, row) for index, row in enumerate(rows) if state_of([row]) == state]
+        chosen = [(index, row) for index, row in enumerate(rows) if worst_state([row]) == state]
         axes.scatter(
             [index for index, _ in chosen],
             [place(row) for _, row in chosen],

@@ -100,7 +100,7 @@ class Picture:
         return (*boxes, *(arrow.part for arrow in self.arrows))
 
 
-def state_of(rows: Iterable[Row]) -> str:
+def worst_state(rows: Iterable[Row]) -> str:
     """The worst of some rows: one of `STATES`."""
     found = "none"
     for row in rows:
@@ -203,7 +203,7 @@ def _box(report: Report, number: int, stage: str, x: float, y: float, height: fl
 
 
 def _part(key: str, label: str, rows: Sequence[tuple[int, Row]]) -> Clickable:
-    return Clickable(key, label, state_of(row for _, row in rows), tuple(index for index, _ in rows))
+    return Clickable(key, label, worst_state(row for _, row in rows), tuple(index for index, _ in rows))
 
 
 def _next(link: Link, links: Sequence[Link], columns: dict[str, int], places: dict[str, BoxPlace]) -> tuple[Point, ...]:

@@ -1,4 +1,4 @@
-"""What a batch means for the losses and metrics that are tried: of its parts, or only of the whole of it.
+"""The meaning of a batch for losses and metrics of the user's own: made of its parts, or only of the whole of it.
 
 Keras's own are known. Another one is tried on the first batch that is cut, before anything is updated: its targets and
 weights, and the predictions that the workers give for it.
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Meaning:
-    """How the losses and metrics of one call of `compile` are made of a batch's parts.
+    """The way from a batch's parts to the losses and metrics of one call of `compile`.
 
     Args:
         setup: What the pipeline is made of.

@@ -98,7 +98,7 @@ class Finding:
         return ADVICE[self.reason]
 
 
-class Way:
+class GradientWay:
     """The part of a graph that leads to the targets of a call of `tape.gradient`.
 
     Args:
@@ -113,7 +113,7 @@ class Way:
         self.edges = Edges(graph, asked.tape)
 
 
-def reason(way: Way, source: Source) -> Finding:
+def reason(way: GradientWay, source: Source) -> Finding:
     """Why a tape gave None for one of its sources."""
     graph, asked = way.graph, way.asked
     dtype = _dtype(source)
@@ -197,7 +197,7 @@ def _followed(graph: FlowGraph, asked: GradientCall, source: Source) -> Finding 
     return Finding("tensor not watched", why, (made,))
 
 
-def _blocked(way: Way, source: Source) -> Finding:
+def _blocked(way: GradientWay, source: Source) -> Finding:
     """The flow ends on the way: at the border of what the source's gradient can reach."""
     graph = way.graph
     reached = way.edges.reached({source.value}, way.nodes)
@@ -289,4 +289,4 @@ def _dtype(source: Source) -> tf.DType:
     return tf.as_dtype(source.given.dtype)
 
 
-__all__ = ["ADVICE", "Finding", "Way", "place", "reason"]
+__all__ = ["ADVICE", "Finding", "GradientWay", "place", "reason"]

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from stages.explanation.flow.graph import FlowGraph
 from stages.explanation.flow.user_tapes import GradientCall, Source, handle_of
-from stages.explanation.reasons import ADVICE, Finding, Way, reason
+from stages.explanation.reasons import ADVICE, Finding, GradientWay, reason
 from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, ExplanationRow
 from stages.explanation.zero_or_not_finite import Differentiate, status_of, where_not_finite, where_zero
 from stages.tensorflow_internals import GradientFunction, replaced_gradient_function, stop_recording
@@ -66,7 +66,7 @@ def rows_of(graph: FlowGraph, asked: GradientCall, tape: Any) -> list[Explanatio
         with _forgiving():
             return list(tape.gradient(flat, tensors))
 
-    way = Way(graph, asked, targets)
+    way = GradientWay(graph, asked, targets)
     line = "" if asked.line is None else str(asked.line)
     return [
         replace(_row(way, source, gradient, name, ask), asked=line)
@@ -74,7 +74,7 @@ def rows_of(graph: FlowGraph, asked: GradientCall, tape: Any) -> list[Explanatio
     ]
 
 
-def _row(way: Way, source: Source, gradient: Any, target: str, ask: Differentiate) -> ExplanationRow:
+def _row(way: GradientWay, source: Source, gradient: Any, target: str, ask: Differentiate) -> ExplanationRow:
     status, norm = status_of(gradient)
     frozen = source.variable and not source.trainable
     if status == NOT_CONNECTED:

@@ -21,7 +21,7 @@ _OF_A_BATCH = ("dice", "tversky", "circle")
 
 
 class Way(StrEnum):
-    """How a batch's value comes from its microbatches; see the module."""
+    """The way from the microbatches' values to the batch's; see the module."""
 
     PARTS = "parts"
     SUM = "sum"

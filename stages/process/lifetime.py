@@ -5,7 +5,8 @@ is inside a long TensorFlow call, is stopped, or is just importing. Two rules ma
 
 1. The parent may die before the call. Then the process has another parent already, so that is checked after.
 2. The kernel watches the parent *thread* that forked. So that thread must live as long as the parent process: it is
-   the fork server's only thread, and in the driver a thread that exists for nothing else (`pipeline.runtime.launch.keeper`).
+   the fork server's only thread, and in the driver a thread that exists for nothing else
+   (`pipeline.runtime.launch.keeper`).
 """
 
 from __future__ import annotations

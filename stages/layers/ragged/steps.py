@@ -15,7 +15,8 @@ Rules:
 2. The output carries the Keras mask (batch, elements, longest), which Keras's losses and metrics leave out.
 3. A sample whose steps are used up keeps its state as it is while others of the batch go on.
 4. Eager, every step is an operation of its own: the gradients are those of a loop in Python, bit for bit. A compiled
-   function has one loop of TensorFlow's (`stages.layers.ragged.loop`). Both end an element when its last sample has ended.
+   function has one loop of TensorFlow's (`stages.layers.ragged.loop`). Both end an element when its last sample has
+   ended.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pipeline.report.layout import (
     phase_of,
     picture,
     shortened,
-    state_of,
+    worst_state,
 )  # fmt: skip
 from tests.pipeline.report import synthetic_reports as reports
 from tests.pipeline.report.synthetic_reports import row
@@ -159,7 +159,7 @@ def test_only_what_deviates_is_failed():
 def test_the_worst_row_decides():
     equal, within = row("gradient", "a", "v"), row("gradient", "a", "v", tolerance=reports.FUSED, relative=1e-8)
     failed = row("gradient", "a", "v", relative=1.0)
-    assert [state_of(rows) for rows in ([], [equal], [equal, within], [failed, equal])] == list(STATES)
+    assert [worst_state(rows) for rows in ([], [equal], [equal, within], [failed, equal])] == list(STATES)
 
 
 def test_a_report_without_a_flow_shows_the_stages_of_its_rows():
