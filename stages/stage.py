@@ -114,6 +114,10 @@ class Stage:
         """The Keras variables that gradients are taken for."""
         return self._part.trainable_variables
 
+    def settle(self) -> None:
+        """Take `trainable` of all layers as it is, for good: a worker's model is changed by nobody."""
+        self._part.settle()
+
     @property
     def loss_scale(self) -> float:
         """Factor on every loss while it is differentiated; accumulated gradients are this much too large."""

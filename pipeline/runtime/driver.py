@@ -362,8 +362,9 @@ class Driver:
         """Give every worker an order, the same or, by a function of the worker's number, its own; its number."""
         self._crew.check_open()
         self._number += 1
+        same = order.plain() if isinstance(order, Order) else None
         for worker in range(len(self.placement)):
-            value = (order if isinstance(order, Order) else order(worker)).plain()
+            value = order(worker).plain() if same is None else same  # type: ignore[operator]
             stage = self._crew.place(worker)
             self._crew.send(worker, Message("command", self.incarnation, self._number, stage, value=value))
         return self._number

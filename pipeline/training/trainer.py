@@ -22,6 +22,7 @@ from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, watchers_among
 from pipeline.training.model_without_layers import ModelWithoutLayers
+from pipeline.training.running_logs import RunningLogs
 from pipeline.verify.every import VerifyEvery
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ class Trainer(ModelWithoutLayers):
         super().__init__(name="pipeline")
         self.built = True
         self.pipe, self.session = pipe, session
-        self._totals: dict[str, np.float32] = {}
-        self._samples = np.float32(0.0)
-        self._order: list[str] = []
-        self._logs: dict[str, Any] = {}
+        self._logs = RunningLogs()
         self._watchers: tuple[StepWatcher, ...] = ()
         self._metrics_are_read = False
         if session.workers.compiled is not None:
@@ -103,23 +101,9 @@ class Trainer(ModelWithoutLayers):
         return keras.tree.map_structure(tf.convert_to_tensor, self.pipe.predict_on_batch(x))
 
     def _count(self, result: StepResult, size: int) -> dict[str, Any]:
-        """The logs after one more batch: mean losses over samples since the last reset, then the metrics.
-
-        With several outputs that have a loss there is one of each, in Keras's words ``<output>_loss``, unweighted.
-        """
-        losses = {"loss": result.loss or 0.0}
-        for label in () if self.session.workers.compiled is None else self.session.workers.compiled.loss_labels:
-            losses[f"{label}_loss"] = result.losses[label]
-        for name, value in losses.items():
-            self._totals[name] = np.float32(
-                self._totals.get(name, np.float32(0.0)) + np.float32(value) * np.float32(size)
-            )
-        self._samples = np.float32(self._samples + np.float32(size))
-        metrics = {n: v if isinstance(v, float) else np.asarray(v, "float32") for n, v in result.metrics.items()}
-        if len(losses) > 1:
-            metrics = dict(sorted(metrics.items()))
-        logs = {**{name: float(total / self._samples) for name, total in self._totals.items()}, **metrics}
-        self._order, self._logs = list(logs), logs
+        """The logs after one more batch."""
+        compiled = self.session.workers.compiled
+        logs = self._logs.add(result, () if compiled is None else compiled.loss_labels, size)
         if self._metrics_are_read:
             self._fetch_metrics()
         return logs
@@ -131,21 +115,18 @@ class Trainer(ModelWithoutLayers):
         own_metrics.fetch(self.session, self.session.workers.compiled)
         for metric in self.metrics:
             if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
-                metric.total.assign(self._totals.get("loss", 0.0))
-                metric.count.assign(self._samples)
+                metric.total.assign(self._logs.totals.get("loss", 0.0))
+                metric.count.assign(self._logs.samples)
 
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
         """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
         self._fetch_metrics()
-        if return_dict:
-            return dict(sorted(logs.items()))
-        values = [logs[name] for name in sorted(logs, key=self._order.index)]
-        return values[0] if len(values) == 1 else values
+        return self._logs.returned(logs, return_dict)
 
     @property
     def log_names(self) -> list[str]:
         """What the logs hold, in the order in which `returned` lists them; the loss alone before a first batch."""
-        return list(self._order) or ["loss"]
+        return list(self._logs.order) or ["loss"]
 
     @property
     def metrics(self) -> list[Any]:
@@ -173,7 +154,7 @@ class Trainer(ModelWithoutLayers):
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
-        self._totals, self._samples, self._logs = {}, np.float32(0.0), {}
+        self._logs.reset()
         self.pipe.reset_metrics()
         if self.session.workers.compiled is not None:
             own_metrics.reset(self.session.workers.compiled)
@@ -181,7 +162,7 @@ class Trainer(ModelWithoutLayers):
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""
         self._fetch_metrics()
-        return dict(self._logs)
+        return dict(self._logs.last)
 
     def count_params(self) -> int:
         """The number of parameters of all stages' weights."""

@@ -54,16 +54,25 @@ class Part:
         self._input_gradients = input_gradients
         self._pack = packer(model)
         _let_inner_layers_mask(model)
+        self._settled: tuple[list[Any], tuple[bool, ...]] | None = None
         self._normalising = [x for x in layers_of(model) if isinstance(x, keras.layers.BatchNormalization)]
 
     @property
     def trainable_variables(self) -> list[Any]:
         """The Keras variables that gradients are taken for, in the model's order."""
-        return list(self.model.trainable_variables)
+        return list(self.model.trainable_variables if self._settled is None else self._settled[0])
+
+    def settle(self) -> None:
+        """Look up for the last time what is trained, and how: nobody changes `trainable` from now on.
+
+        Keras walks through all layers to tell, which every microbatch of a small model would notice.
+        """
+        self._settled = None
+        self._settled = self.trainable_variables, self.modes()
 
     def modes(self) -> tuple[bool, ...]:
         """What decides how some layers run besides `training`: a frozen BatchNormalization is one that infers."""
-        return tuple(layer.trainable for layer in self._normalising)
+        return tuple(layer.trainable for layer in self._normalising) if self._settled is None else self._settled[1]
 
     @property
     def regularised(self) -> int:

@@ -151,6 +151,7 @@ class HostedStage:
         for tie in self.ties:
             if tie.stages[0] != spec.index:
                 self.stage.trainable_variables[tie.place].regularizer = None  # counts once, in the owner
+        self.stage.settle()
         self.unmasked: frozenset[tuple[str, int]] = frozenset()
         """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
         self.prediction_masks: dict[int, list[np.ndarray[Any, Any]]] = {}

@@ -323,6 +323,8 @@ def _by_stage(data: Mapping[str, Any]) -> dict[int, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, Grid):
         return {"sizes": list(value.sizes), "lengths": list(value.lengths)}
     if isinstance(value, Mapping):

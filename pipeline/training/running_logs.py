@@ -1,0 +1,64 @@
+"""The logs of an epoch so far, as Keras shows them: mean losses over samples, and metrics.
+
+A plain object beside the trainer: what is set on a Keras model is looked through by Keras every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.batch.step import StepResult
+
+
+class RunningLogs:
+    """Logs since the last reset.
+
+    Attributes:
+        last: {name: value} after the last batch; {} before the first.
+        order: The names in Keras's order, kept over resets.
+        totals: {name: the sum of that loss times samples, float32}.
+        samples: How many samples were counted, float32.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+        self.order: list[str] = []
+        self.totals: dict[str, np.float32] = {}
+        self.samples = np.float32(0.0)
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.totals, self.samples, self.last = {}, np.float32(0.0), {}
+
+    def add(self, result: StepResult, labels: Sequence[str], samples: int) -> dict[str, Any]:
+        """The logs after one more batch: mean losses over samples since the last reset, then the metrics.
+
+        Args:
+            result: Of the batch's step.
+            labels: Of the outputs whose losses are logged one by one, as ``<output>_loss``, unweighted.
+            samples: How many the batch has.
+        """
+        losses = {"loss": result.loss or 0.0, **{f"{label}_loss": result.losses[label] for label in labels}}
+        for name, value in losses.items():
+            total = self.totals.get(name, np.float32(0.0))
+            self.totals[name] = np.float32(total + np.float32(value) * np.float32(samples))
+        self.samples = np.float32(self.samples + np.float32(samples))
+        metrics = {n: v if isinstance(v, float) else np.asarray(v, "float32") for n, v in result.metrics.items()}
+        if len(losses) > 1:
+            metrics = dict(sorted(metrics.items()))
+        self.last = {**{name: float(total / self.samples) for name, total in self.totals.items()}, **metrics}
+        self.order = list(self.last)
+        return self.last
+
+    def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
+        """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
+        if return_dict:
+            return dict(sorted(logs.items()))
+        values = [logs[name] for name in sorted(logs, key=self.order.index)]
+        return values[0] if len(values) == 1 else values
+
+
+__all__ = ["RunningLogs"]
