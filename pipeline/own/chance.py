@@ -1,4 +1,4 @@
-"""Which layers draw random numbers that are not Keras's: from TensorFlow's own generators, one in every process.
+"""Layers that draw random numbers which are not Keras's: from TensorFlow's own generators, one in every process.
 
 A layer of Keras draws from a `keras.random.SeedGenerator`, whose state is a variable: two processes with equal states
 draw equal numbers. `tf.random.normal` and its like draw from a generator of the process, which nobody can set back.

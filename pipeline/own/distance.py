@@ -1,4 +1,4 @@
-"""How far two arrays are apart, as a part of the largest |value|."""
+"""The distance of two arrays, as a part of the largest |value|."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from stages.worker.snapshot import path_of
 
 
 class Lent:
-    """What a loan left changed.
+    """A loan of the user's objects, and what it left changed.
 
     Attributes:
         changed: The paths of variables that are not, bit for bit, as they were; known when the loan has ended.

@@ -58,7 +58,7 @@ class OwnResult:
 
 @dataclass(frozen=True)
 class PartResults:
-    """What the parts of the model give, one after the other: where a difference begins.
+    """The outputs of the model's parts, one after the other: where a difference begins.
 
     Attributes:
         tensors: {tensor name: array (n, ...)} of all that a part gives.

@@ -1,4 +1,4 @@
-"""What the check "own" compares: numbers of the pipeline and of the user's own objects, within a rule for rounding."""
+"""The comparisons of the check "own": the pipeline beside the user's own objects, within a rule for rounding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class UnrepeatableError(CannotJudgeError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What may differ.
+    """The allowed differences.
 
     Attributes:
         precision: eps of what the model computes in.

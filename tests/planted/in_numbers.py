@@ -189,8 +189,8 @@ WEIGHTS = (
     ),
     Planted(
         "an epoch's loss is the mean over batches, the smaller last one included",
-        "pipeline/training/trainer.py",
-        "np.float32(value) * np.float32(size)",
+        "pipeline/training/running_logs.py",
+        "np.float32(value) * np.float32(samples)",
         "np.float32(value)",
         ("test_fit",),
     ),
