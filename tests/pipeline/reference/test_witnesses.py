@@ -117,11 +117,14 @@ def test_every_witness_finds_a_wrong_step(fault, kind: str, monkeypatch) -> None
 
 
 def test_a_wrong_rule_of_weights_that_the_reference_shares_is_found_by_two(monkeypatch) -> None:
-    """`Head.weights` serves the pipeline and one tape alike; differences and the whole batch know no weights."""
+    """`Head.weights` serves the pipeline and one tape alike; differences and the whole batch know no weights.
+
+    Nor does the user's own loss, which judges unasked.
+    """
     monkeypatch.setattr(Head, "weights", lambda self, sizes, *_: (1 / len(sizes),) * len(sizes))
     report = verified("masked", ("tape", "differences", "batch"))
     failed = {row.check for row in report.failed}
-    assert failed == {"differences", "batch"}
+    assert failed == {"differences", "batch", "own"}
     assert np.isfinite(report.loss)
 
 
@@ -134,7 +137,7 @@ def test_sample_weights_lost_in_the_loss_itself_are_found_though_all_stages_and_
     with Pipeline.split(keras.Sequential([keras.Input((3,)), *layers]), at=["low"], transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         weights = np.arange(8, dtype="float32")
-        assert pipe.verify(x, x[:, :1], weights, checks="tape").ok
+        assert {row.check for row in pipe.verify(x, x[:, :1], weights, checks="tape").failed} == {"own"}
         for check in ("batch", "differences"):
             report = pipe.verify(x, x[:, :1], weights, checks=check)
             assert not report.ok and report.first.stage == "stage1", check

