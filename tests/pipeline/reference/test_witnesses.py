@@ -116,7 +116,7 @@ def test_every_witness_finds_a_wrong_step(fault, kind: str, monkeypatch) -> None
     assert report.first is not None
 
 
-def test_a_wrong_rule_of_weights_that_the_reference_shares_is_found_by_two(monkeypatch) -> None:
+def test_a_wrong_rule_of_weights_that_the_reference_shares_is_found_by_others(monkeypatch) -> None:
     """`Head.weights` serves the pipeline and one tape alike; differences and the whole batch know no weights.
 
     Nor does the user's own loss, which judges unasked.

@@ -206,16 +206,17 @@ def test_a_model_that_gives_other_numbers_each_time_is_not_judged() -> None:
             )
 
 
-def test_no_verdict_is_given_that_a_second_run_would_turn_round() -> None:
-    """The reference is run twice where it deviates, and then says which layer draws."""
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_no_verdict_is_given_that_a_second_run_would_turn_round(eager: bool) -> None:
+    """The reference is run twice where it deviates, or hardly could, and then says which layer draws."""
     keras.utils.set_random_seed(0)
     noisy = keras.Sequential([keras.Input((5,)), layers.Dense(4, name="drop"), Noisy(name="hiss"), layers.Dense(3)])
-    with running(noisy) as pipe:
+    with running(noisy, eager=eager) as pipe:
         for _ in range(2):
-            report = pipe.verify(*batch(), checks=("tape", "batch", "steps"))
+            report = pipe.verify(*batch(), checks=("tape", "steps"))
             assert not report.failed and not report.ok
             reasons = {check.name: check.reason for check in report.checks if not check.ran}
-            assert reasons.keys() == {"tape", "batch", "steps", "own"}
+            assert reasons.keys() == {"tape", "steps", "own"}
             assert "two runs of one tape from the same values give other numbers" in reasons["tape"]
             assert all("'hiss'" in reason for reason in reasons.values())
 
