@@ -14,6 +14,11 @@ READY := $(VENV)/.project-installed
 # Idle workers take tests from busy ones; the slowest are named at the end.
 TESTS := -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 40
 PEER  := .venv-peer
+# Environments of `make compat`, oldest first, and the Python of each; COMPAT="oldest middle" leaves one out.
+COMPAT ?= oldest middle newest
+PYTHON_oldest := 3.11
+PYTHON_middle := 3.12
+PYTHON_newest := 3.13
 PIP   := -m pip --disable-pip-version-check --no-input
 APT   := DEBIAN_FRONTEND=noninteractive apt-get -y -qq --no-install-recommends -o DPkg::Lock::Timeout=60 \
   -o Acquire::http::Timeout=20 -o Acquire::Retries=1
@@ -25,7 +30,8 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment check test lint browser format demo soak planted fault-matrix bench peer lock clean distclean moved
+.PHONY: help environment check test lint browser format demo soak planted compat fault-matrix bench peer lock clean distclean
+.PHONY: moved $(COMPAT:%=compat-%)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +95,25 @@ soak: $(READY) browser ## every test there is with many more examples, and cover
 planted: $(READY) ## plant faults in copies of the sources and print docs/planted-faults.md (an hour)
 	$(BIN)/python -m tests.planted $(ARGS)
 
+compat: $(COMPAT:%=compat-%) ## the core tests with the oldest TensorFlow and Keras that will do, with a middle and the newest
+
+# What libraries deprecate among each other, in versions of different years, is no fault of ours.
+$(COMPAT:%=compat-%): compat-%: .venv-compat-%/.installed
+	@echo "make: the core tests with $*: $$(.venv-compat-$*/bin/python $(PIP) freeze | grep -Ei '^(tensorflow|keras|numpy)==' | xargs)"
+	.venv-compat-$*/bin/python $(TESTS) -W ignore::DeprecationWarning -W ignore::FutureWarning @tests/compat/core.txt $(ARGS)
+
+$(COMPAT:%=.venv-compat-%/.installed): .venv-compat-%/.installed: tests/compat/%.txt tests/compat/tools.txt requirements.lock pyproject.toml
+	@version=$(PYTHON_$*); \
+	for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python $(PYTHON); do \
+	  "$$python" -c "import ensurepip, sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null || continue; \
+	  rm -rf .venv-compat-$*; exec "$$python" -m venv .venv-compat-$*; \
+	done; \
+	echo "make: no Python $$version with venv here, for the environment '$*'; install it, or leave '$*' out: make compat COMPAT='...'" >&2; exit 1
+	.venv-compat-$*/bin/python $(PIP) install -qq --only-binary :all: -r $<
+	.venv-compat-$*/bin/python $(PIP) install -qq --no-deps --no-build-isolation --editable .
+	.venv-compat-$*/bin/python $(PIP) check
+	@touch $@
+
 fault-matrix: $(READY) ## put every fault into running pipelines and print docs/fault-matrix.md (half an hour)
 	$(BIN)/python -m tests.faults $(ARGS)
 
@@ -113,4 +138,4 @@ clean: ## remove caches, reports and artefacts
 	find pipeline stages transport tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## and the environments
-	rm -rf $(VENV) $(PEER)
+	rm -rf $(VENV) $(PEER) .venv-compat-*
