@@ -10,7 +10,7 @@ import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = {"tensorflow": ((2, 21), (2, 22)), "keras": ((3, 15), (3, 16))}
+SUPPORTED = {"tensorflow": ((2, 18), (2, 22)), "keras": ((3, 8), (3, 16))}
 """{distribution: (the first release that will do, the first that was not tried)}; `pyproject.toml` says the same."""
 
 
