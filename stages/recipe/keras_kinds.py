@@ -26,7 +26,7 @@ def kinds() -> Kinds:
     layer.some = [[], {}, set()]
     symbol = keras.Input((1,), name="sample")
     return Kinds(
-        next(kind for kind in keras.Operation.__mro__ if kind.__name__ == "KerasSaveable"),
+        next(kind for kind in keras.Layer.__mro__ if kind.__name__ == "KerasSaveable"),
         next(kind for kind in keras.optimizers.Optimizer.__mro__ if kind.__name__ == "BaseOptimizer"),
         type(layer._tracker),
         type(symbol._keras_history.operation._inbound_nodes[0]),

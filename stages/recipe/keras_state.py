@@ -31,7 +31,8 @@ def reduce_keras(thing: Any, writing: Writing) -> Reduced | None:
     """Take a Keras object apart; None: it is none, or pickle's own way is right for it."""
     known = kinds()
     kind: Any = type(thing)
-    if isinstance(thing, known.saveable) and kind.__reduce__ is known.saveable.__reduce__:
+    ways = (known.saveable.__reduce__, object.__reduce__)  # before Keras 3.9 an operation has no way of its own
+    if isinstance(thing, (known.saveable, keras.Operation)) and kind.__reduce__ in ways:
         state = state_of(thing)
         if (attributes := writing.unbuilt.get(id(thing))) is not None:
             state = {**unbuilt_state(thing, state), **attributes}

@@ -60,6 +60,23 @@ def test_tapes_follow_floating_and_complex_tensors_only():
     assert internals.is_trainable(tf.constant(1.0)) and not internals.is_trainable(tf.constant(1))
 
 
+def test_settings_of_the_process_are_what_it_was_told():
+    code = (
+        "import keras, tensorflow as tf\n"
+        "from stages import tensorflow_internals as internals\n"
+        "def told(): return internals.checks_numerics(), internals.is_deterministic(), internals.global_seed()\n"
+        "before = told()\n"
+        "tf.debugging.enable_check_numerics()\n"
+        "tf.config.experimental.enable_op_determinism()\n"
+        "keras.utils.set_random_seed(7)\n"
+        "print(before, told())\n"
+        "tf.debugging.disable_check_numerics()\n"
+        "print(internals.checks_numerics())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.stdout.splitlines() == ["(False, False, None) (True, True, 7)", "False"], found.stderr
+
+
 def test_no_tape_records_while_recording_is_stopped():
     x = tf.constant(3.0)
     with tf.GradientTape(persistent=True) as outer, tf.GradientTape() as inner:
