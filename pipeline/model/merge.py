@@ -17,6 +17,7 @@ from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import Wires
 from stages.recipe.by_value import copied
 from stages.recipe.segment import Segment
+from stages.tape.model_call import packer
 from stages.worker import snapshot
 
 StageValues = Mapping[int, Sequence[np.ndarray[Any, Any]]]
@@ -78,7 +79,7 @@ def _composed(segments: Sequence[Segment], wires: Wires) -> Merged:
             if name not in tensors:
                 tensors[name] = keras.Input(batch_shape=tuple(symbol.shape), dtype=symbol.dtype, name=name)
         taken = [tensors[name] for name, _ in wires.takes[i]]
-        given = keras.tree.flatten(part(taken[0] if len(taken) == 1 else taken))
+        given = keras.tree.flatten(part(packer(part)(taken)))
         tensors |= {name: tensor for (name, _), tensor in zip(wires.gives[i], given, strict=True)}
     inputs = [tensors[name] for name in wires.inputs]
     outputs = [tensors[name] for name, _ in wires.outputs]

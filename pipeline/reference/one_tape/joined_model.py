@@ -19,6 +19,7 @@ from stages.loss.heads import Objective
 from stages.masks import mask_of, with_mask
 from stages.tape.eager import joint
 from stages.tape.embedding_rows import free_batch
+from stages.tape.model_call import packer
 from stages.tape.tensors import is_differentiable
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
@@ -204,7 +205,7 @@ class JoinedModel:
                 run.masks[name, i] = mask_of(tensor)
         masked = [n for n, tensor in enumerate(taken) if mask_of(tensor) is not None]
         self._took[i] = (free_batch([*taken, *(mask_of(taken[n]) for n in masked)]), masked)
-        outputs = hosted.stage.model(taken[0] if len(taken) == 1 else taken, training=training)
+        outputs = hosted.stage.model(packer(hosted.stage.model)(taken), training=training)
         for tensor, copy in zip(given, taken, strict=True):
             if mask_of(tensor) is not None and mask_of(copy) is None:
                 set_mask(tensor, None)

@@ -24,7 +24,7 @@ from stages.loss.heads import Heads
 from stages.masks import mask_of, with_mask
 from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
-from stages.tape.model_call import changed_by_calls, values_put_back
+from stages.tape.model_call import changed_by_calls, packer, values_put_back
 from stages.tape.tensors import flatten
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
@@ -97,7 +97,7 @@ def run_flow(hosted: Sequence[HostedStage], call: CallStage, given: Mapping[str,
 
 def call_model(model: Any, taken: Sequence[Any], training: bool = True) -> tuple[Any, ...]:
     """One model on flat tensors; its flat outputs."""
-    return flatten(model(taken[0] if len(taken) == 1 else list(taken), training=training))
+    return flatten(model(packer(model)(taken), training=training))
 
 
 def own_losses(model: Any, window: int, dtype: str) -> list[Any]:
