@@ -190,19 +190,26 @@ def test_predict_works_before_compile_and_after():
         np.testing.assert_allclose(pipe.predict(X, verbose=0), before, rtol=1e-5)
 
 
+def of_this_batch(model, method, *arguments, **named):
+    """What Keras gives since it forgets the batches before by itself; older ones are told to, and give arrays."""
+    model.reset_metrics()
+    return keras.tree.map_structure(float, getattr(model, method)(*arguments, **named))
+
+
 @pytest.mark.parametrize("method", ["train_on_batch", "test_on_batch"])
 @pytest.mark.parametrize("arguments", [{}, {"sample_weight": np.linspace(0, 1, 20, dtype="float32")}])
 def test_on_batch_methods_return_what_keras_returns(pair, method, arguments):
     for return_dict in (False, True):
-        theirs, ours = pair.both(lambda twin, d=return_dict: getattr(twin, method)(X, Y, return_dict=d, **arguments))
+        ours = getattr(pair.pipe, method)(X, Y, return_dict=return_dict, **arguments)
+        theirs = of_this_batch(pair.model, method, X, Y, return_dict=return_dict, **arguments)
         assert ours == theirs
         assert type(ours) is type(theirs)
     pair.assert_weights_alike()
 
 
 def test_train_on_batch_takes_class_weights(pair):
-    theirs, ours = pair.both(lambda twin: twin.train_on_batch(X, Y, class_weight={1: 3.0}))
-    assert ours == theirs
+    ours = pair.pipe.train_on_batch(X, Y, class_weight={1: 3.0})
+    assert ours == of_this_batch(pair.model, "train_on_batch", X, Y, class_weight={1: 3.0})
     pair.assert_weights_alike()
     with pytest.raises(CompileError, match="without sample_weight"):
         pair.pipe.train_on_batch(X, Y, sample_weight=np.ones(20), class_weight={1: 3.0})
@@ -271,11 +278,16 @@ def drawn():
     return random.random(), float(np.random.rand()), keras.random.uniform(()).numpy()
 
 
-def test_making_a_pipeline_draws_none_of_the_users_random_numbers():
+def seeded():
+    keras.backend.clear_session()  # older releases of Keras keep their generator of random numbers under a new seed
     keras.utils.set_random_seed(5)
+
+
+def test_making_a_pipeline_draws_none_of_the_users_random_numbers():
+    seeded()
     regressor()
     expected = drawn()
-    keras.utils.set_random_seed(5)
+    seeded()
     with Pipeline.split(regressor(), stages=2, transport="ipc") as pipe:
         pipe.compile("adam", "mse")
         pipe.get_weights()
