@@ -330,11 +330,7 @@ class Pipeline:
         class_weight: Mapping[int, float] | None = None,
         return_dict: bool = False,
     ) -> Any:
-        """One update on one batch, as `keras.Model.train_on_batch`: the loss, or [loss, *metrics].
-
-        They are this batch's, as numbers. (Older releases of Keras, 3.12 among them, give arrays, and means over all
-        batches since `reset_metrics()`.)
-        """
+        """One update on one batch, as `train_on_batch` of Keras 3.15: its loss, or [loss, *metrics], as numbers."""
         trainer = self._ready("train_on_batch")
         if class_weight is not None:
             if sample_weight is not None or len(self.wires.labels) > 1:
