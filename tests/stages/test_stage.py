@@ -175,7 +175,12 @@ def test_what_the_outputs_do_not_depend_on(run_eagerly: bool) -> None:
     assert {name.rsplit("/")[-1]: g is None for name, g in stage.gradients().items()} == {"idle": True, "kernel": False}
     stage.apply(keras.optimizers.SGD(0.1))
     a, b = keras.Input((3,)), keras.Input((3,))
-    two = Stage(keras.Model([a, b], layers.Dense(2)(a)), run_eagerly=run_eagerly)
+    try:
+        model = keras.Model([a, b], layers.Dense(2)(a))
+    except ValueError as refused:  # by Keras 3.12
+        assert "not connected" in str(refused)
+        return
+    two = Stage(model, run_eagerly=run_eagerly)
     two.forward([values((2, 3)), values((2, 3))])
     da, db = two.backward(values((2, 2)))
     assert da.shape == (2, 3) and db is None
