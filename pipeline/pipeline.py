@@ -413,7 +413,7 @@ class Pipeline:
     def reset_metrics(self) -> None:
         """Let the metrics count anew."""
         compiled = self._session.workers.compiled
-        if compiled is not None and compiled.has_metrics:
+        if compiled is not None and (compiled.has_metrics or self._session.setup.layers_count):
             self._session.workers.driver().call(Service.RESET_METRICS)
 
     def reset_state(self) -> None:

@@ -14,6 +14,7 @@ from pipeline.model.stateful import warn_of_stateful_layers
 from pipeline.model.wiring import Wires
 from pipeline.runtime.options import Options
 from stages.recipe.segment import Segment
+from stages.tape.model_call import metrics_of_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,12 @@ class Setup:
     def models(self) -> dict[int, Any]:
         """{stage: its Keras model in this process} of those that are not built in their workers."""
         return {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
+
+    @cached_property
+    def layers_count(self) -> bool:
+        """Whether layers may keep metrics of their own: some do, or a worker builds its part."""
+        found = any(metrics_of_layers(model) for model in self.models.values())
+        return found or len(self.models) < len(self.segments)
 
     def check(self) -> None:
         """Look for layers that cannot mean the same in several processes; warn of stateful ones.

@@ -178,12 +178,19 @@ def spread(wanted: Sequence[bool], found: Sequence[Any | None]) -> tuple[Any | N
     return tuple(next(gradients) if yes else None for yes in wanted)
 
 
+def metrics_of_layers(model: Any) -> list[Any]:
+    """The metrics that layers inside a model keep and count in their calls, each once."""
+    layers = [layer for layer in layers_of(model) if not isinstance(layer, keras.Model)]
+    return list({id(metric): metric for layer in layers for metric in layer.metrics}.values())
+
+
 def changed_by_calls(model: Any) -> list[Any]:
-    """The Keras variables that a forward pass may change by itself: moving statistics, seed generators.
+    """The Keras variables that a forward pass may change by itself: statistics, seed generators, metrics of layers.
 
     Among them trainable ones: SpectralNormalization divides its kernel by its norm on the spot, in every call.
     """
     found = {id(variable): variable for variable in model.non_trainable_variables}
+    found |= {id(variable): variable for metric in metrics_of_layers(model) for variable in metric.variables}
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.SpectralNormalization):
             found.setdefault(id(layer.kernel), layer.kernel)

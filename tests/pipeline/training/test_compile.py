@@ -261,3 +261,35 @@ def test_recompute_is_one_value_for_all_or_one_per_stage():
             pair.assert_fit_alike(X, Y, batch_size=8)
     with pytest.raises(CompileError, match=r"one value per stage \(3\), received 2"):
         Pipeline.split(classifier(), stages=3, recompute=[True, False], transport="inproc")
+
+
+class Counting(keras.layers.Layer):
+    """Has a metric of its own, as layers that know more than `compile` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = keras.metrics.Mean(name="sizes")
+
+    def call(self, x):
+        self.sizes.update_state(keras.ops.mean(keras.ops.abs(x), axis=-1))
+        return x
+
+
+@pytest.mark.parametrize(("run_eagerly", "recompute"), [(True, False), (False, True)])
+def test_metrics_of_layers_are_in_the_logs_as_in_keras(run_eagerly, recompute):
+    """Each epoch from zero, once a sample also where a pass is made again; a verification in between counts nothing."""
+
+    def build():
+        dense = keras.layers.Dense
+        return keras.Sequential([keras.Input((4,)), dense(3, name="cut"), Counting(), dense(1), Counting(), dense(1)])
+
+    def compiled():
+        return {"optimizer": "sgd", "loss": "mse", "run_eagerly": run_eagerly}
+
+    x = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+    with twins(build, compiled, at=["cut"], microbatches=1, recompute=recompute) as pair:
+        pair.pipe.verify(x[:6], x[:6, :1]).raise_if_failed()
+        theirs, ours = pair.fit(x, x[:, :1], batch_size=6, epochs=2, shuffle=False)
+        assert list(ours) == list(theirs) == ["loss", "sizes"]
+        for name, values in theirs.items():
+            np.testing.assert_allclose(ours[name], values, rtol=0 if run_eagerly else 1e-5)
