@@ -304,7 +304,13 @@ PROGRAMS = {
         cuts={"at": ["encoder", "decoder"]},
         rounding=2e-5,  # sums over microbatches, under an optimizer that divides by them
     ),
-    "small gpt": Program(small_gpt, next_words, fit_next_words, inputs=lambda: sentences()[0][:, 1:]),
+    "small gpt": Program(
+        small_gpt,
+        next_words,
+        fit_next_words,
+        inputs=lambda: sentences()[0][:, 1:],
+        options={"schedule": "gpipe"},  # its loss and its metric are numbers of the whole batch
+    ),
     "captions": Program(captions, captioning, fit_captions, cuts={"at": ["features", "read"]}),
     "switch transformer": Program(
         switch_transformer, classification, fit_classes, cuts={"at": ["layer_normalization"]}, zeros=("key/bias",)
