@@ -10,7 +10,6 @@ Workers start when they are first needed, after `compile`, and end with `close`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -388,23 +387,7 @@ class Pipeline:
     save_weights = files.save_weights
     load_weights = files.load_weights
 
-    @classmethod
-    def load(
-        cls, filepath: str | Path, stages: int | None = None, at: Sequence[Cut] | None = None, **options: Any
-    ) -> Pipeline:
-        """A pipeline that continues from a checkpoint or a ``.keras`` file, optimizer included.
-
-        Args:
-            filepath: What `save` or `keras.Model.save` wrote.
-            stages: Cut the model into this many stages; default: the cuts of the checkpoint (a Keras file has none).
-            at: Or: names of the layers behind which to cut.
-            **options: As for `Pipeline`; default: as saved. For a Keras file also `custom_objects`, `compile` and
-                `safe_mode`, as `keras.models.load_model` takes them.
-
-        Raises:
-            CheckpointError: Nothing is there, or it is not whole.
-        """
-        return files.load(cls, Path(filepath), stages, at, options)
+    load = classmethod(files.load)
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""

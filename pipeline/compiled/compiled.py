@@ -22,7 +22,7 @@ from pipeline.saying import did_you_mean
 from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
 from stages.recipe.by_value import copied
-from stages.recipe.describe import describe
+from stages.recipe.describe import described
 from stages.recipe.optimizer_state import rate_is_a_variable
 from stages.recipe.stage_objects import Judging
 from stages.worker.hosted_stage import HeadSpec
@@ -114,15 +114,14 @@ class Compiled:
         return frozenset(i for i in stages if self._inner_of(i) is not before._inner_of(i))
 
     def recipe(self) -> dict[str, Any]:
-        """The arguments of `compile` as plain data, for a checkpoint."""
-        described = {name: describe(thing, name) for name, thing in self._given.items()}
-        if self.one_optimizer:
-            optimizer = describe(self.optimizer, "the optimizer")
-        else:
-            pairs = zip(self._stages, self.optimizers, strict=True)
-            optimizer = describe(dict(pairs), "the optimizers")
-        weights = describe(self._loss_weights, "loss_weights")
-        return {"optimizer": optimizer, **described, "loss_weights": weights, "run_eagerly": self.run_eagerly}
+        """The arguments of `compile` as plain data, for a checkpoint; see `stages.recipe.describe.described`."""
+        optimizer = self.optimizer
+        if not self.one_optimizer:
+            optimizer = dict(zip(self._stages, self.optimizers, strict=True))
+        given = {"optimizer": optimizer, **self._given}
+        found = {name: described(thing, name) for name, thing in given.items()}
+        weights = described(self._loss_weights, "loss_weights")
+        return {**found, "loss_weights": weights, "run_eagerly": self.run_eagerly}
 
     def judging(self, labels: Sequence[str]) -> list[Judging]:
         """What judges these outputs."""

@@ -8,8 +8,9 @@
 Rules:
 
 1. A checkpoint is whole or not there: it is written under another name beside its place, flushed, and then renamed.
-2. Arrays are raw numbers; no pickle is written or read. Recipes are Keras's configurations: load only checkpoints from
-   people you trust, as with any Keras file.
+2. Arrays are raw numbers; no pickle is written or read, and no code. Recipes are Keras's configurations: load only
+   checkpoints from people you trust, as with any Keras file. What a configuration leaves out is named when it is saved,
+   and must be brought when it is loaded (`pipeline.saving.own_objects`).
 3. Optimizer slots are kept by the variable they belong to, so that other cuts can take them over.
 """
 
@@ -33,7 +34,16 @@ from pipeline.errors import CheckpointError
 from pipeline.model.merge import merge
 from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import wire
-from stages.recipe.describe import create, describe
+from pipeline.saving.own_objects import (
+    Own,
+    check_brought,
+    model_recipe,
+    own_parts,
+    warn_of_what_is_not_in_it,
+    write_values,
+)
+from stages.errors import RecipeError
+from stages.recipe.describe import create
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
 from stages.worker.hosted_stage import leave_undecayed
@@ -75,11 +85,13 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
                     "slots": [list(slot) for slot in description.slots],
                 }
             )
-        _write_text(place / "manifest.json", json.dumps(_manifest(pipe, stages), indent=1))
+        manifest = _manifest(pipe, stages)
+        _write_text(place / "manifest.json", json.dumps(manifest, indent=1))
         _replace(place, path)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    warn_of_what_is_not_in_it(manifest, path)
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,11 +99,11 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": CHECKPOINT_VERSION,
-        "original": None if split is None else describe(split.model, "the model"),
+        "original": None if split is None else model_recipe(split.model),
         "stage_of": None if split is None else list(split.stage_of),
         "segments": [
             {
-                "recipe": None if split is not None else s.recipe(),
+                "recipe": None if split is not None else _segment_recipe(s),
                 "inputs": s.inputs,
                 "outputs": s.outputs,
                 "states": s.states,
@@ -108,14 +120,29 @@ def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _segment_recipe(segment: Segment) -> Any:
+    if segment.model is not None:
+        return {"model": model_recipe(segment.model)}
+    try:
+        return segment.recipe()
+    except RecipeError as error:
+        return {"own": str(error)}
+
+
 def load(
-    kind: type[Pipeline], path: Path, stages: int | None, at: Sequence[Cut] | None, options: Mapping[str, Any]
+    kind: type[Pipeline],
+    path: Path,
+    stages: int | None,
+    at: Sequence[Cut] | None,
+    options: Mapping[str, Any],
+    own: Own,
 ) -> Pipeline:
     """Make a pipeline from a checkpoint; see `Pipeline.load`."""
     manifest = _read_manifest(path)
+    check_brought(manifest, own)
     arrays = [_read_arrays(path, entry) for entry in manifest["stages"]]
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
-    parts = _saved_parts(manifest)
+    parts = _saved_parts(manifest) if own.model is None else own_parts(own.model, manifest)
     state = StartValues(
         {i: _part(values, "model") for i, values in enumerate(arrays)},
         OptimizerSlots.of_stages(
@@ -126,6 +153,8 @@ def load(
             {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
         ),
     )
+    if own.model is not None:
+        write_values(parts.segments if isinstance(parts, Split) else parts, state.model)
     undecayed = _variables(parts, manifest["undecayed"])
     if stages is not None or at is not None:
         saved.pop("recompute")  # it was one value per stage
@@ -137,7 +166,8 @@ def load(
     if not isinstance(parts, Split):
         saved["outputs"] = manifest["outputs"]
     pipe = kind(parts, **{**saved, **options})
-    training = {"compile": manifest["compile"], "loss_scaling": manifest["loss_scaling"], "undecayed": undecayed}
+    compiled = None if manifest["compile"] is None else own.compiled(manifest["compile"])
+    training = {"compile": compiled, "loss_scaling": manifest["loss_scaling"], "undecayed": undecayed}
     _go_on(pipe, state, training)
     return pipe
 
@@ -147,7 +177,7 @@ def _go_on(pipe: Pipeline, state: StartValues, training: Mapping[str, Any]) -> N
     if training["compile"] is None:
         pipe.session.workers.start_from(StartValues(state.model))
         return
-    arguments = {name: create(recipe) for name, recipe in training["compile"].items()}
+    arguments = training["compile"]
     if training["undecayed"]:
         leave_undecayed(arguments["optimizer"], training["undecayed"])
     pipe.compile(**arguments, auto_scale_loss=False)  # an optimizer that scales the loss was saved as one

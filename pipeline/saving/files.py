@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.saving import checkpoint, keras_files
+from pipeline.saving.own_objects import COMPILE, Own
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
@@ -60,12 +61,43 @@ def load_weights(pipe: Pipeline, filepath: str | Path, skip_mismatch: bool = Fal
 
 
 def load(
-    kind: type[Pipeline], path: Path, stages: int | None, at: Sequence[Cut] | None, options: Mapping[str, Any]
+    kind: type[Pipeline],
+    /,
+    filepath: str | Path,
+    stages: int | None = None,
+    at: Sequence[Cut] | None = None,
+    *,
+    model: Any = None,
+    **options: Any,
 ) -> Pipeline:
-    """See `Pipeline.load`."""
+    """A pipeline that continues from a checkpoint or a ``.keras`` file, optimizer included.
+
+    Args:
+        filepath: What `save` or `keras.Model.save` wrote.
+        stages: Cut the model into this many stages; default: the cuts of the checkpoint (a Keras file has none).
+        at: Or: names of the layers behind which to cut.
+        model: Your own model (or one per stage), which gets the saved values: what a configuration leaves out, and
+            classes of a main script or notebook, are in no checkpoint. Such a one says so when it is saved.
+        **options: As for `Pipeline`; default: as saved. Also `optimizer`, `loss`, `loss_weights`, `metrics` and
+            `weighted_metrics`, your own in place of the saved ones. For a Keras file also `custom_objects`,
+            `compile` and `safe_mode`, as `keras.models.load_model` takes them.
+
+    Raises:
+        CheckpointError: Nothing is there, it is not whole, or it needs your own objects.
+    """
+    path = Path(filepath)
     if path.name.endswith(_WEIGHTS):
         raise CheckpointError(f"{path.name} holds weights and no model; make the pipeline, then pipe.load_weights(...)")
-    how = keras_files.load if path.suffix in _MODELS else checkpoint.load
-    pipe = how(kind, path, stages, at, options)
+    own = Own(model, {name: options[name] for name in COMPILE if name in options})
+    options = {name: value for name, value in options.items() if name not in COMPILE}
+    if path.suffix in _MODELS and (own.model is not None or own.given):
+        raise CheckpointError(
+            f"{path.name} is Keras's file and opens as Keras opens it; give your classes as custom_objects=, or cut "
+            f"your own model after model.load_weights({path.name!r})"
+        )
+    if path.suffix in _MODELS:
+        pipe = keras_files.load(kind, path, stages, at, options)
+    else:
+        pipe = checkpoint.load(kind, path, stages, at, options, own)
     pipe.session.workers.loaded_from = path.name
     return pipe

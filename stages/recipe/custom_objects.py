@@ -13,13 +13,21 @@ from typing import Any
 
 from stages.errors import RecipeError
 
-__all__ = ["find", "homes"]
+__all__ = ["find", "homes", "of_a_lambda"]
 
 _MOVED = {
     "stages.ragged": "stages.layers.ragged.steps",
     "stages.initial_states": "stages.layers.initial_states",
 }
 """{module that a checkpoint of version 0.1 names: where its classes are now}."""
+
+
+def of_a_lambda(what: str) -> str:
+    """Why there is no recipe of something with a lambda."""
+    return (
+        f"{what} contains a lambda, which cannot be described without its code; use a named function in a module, or a "
+        "small Layer subclass"
+    )
 
 
 def homes(config: Any, what: str) -> dict[str, str]:
@@ -75,10 +83,7 @@ def _objects(config: Any, what: str) -> Iterator[tuple[str, str]]:
             yield from _objects(item, what)
     elif isinstance(config, Mapping):
         if config.get("class_name") == "__lambda__":
-            raise RecipeError(
-                f"{what} contains a lambda, which cannot be sent to a worker without sending code; use a named "
-                "function in a module, or a small Layer subclass"
-            )
+            raise RecipeError(of_a_lambda(what))
         if {"class_name", "module", "config"} <= config.keys():
             yield from _described(config, what)
         for item in config.values():

@@ -1,13 +1,14 @@
 """Describe a model, loss, metric or optimizer as plain data, and make it again in another process.
 
-A worker is a fresh process: it gets recipes, not objects. A recipe is JSON: Keras's own configuration for Keras
-objects, ``module:name`` for functions. It reaches a worker from its own parent at launch, never over a wire; nothing is
-pickled and no code is carried, so whatever a recipe names must be importable by the worker.
+A checkpoint has recipes, not objects. A recipe is JSON: Keras's own configuration for Keras objects, ``module:name``
+for functions. Nothing is pickled and no code is carried, so whatever a recipe names must be importable by who reads it.
+(Workers get copies by value instead, see `stages.recipe.by_value`.)
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,19 +31,19 @@ def function_name(function: Callable[..., Any], what: str) -> str:
     name = getattr(function, "__qualname__", None)
     if module is None or name is None:
         raise RecipeError(
-            f"{what} must be a function that a worker can import, received {function!r}; "
+            f"{what} must be a function that another process can import, received {function!r}; "
             "put a plain `def` into a module and pass that function"
         )
     if "<" in name:
         kind = "a lambda" if "<lambda>" in name else "defined inside another function"
         raise RecipeError(
-            f"{what} must be a function that a worker can import, received {module}.{name}, which is {kind}; "
+            f"{what} must be a function that another process can import, received {module}.{name}, which is {kind}; "
             "write it as a `def` at the top of a module and pass that function"
         )
     if module == "__main__":
         raise RecipeError(
-            f"{what} must be a function that a worker can import, received {name!r} from the main script or notebook; "
-            f"move it into a module of its own, for example my_parts.py, and `from my_parts import {name}`"
+            f"{what} must be a function that another process can import, received {name!r} from the main script or "
+            f"notebook; move it into a module of its own, for example my_parts.py, and `from my_parts import {name}`"
         )
     return f"{module}:{name}"
 
@@ -93,7 +94,11 @@ def describe(thing: Any, what: str) -> Recipe:
     if not hasattr(thing, "get_config"):
         raise RecipeError(f"{what} must be a Keras object, its name or a function, received {type(thing).__name__}")
     try:
-        config = keras.saving.serialize_keras_object(thing)
+        with warnings.catch_warnings():  # Keras would write a lambda as its code, in several forms
+            warnings.filterwarnings("error", "(?s).*includes a `lambda`")
+            config = keras.saving.serialize_keras_object(thing)
+    except UserWarning:
+        raise RecipeError(custom_objects.of_a_lambda(what)) from None
     except Exception as error:
         raise RecipeError(
             f"{what} ({type(thing).__name__}) cannot be described for another process: {error}; "
@@ -107,6 +112,23 @@ def describe(thing: Any, what: str) -> Recipe:
     if (order := running_order(thing)) is not None:
         recipe["order"] = order
     return recipe
+
+
+def described(thing: Any, what: str) -> Recipe:
+    """A recipe for a file, which has no code: of what cannot be made again without code, only why.
+
+    Returns:
+        What `describe` gives; or ``{"own": why}``, and whoever reads the file must bring the object.
+    """
+    try:
+        return describe(thing, what)
+    except RecipeError as error:
+        return {"own": str(error)}
+
+
+def why_own(recipe: Recipe) -> str | None:
+    """Why a recipe is none, as `described` said; None: it is one."""
+    return recipe.get("own") if isinstance(recipe, dict) else None
 
 
 def create(recipe: Recipe) -> Any:

@@ -99,7 +99,7 @@ def test_two_classes_of_one_name_are_refused(monkeypatch):
 
 
 def test_lambda_is_refused():
-    with pytest.raises(RecipeError, match="a lambda, which cannot be sent to a worker without sending code"):
+    with pytest.raises(RecipeError, match="a lambda, which cannot be described without its code"):
         describe(model(keras.layers.Lambda(lambda x: x)), "the model")
 
 

@@ -92,13 +92,16 @@ class Nothing:
 @pytest.mark.parametrize(
     ("thing", "match"),
     [
-        (lambda y_true, y_pred: y_pred, "the loss must be a function that a worker can import.*a lambda.*write it as"),
+        (
+            lambda y_true, y_pred: y_pred,
+            "the loss must be a function that another process can import.*a lambda.*write it as",
+        ),
         (nested_function(), "defined inside another function"),
         (from_main(), "from the main script or notebook; move it into a module.*from my_parts import function"),
         (Nothing(), "must be a Keras object, its name or a function, received Nothing"),
         (
             keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x)]),
-            "contains a lambda, which cannot be sent",
+            "contains a lambda, which cannot be described",
         ),
     ],
     ids=["lambda", "nested", "main", "no Keras object", "Lambda layer"],

@@ -66,7 +66,9 @@ def test_what_is_no_segment(make, match):
 
 def test_a_builder_without_a_name_runs_in_a_worker_and_has_no_recipe():
     units, kept = 5, Segment(lambda: parts.bottom(units=units), name="low")
-    with pytest.raises(RecipeError, match=r"a Segment's builder must be a function that a worker can import.*lambda"):
+    with pytest.raises(
+        RecipeError, match=r"a Segment's builder must be a function that another process can import.*lambda"
+    ):
         kept.recipe()
     with Pipeline([kept, Segment(parts.top)]) as pipe:
         assert pipe.get_weights()[1].shape == (5,) and pipe.session.workers.driver().pids[0] != os.getpid()
