@@ -21,17 +21,20 @@ class RunningLogs:
         order: The names in Keras's order, kept over resets.
         totals: {name: the sum of that loss times samples, float32}.
         samples: How many samples were counted, float32.
+        shown: Whether Keras's own mean of the loss was set since the last reset.
     """
 
     def __init__(self) -> None:
         self.last: dict[str, Any] = {}
         self.order: list[str] = []
+        self.shown = False
         self.totals: dict[str, np.float32] = {}
         self.samples = np.float32(0.0)
 
     def reset(self) -> None:
         """Start counting anew."""
         self.totals, self.samples, self.last = {}, np.float32(0.0), {}
+        self.shown = False
 
     def add(self, result: StepResult, labels: Sequence[str], samples: int) -> dict[str, Any]:
         """The logs after one more batch: mean losses over samples since the last reset, then the metrics.

@@ -112,6 +112,7 @@ class Trainer(ModelWithoutLayers):
         """Give the metrics of this process the workers' values, and the loss's what was counted here."""
         if self.session.workers.compiled is None:
             return
+        self._logs.shown = True
         own_metrics.fetch(self.session, self.session.workers.compiled)
         for metric in self.metrics:
             if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
@@ -120,7 +121,9 @@ class Trainer(ModelWithoutLayers):
 
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
         """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
-        self._fetch_metrics()
+        compiled = self.session.workers.compiled
+        if compiled is not None and compiled.has_metrics:
+            self._fetch_metrics()
         return self._logs.returned(logs, return_dict)
 
     @property
@@ -154,10 +157,11 @@ class Trainer(ModelWithoutLayers):
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers."""
+        compiled, shown = self.session.workers.compiled, self._logs.shown
         self._logs.reset()
         self.pipe.reset_metrics()
-        if self.session.workers.compiled is not None:
-            own_metrics.reset(self.session.workers.compiled)
+        if compiled is not None and (compiled.has_metrics or shown):  # else Keras's mean of the loss is zero already
+            own_metrics.reset(compiled)
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""
