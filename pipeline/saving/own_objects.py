@@ -1,4 +1,4 @@
-"""What a checkpoint cannot hold, since it has no code: named when it is saved, brought by the user when it is loaded.
+"""Objects that a checkpoint cannot hold, since it has no code: named on saving, brought by the user on loading.
 
 save: model ─► configuration ─► a copy ── compared with the model ─► what the copy has otherwise, as words
 load: Pipeline.load(path, model=my_model, loss=my_loss) ── values go into the user's own objects

@@ -1,4 +1,4 @@
-"""What a copy made from a configuration has lost, said by layer and attribute.
+"""The losses of a copy that is made from a configuration, by layer and attribute.
 
 A checkpoint has no code, so a model in it is Keras's configuration, which leaves things out. Both objects are walked
 through at the same time, attribute by attribute; values of variables are not looked at, they are saved as arrays.
