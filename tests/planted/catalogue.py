@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.planted import in_flow, in_numbers, in_processes, in_training, in_verification
+from tests.planted import in_copies, in_flow, in_numbers, in_processes, in_training, in_verification
 from tests.planted.planting import Planted
 
 FAULTS: dict[str, tuple[Planted, ...]] = {
@@ -14,6 +14,7 @@ FAULTS: dict[str, tuple[Planted, ...]] = {
     "Plans": in_flow.PLANS,
     "Optimizers and loss scaling": in_training.OPTIMIZERS,
     "Checkpoints": in_training.CHECKPOINTS,
+    "Copies of the user's objects": in_copies.COPIES,
     "Verification": in_verification.VERIFICATION,
     "Transport": in_processes.TRANSPORT,
     "Launch and runtime": in_processes.RUNTIME,
