@@ -169,6 +169,9 @@ class HostedStage:
         place = [name for name, _ in self.spec.outputs].index(spec.output)
         label = spec.label if spec.named else None
         given = (judging.loss, judging.metrics, judging.weighted_metrics)
+        for metric in keras.tree.flatten([judging.metrics, judging.weighted_metrics]):
+            if isinstance(metric, keras.metrics.Metric) and metric.variables:
+                metric.reset_state()  # the user's own may have counted already
         return Head(*given, place=place, label=label, weight=spec.weight)
 
     def go(self, ways: Mapping[str, Ways]) -> None:
