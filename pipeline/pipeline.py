@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from pipeline.batch.data import class_weights
 from pipeline.batch.inputs import check_cuttable
 from pipeline.compiled.compiled import Compiled, refuse_options
@@ -25,6 +23,7 @@ from pipeline.cutting.splitter import Cut, Split, can_cut, split_model
 from pipeline.errors import CompileError
 from pipeline.model.call_graph import read_graph
 from pipeline.model.wiring import wire
+from pipeline.own.changes import Changes
 from pipeline.own.first_batch import FirstBatch
 from pipeline.plan.plan import Plan
 from pipeline.runtime.launch import prestart
@@ -32,7 +31,7 @@ from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
 from pipeline.saving import files
 from pipeline.saving.merged import merged
-from pipeline.training import as_keras
+from pipeline.training import as_keras, own_metrics
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
@@ -110,8 +109,10 @@ class Pipeline:
         self._trainer: Trainer | None = None
         self.history: Any = None
         self._session = Session.of(self.segments, self.wires, options, split)
+        self._changes = Changes(self._session)
+        self._session.workers.filled, self._session.steps.begin = self._changes.hold, self._changes.look
         if check_first_batch:
-            self._session.steps.look = FirstBatch(self._session).look
+            self._session.steps.look = FirstBatch(self._session, self._changes.hold_attributes).look
         if not self.transport.startswith("inproc"):
             prestart()
 
@@ -284,6 +285,7 @@ class Pipeline:
             validation_freq=validation_freq,
             verify_every=verify_every,
         )
+        self._changes.look(closely=True)
         as_keras.give_back(self)
         return self.history
 
@@ -319,7 +321,9 @@ class Pipeline:
         callbacks: Any = None,
     ) -> Any:
         """Outputs for all samples, as `keras.Model.predict`."""
-        return self._trained_by().predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
+        trainer = self._trained_by()
+        self._changes.look(closely=True)
+        return trainer.predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
 
     def train_on_batch(
         self,
@@ -336,14 +340,18 @@ class Pipeline:
                 raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
             sample_weight = class_weights(y, class_weight)
         trainer.reset_metrics()
+        self._changes.closely = False
         self._session.values.ahead = True
-        return trainer.returned(trainer.train_step((x, y, sample_weight)), return_dict)
+        logs = trainer.train_step((x, y, sample_weight))
+        return trainer.returned(logs, return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Loss and metrics of one batch, as `keras.Model.test_on_batch`."""
         trainer = self._ready("test_on_batch")
         trainer.reset_metrics()
-        return trainer.returned(trainer.test_step((x, y, sample_weight)), return_dict)
+        self._changes.closely = False
+        logs = trainer.test_step((x, y, sample_weight))
+        return trainer.returned(logs, return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """Outputs (n, ...) of one batch, as `keras.Model.predict_on_batch`."""
@@ -360,6 +368,8 @@ class Pipeline:
     summary = as_keras.summary
     count_params = as_keras.count_params
     __call__ = as_keras.call
+    get_weights = as_keras.get_weights
+    set_weights = as_keras.set_weights
 
     @property
     def metrics_names(self) -> list[str]:
@@ -371,18 +381,6 @@ class Pipeline:
             return []
         return self._trainer.log_names if self._trainer is not None else ["loss"]
 
-    def get_weights(self) -> list[np.ndarray[Any, Any]]:
-        """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
-        return self._session.values.get_weights()
-
-    def set_weights(self, weights: Sequence[np.ndarray[Any, Any]]) -> None:
-        """Set all weights, in the order of `get_weights`.
-
-        Raises:
-            DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
-        """
-        self._session.values.set_weights(weights)
-
     save = files.save
     save_weights = files.save_weights
     load_weights = files.load_weights
@@ -391,12 +389,12 @@ class Pipeline:
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
+        self._changes.look(closely=not self._session.values.ahead)
         return merged(self._session).model
 
     def reset_metrics(self) -> None:
         """Let the metrics count anew."""
-        compiled = self._session.workers.compiled
-        if compiled is not None and (compiled.has_metrics or self._session.setup.layers_count):
+        if own_metrics.are_any(self._session):
             self._session.workers.driver().call(Service.RESET_METRICS)
 
     def reset_state(self) -> None:
@@ -424,7 +422,9 @@ class Pipeline:
 
     def _ready(self, what: str) -> Trainer:
         self._session.workers.needs_compile(what)
-        return self._trained_by()
+        trainer = self._trained_by()
+        self._changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
+        return trainer
 
     def _trained_by(self) -> Trainer:
         if self._trainer is None:

@@ -377,6 +377,10 @@ class Stage:
         self._forget_open()
         self._tapes.apply(optimizer, scale, divisor)
 
+    def forget_updates(self) -> None:
+        """Trace the optimizer's update anew when it is next made: numbers in the optimizer were changed."""
+        self._tapes.forget_updates()
+
     def zero_gradients(self) -> None:
         """Forget accumulated gradients and open tapes."""
         self._forget_open()

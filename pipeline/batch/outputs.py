@@ -21,14 +21,14 @@ class OutputObjective:
     Attributes:
         label: The output's name, as Keras calls it.
         loss: What `keras.Model.compile` takes for one output, or None.
-        weight: The loss weight, or None.
+        weight: The loss weight: a number, a variable or None.
         metrics: A list, or None.
         weighted_metrics: A list, or None.
     """
 
     label: str
     loss: Any = None
-    weight: float | None = None
+    weight: Any = None
     metrics: Any = None
     weighted_metrics: Any = None
 
@@ -109,9 +109,10 @@ def _flat(given: Any) -> Any:
     return list(given) if isinstance(given, tuple) else [given]
 
 
-def _number(weight: Any, label: str) -> float:
+def _number(weight: Any, label: str) -> Any:
+    """A loss weight as a number; one that is a variable, which the user may assign, as it is."""
     try:
-        return float(weight)
+        return weight if hasattr(weight, "assign") else float(weight)
     except (TypeError, ValueError):
         raise CompileError(f"the loss weight of {label!r} must be a number, received {weight!r}") from None
 

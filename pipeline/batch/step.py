@@ -23,6 +23,7 @@ class Batch:
         sample_weights: {output label: array}, of those that have any.
         sizes: Samples per microbatch; they sum to n.
         lengths: Time steps per window; () without windows.
+        loss_weights: {output label: what its loss weighs now}, of loss weights that are variables.
         ways: {output label: how its loss and metrics are made of the microbatches}, of those that were tried.
     """
 
@@ -31,6 +32,7 @@ class Batch:
     sample_weights: Mapping[str, np.ndarray[Any, Any]]
     sizes: tuple[int, ...]
     lengths: tuple[int, ...] = ()
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
     ways: Mapping[str, Ways] = field(default_factory=dict)
 
     @property
@@ -70,7 +72,7 @@ class StepResult:
 
 
 def losses_of(
-    answers: Sequence[StepReply], specs: Mapping[int, StageSpec]
+    answers: Sequence[StepReply], specs: Mapping[int, StageSpec], loss_weights: Mapping[str, float]
 ) -> tuple[dict[str, float], float, dict[int, float]]:
     """The losses out of the workers' answers.
 
@@ -80,7 +82,7 @@ def losses_of(
     """
     by_stage = {i: pair for answer in answers for i, pair in answer.losses.items()}
     found = [
-        (head.order, head.label, value, head.weight)
+        (head.order, head.label, value, loss_weights.get(head.label, head.weight))
         for i, (by_head, _) in by_stage.items()
         for head, value in zip(specs[i].heads, by_head, strict=False)
     ]

@@ -71,7 +71,8 @@ class Compiled:
         self.has_loss = any(one.loss is not None for one in self.objectives)
         self.specs = self._head_specs(outputs) if self.has_loss else ()
         self._judging = {
-            one.label: Judging(_known_here(one.loss), one.metrics, one.weighted_metrics) for one in self.objectives
+            one.label: Judging(_known_here(one.loss), one.metrics, one.weighted_metrics, _variable(one.weight))
+            for one in self.objectives
         }
         self.metric_copies: list[tuple[Any, Any]] = []
         self.heads = {spec.label: self._head(spec) for spec in self.specs}
@@ -79,6 +80,7 @@ class Compiled:
         self._constant_rates = [_constant_rate(optimizer) for optimizer in self.optimizers]
         self.loss_scaling = self._only(LossScaling.of, "loss scaling")
         self.global_clipnorm: float | None = self._only(_global_clipnorm, "global_clipnorm")
+        self._adjusted: dict[int, dict[str, Any]] = {}
 
     @property
     def optimizer(self) -> Any:
@@ -89,6 +91,26 @@ class Compiled:
     def loss(self) -> Any:
         """The loss as it was given."""
         return self._given["loss"]
+
+    @property
+    def updating(self) -> tuple[Any, ...]:
+        """The optimizers without loss scaling around them: one for all stages, or one each; some may be None."""
+        return tuple(unscaled(optimizer) for optimizer in self.optimizers)
+
+    def adjust(self, optimizer: int, attributes: Mapping[str, Any]) -> None:
+        """Let the next update set attributes in the workers' copies of an optimizer, by its number."""
+        stages = range(len(self._stages)) if len(self.optimizers) == 1 else [optimizer]
+        for stage in stages:
+            self._adjusted.setdefault(stage, {}).update(attributes)
+
+    def adjusted(self) -> dict[int, dict[str, Any]]:
+        """{stage: attributes that its optimizer is to get}; they are told once."""
+        found, self._adjusted = self._adjusted, {}
+        return found
+
+    def loss_weights(self) -> dict[str, float]:
+        """{output label: what its loss weighs now}, of loss weights that are variables."""
+        return {label: float(one.weight) for label, one in self._judging.items() if one.weight is not None}
 
     @property
     def averages(self) -> bool:
@@ -120,7 +142,7 @@ class Compiled:
             optimizer = dict(zip(self._stages, self.optimizers, strict=True))
         given = {"optimizer": optimizer, **self._given}
         found = {name: described(thing, name) for name, thing in given.items()}
-        weights = described(self._loss_weights, "loss_weights")
+        weights = described(keras.tree.map_structure(_value, self._loss_weights), "loss_weights")
         return {**found, "loss_weights": weights, "run_eagerly": self.run_eagerly}
 
     def judging(self, labels: Sequence[str]) -> list[Judging]:
@@ -129,7 +151,8 @@ class Compiled:
 
     def copies(self) -> dict[str, Any]:
         """The arguments of `keras.Model.compile` for a model of its own, nothing shared with the user's objects."""
-        given = {"optimizer": self.optimizer, **self._given, "loss_weights": self._loss_weights}
+        weights = keras.tree.map_structure(_value, self._loss_weights)
+        given = {"optimizer": self.optimizer, **self._given, "loss_weights": weights}
         built = [one for one in (self.optimizer, unscaled(self.optimizer)) if one is not None]
         copy = copied(given, "what compile() was given", unbuilt=[(one, {}) for one in built])
         return {**copy, "run_eagerly": self.run_eagerly}
@@ -194,7 +217,7 @@ class Compiled:
             HeadSpec(
                 name,
                 one.label,
-                one.weight,
+                _value(one.weight),
                 order,
                 named=len(outputs) > 1,
             )
@@ -346,6 +369,23 @@ def _optimizer(optimizer: Any) -> Any:
             "clips their mean; use more microbatches in place of gradient_accumulation_steps, or clipnorm"
         )
     return found
+
+
+def slots_with(optimizer: Any, attributes: Mapping[str, Any]) -> list[str]:
+    """The names of what an optimizer that had these attributes would keep for one variable, and of its own."""
+    twin = copied(optimizer, "the optimizer", unbuilt=[(optimizer, attributes)])
+    twin.build([keras.Variable([0.0], name="one")])
+    return [variable.path.rpartition("/")[2] for variable in twin.variables]
+
+
+def _variable(weight: Any) -> Any:
+    """A loss weight that is a variable; None for another one."""
+    return weight if hasattr(weight, "assign") else None
+
+
+def _value(weight: Any) -> Any:
+    """A loss weight as it is now: a number, or None."""
+    return float(weight) if hasattr(weight, "assign") else weight
 
 
 def _scaled(optimizer: Any, mixed_float16: bool) -> Any:

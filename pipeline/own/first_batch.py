@@ -11,7 +11,7 @@ run again with every variable changed by at most one rounding.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,11 @@ class FirstBatch:
 
     Args:
         session: The running pipeline.
+        after: Is called when the own objects ran, which may have changed their attributes.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, after: Callable[[], None] = lambda: None) -> None:
+        self._session, self._after = session, after
         self._seen: dict[Mode, Any] = {}
         self._untold = ""
         self._warned = False
@@ -88,6 +89,7 @@ class FirstBatch:
             except Exception as error:
                 self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
                 return
+            self._after()
             ours = self._through_the_pipeline(mode, few)
             plain = Tolerance.elsewhere(own.precision).relative
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > plain}

@@ -239,7 +239,7 @@ class OwnModel:
         if self._judge is None:
             self._judge = LossModel()
             several = len(labels) > 1
-            weights = {one.label: 1.0 if one.weight is None else one.weight for one in objectives}
+            weights = {one.label: 1.0 if one.weight is None else float(one.weight) for one in objectives}
             weighed = any(one.weight is not None for one in objectives)
             self._judge.compile(
                 optimizer=None,

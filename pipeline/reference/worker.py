@@ -138,7 +138,7 @@ class ReferenceWorker(BaseWorker):
                 self._found = found
         self._seen = ValueObserver(seen)
         by_stage = {int(index): (by_head, own) for index, (by_head, own) in losses.items()}
-        return StepReply(by_stage, metrics=self._metrics(), roundings=roundings)
+        return StepReply(by_stage, metrics=self._metrics(), inner_metrics=self._inner_metrics(), roundings=roundings)
 
     def _receive(self, order: StepOrder) -> Whole:
         """The batch of a step, whole."""

@@ -177,11 +177,12 @@ class Driver:
             order = _order_of(plan, mode, batch)
             order = replace(order, trace=trace, squared_norms=norms, loss_scale=loss_scale, observe=observe)
             answers = self._step_of(order, plan, batch)
-            losses, total, own = losses_of(answers, self.specs)
+            counted = [*(answer.metrics for answer in answers), *(answer.inner_metrics for answer in answers)]
+            losses, total, own = losses_of(answers, self.specs, batch.loss_weights)
             return StepResult(
                 loss=total if mode is not Mode.PREDICT else None,
                 losses=losses,
-                metrics={name: v for answer in answers for name, v in answer.metrics.items()},
+                metrics={name: v for part in counted for name, v in part.items()},
                 outputs=self._outputs(batch) if mode is Mode.PREDICT else {},
                 spans=[list(answer.spans) for answer in answers],
                 squared_norms={place: norm for answer in answers for place, norm in answer.squared_norms.items()},
@@ -213,7 +214,11 @@ class Driver:
         return any(answer.masked for answer in self._step_of(_order_of(plan, Mode.MASKS, batch), plan, batch))
 
     def apply(
-        self, learning_rates: Mapping[int, float], scale: float | None = None, divisor: float | None = None
+        self,
+        learning_rates: Mapping[int, float],
+        scale: float | None = None,
+        divisor: float | None = None,
+        attributes: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         """Let every stage update its variables from the step just run. Returns at once; order is kept.
 
@@ -221,9 +226,10 @@ class Driver:
             learning_rates: {stage: rate}; stages that are not there keep theirs.
             scale: Factor on all gradients, for clipping by a global norm.
             divisor: What they are divided by first, for loss scaling.
+            attributes: {stage: {name: value}} of its optimizer that are set before, from now on.
         """
         with self._crew.ending_on_failure():
-            self._order(Apply(self._step, learning_rates, scale, divisor))
+            self._order(Apply(self._step, learning_rates, scale, divisor, attributes or {}))
             self._undecided = False
 
     def discard(self) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 from pipeline.batch.step import Batch
@@ -17,6 +18,7 @@ from pipeline.compiled.compiled import Compiled, name_of
 from pipeline.errors import CompileError
 from pipeline.plan.schedules import gpipe
 from stages.grid import Grid
+from stages.keras_internals import layers_of
 from stages.loss.trial import Example, tried
 from stages.loss.ways import Way, Ways
 from stages.worker.orders import Mode
@@ -63,17 +65,31 @@ class Meaning:
         return found
 
     def say(self, batch: Batch) -> None:
-        """Say once that another schedule runs than the one asked for."""
+        """Say, each once, in what training on microbatches is not what was asked for, or not Keras's."""
         if self._said or len(batch.sizes) == 1:
             return
-        self._said, schedule = True, self._setup.options.schedule
-        (name, *_) = [name_of(self.compiled.heads[one].loss) for one, w in batch.ways.items() if w.loss is Way.WHOLE]
-        if schedule not in ("gpipe", gpipe):
-            warnings.warn(
-                f"the loss {name} is a number of the whole batch, no mean or sum over its samples, so it is computed "
-                f"over the whole batch under schedule='gpipe' in place of {schedule!r}: stages keep the activations of "
-                "all microbatches. Say Pipeline(..., schedule='gpipe') if this is meant",
-                stacklevel=2,
+        self._said, schedule, models = True, self._setup.options.schedule, self._setup.models.values()
+        samples, largest = sum(batch.sizes), max(batch.sizes)
+        coupling = [name_of(self.compiled.heads[k].loss) for k, ways in batch.ways.items() if ways.loss is Way.WHOLE]
+        if coupling and schedule not in ("gpipe", gpipe):
+            _warn(
+                f"the loss {coupling[0]} is a number of the whole batch, no mean or sum over its samples, so it is "
+                f"computed over the whole batch under schedule='gpipe' in place of {schedule!r}: stages keep the "
+                "activations of all microbatches. Say Pipeline(..., schedule='gpipe') if this is meant"
+            )
+        found = [layer for model in models for layer in layers_of(model) if _normalises_batches(layer)]
+        if found:
+            _warn(
+                f"the layer {found[0].name!r} (BatchNormalization) takes its statistics from each microbatch of "
+                f"{largest} samples, where Keras takes them from the batch of {samples}: training differs. With "
+                "microbatches=1 it is; GroupNormalization and LayerNormalization do not depend on the batch"
+            )
+        metrics = [metric.name for model in models for metric in model.metrics]
+        if metrics:
+            _warn(
+                f"the metric {metrics[0]!r} inside of a layer counts every microbatch, where Keras counts every batch: "
+                "a mean of means over equal microbatches is the same, another number is not. Give it to compile(), or "
+                "use microbatches=1"
             )
 
     def _try(self, batch: Batch, labels: list[str]) -> dict[str, Ways]:
@@ -115,6 +131,14 @@ class Meaning:
                     f"a metric of the output {label!r} gives a number of a whole batch, so it cannot count window by "
                     "window; use one that counts samples and time steps, or leave windows out"
                 )
+
+
+def _normalises_batches(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 __all__ = ["Meaning"]

@@ -39,6 +39,7 @@ class StepRunner:
     Attributes:
         look: Is shown every batch before it is trained (`Mode.TRAIN`), evaluated (`Mode.TEST`) or predicted
             (`Mode.PREDICT`).
+        begin: Is called before a batch is made ready.
 
     Raises:
         ScheduleError, PlanError: The schedule makes no plan for these stages and options that workers can run.
@@ -47,6 +48,7 @@ class StepRunner:
     def __init__(self, setup: Setup, workers: Workers) -> None:
         self._setup, self._workers = setup, workers
         self.look: Callable[[Mode, Batch], None] = lambda mode, batch: None
+        self.begin: Callable[[], None] = lambda: None
         self._plans: dict[tuple[int, int, bool, bool], Plan] = {}
         self._meaning: Meaning | None = None
         self._plan(setup.options.microbatches, setup.options.windows, training=True)
@@ -78,7 +80,8 @@ class StepRunner:
                 look(driver)
             if result.finite:
                 rates = compiled.learning_rates(len(self._setup.segments))
-                driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)
+                scale = compiled.clip_scale(self._in_model_order(result.squared_norms))
+                driver.apply(rates, scale, loss_scale, compiled.adjusted())
                 compiled.count_update()
             else:
                 driver.discard()
@@ -156,7 +159,7 @@ class StepRunner:
     def plan(self, batch: Batch, training: bool) -> Plan:
         """The checked plan of a step; made once for each number of microbatches and windows."""
         at_once = training and batch.at_once
-        if at_once and self._meaning is not None:
+        if training and self._meaning is not None:
             self._meaning.say(batch)
         return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training, at_once)
 
@@ -185,6 +188,7 @@ class StepRunner:
             DataError: Something does not fit.
             CompileError: A loss or metric needs the whole batch, which is cut in time.
         """
+        self.begin()
         wires, options, compiled = self._setup.wires, self._setup.options, self._workers.compiled
         batch = make_batch(
             x,
@@ -202,7 +206,7 @@ class StepRunner:
             return batch
         if self._meaning is None or self._meaning.compiled is not compiled:
             self._meaning = Meaning(self._setup, self, self._workers.driver, compiled)
-        return replace(batch, ways=self._meaning.ways(batch))
+        return replace(batch, ways=self._meaning.ways(batch), loss_weights=compiled.loss_weights())
 
     def over_time(self, labels: Sequence[str]) -> list[str]:
         """Those outputs that have a time axis."""

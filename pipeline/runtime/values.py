@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ def optimizer_slots_of(driver: Driver) -> OptimizerSlots:
     return OptimizerSlots.of_stages(described_slots(driver.descriptions), values_of(driver, "optimizer"))
 
 
+def digest(value: Any) -> int:
+    """A number by which the bits of an array or a variable are known again."""
+    return zlib.crc32(np.ascontiguousarray(value.numpy() if hasattr(value, "numpy") else value).tobytes())
+
+
 class Values:
     """Reads and writes the workers' variables.
 
@@ -34,11 +40,13 @@ class Values:
 
     Attributes:
         ahead: Whether the workers' values were changed since the user's own models last got them.
+        told: The digests of the weights that the user was last told.
     """
 
     def __init__(self, setup: Setup, driver: Callable[[], Driver]) -> None:
         self._setup, self._driver = setup, driver
         self.ahead = False
+        self.told: frozenset[int] = frozenset()
 
     def read(self, what: str) -> dict[int, list[Array]]:
         """{stage: its ``model``, ``weights``, ``optimizer`` or ``kept states`` values, in order}."""
@@ -62,7 +70,9 @@ class Values:
     def get_weights(self) -> list[Array]:
         """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
         values = self.read("weights")
-        return [values[i][k] for (i, k), *_ in self._weight_places()]
+        found = [values[i][k] for (i, k), *_ in self._weight_places()]
+        self.told = frozenset(map(digest, found))
+        return found
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights, in the order of `get_weights`.
@@ -106,4 +116,4 @@ class Values:
         self._driver().set("weights", arrays)
 
 
-__all__ = ["Values", "optimizer_slots_of", "values_of"]
+__all__ = ["Values", "digest", "optimizer_slots_of", "values_of"]

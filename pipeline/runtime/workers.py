@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.compiled.compiled import Compiled
@@ -33,6 +34,8 @@ class Workers:
     Attributes:
         compiled: What `compile` was given; None before.
         loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
+        filled: Is called when workers have just got copies of the user's objects and their values.
+        given: {stage: the user's own variables that its losses and layers use beside those of its model}.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -40,7 +43,8 @@ class Workers:
         self.compiled: Compiled | None = None
         self.loaded_from = ""
         self._start: StartValues | None = None
-        self._besides: dict[int, list[Any]] = {}
+        self.given: dict[int, list[Any]] = {}
+        self.filled: Callable[[], None] = lambda: None
         self._driver: Driver | None = None
         self._closed = False
         # Drawn for builders only: with built models, the user's own random numbers stay what they are without us.
@@ -65,6 +69,7 @@ class Workers:
                 driver.close("they could not be given their values")
                 raise
             self._driver, self._start = driver, None
+            self.filled()
         return self._driver
 
     @property
@@ -151,7 +156,7 @@ class Workers:
         options = SpecOptions(self._setup.options.recompute, self._setup.options.keep_state, self._seed)
         found = stage_specs(self._setup.segments, self._setup.wires, self.compiled, options, reference)
         if not reference:
-            self._besides = {one.spec.index: one.besides for one in found}
+            self.given = {one.spec.index: one.besides for one in found}
         return [one.spec for one in found]
 
     def besides(self) -> dict[int, list[Any]]:
@@ -160,7 +165,7 @@ class Workers:
         The workers have copies: ``driver.set("besides", {stage: values})`` gives them new values, in this order.
         """
         self.driver()
-        return {i: list(variables) for i, variables in sorted(self._besides.items())}
+        return {i: list(variables) for i, variables in sorted(self.given.items())}
 
     def _fill(self, driver: Driver) -> None:
         """Give fresh workers the values they should start from."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from pipeline.errors import DataError
@@ -111,6 +112,21 @@ def call(pipe: Pipeline, inputs: Any, training: bool | None = None, mask: Any = 
     return keras.tree.pack_sequence_as(shape[0], list(found))
 
 
+def get_weights(pipe: Pipeline) -> list[np.ndarray[Any, Any]]:
+    """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
+    pipe._changes.look(closely=not pipe.session.values.ahead)
+    return pipe.session.values.get_weights()
+
+
+def set_weights(pipe: Pipeline, weights: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Set all weights, in the order of `get_weights`.
+
+    Raises:
+        DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
+    """
+    pipe.session.values.set_weights(weights)
+
+
 def give_back(pipe: Pipeline) -> None:
     """Give the user's own models the values that the workers have now: weights, statistics, seeds.
 
@@ -120,12 +136,14 @@ def give_back(pipe: Pipeline) -> None:
     """
     if not pipe.session.values.ahead or not pipe.session.workers.are_running:
         return
+    pipe._changes.take_variables()
     values = pipe.session.values.read("model")
     for i, segment in enumerate(pipe.segments):
         if segment.model is not None:
             snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
     pipe.session.workers.give_back_slots()
     pipe.session.values.ahead = False
+    pipe._changes.hold_model()
 
 
 def give_back_if_possible(pipe: Pipeline) -> None:

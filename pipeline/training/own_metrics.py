@@ -1,7 +1,7 @@
 """The values of the workers' metrics, written into the user's own metric objects, where Keras would have counted them.
 
 A worker counts in copies. Whoever reads an object that was given to `compile`, after `fit` or in a callback, finds the
-value there; so does who looks at `self.model.metrics`.
+value there; so does who looks at `self.model.metrics`. The same holds for metrics that layers of the own model update.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import keras
 
 from pipeline.compiled.compiled import Compiled
 from pipeline.runtime.session import Session
+from stages.tape.model_call import metrics_of_layers
 
 
 def own_metrics(compiled: Compiled) -> list[Any]:
@@ -28,14 +29,25 @@ def reset(compiled: Compiled) -> None:
         head.reset()
 
 
+def are_any(session: Session) -> bool:
+    """Whether anything counts: metrics that `compile` was given, or those of layers, as far as they are known here."""
+    models, compiled = session.setup.models, session.workers.compiled
+    if len(models) < len(session.setup.segments) or any(model.metrics_variables for model in models.values()):
+        return True
+    return compiled is not None and compiled.has_metrics
+
+
 def fetch(session: Session, compiled: Compiled) -> None:
     """Give the metrics of this process the workers' values."""
-    if not compiled.has_metrics:
+    if not are_any(session):
         return
     driver = session.workers.driver()
     for stage, values in session.values.read("metrics").items():
         labels = [head.label for head in driver.specs[stage].heads]
         here = [variable for label in labels for variable in compiled.heads[label].variables]
+        model = session.setup.models.get(stage)
+        inner = [] if model is None else metrics_of_layers(model)
+        here += [variable for metric in inner for variable in metric.variables]
         if len(here) == len(values):  # or a metric that has seen no batch yet
             for variable, value in zip(here, values, strict=True):
                 variable.assign(value)

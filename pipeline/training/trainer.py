@@ -156,7 +156,8 @@ class Trainer(ModelWithoutLayers):
             own_metrics.build(compiled, label, one, tf.zeros([1, *sizes[1:]], dtype))
 
     def reset_metrics(self) -> None:
-        """Start counting anew, here and in the workers."""
+        """Start counting anew, here and in the workers; Keras does so where an epoch begins."""
+        self.pipe._changes.closely = True
         compiled, shown = self.session.workers.compiled, self._logs.shown
         self._logs.reset()
         self.pipe.reset_metrics()

@@ -67,6 +67,17 @@ def _made_by_build(kind: type, state: dict[str, Any]) -> set[str]:
     return {name for name, value in vars(trial).items() if name not in known or given.get(name, value) is not value}
 
 
+def set_attributes(optimizer: Any, attributes: Mapping[str, Any]) -> None:
+    """Set attributes of an optimizer, as its user would."""
+    for name, value in attributes.items():
+        setattr(optimizer, name, value)
+
+
+def rate_of(optimizer: Any) -> Any:
+    """What an optimizer's learning rate is: a variable, a schedule or a function."""
+    return optimizer._learning_rate
+
+
 def rate_is_a_variable(optimizer: Any) -> bool:
     """Whether an optimizer's learning rate is a number that can be set, no schedule and no function."""
     return _is_variable(optimizer._learning_rate)
@@ -104,4 +115,12 @@ def _shallow(value: Any) -> Any:
     return type(value)(value) if type(value) in (list, dict, set) else value
 
 
-__all__ = ["as_unbuilt", "excluded", "know_variables", "rate_is_a_variable", "unbuilt_state"]
+__all__ = [
+    "as_unbuilt",
+    "excluded",
+    "know_variables",
+    "rate_is_a_variable",
+    "rate_of",
+    "set_attributes",
+    "unbuilt_state",
+]

@@ -27,11 +27,19 @@ class Built:
 
 @dataclass(frozen=True, eq=False)
 class Judging:
-    """Loss and metrics of one output, each as `keras.Model.compile` takes it for one."""
+    """Loss and metrics of one output, each as `keras.Model.compile` takes it for one.
+
+    Attributes:
+        loss: Or None.
+        metrics: A list, or None.
+        weighted_metrics: Likewise.
+        weight: The loss weight if it is a variable, which the user may assign; else None.
+    """
 
     loss: Any = None
     metrics: Any = None
     weighted_metrics: Any = None
+    weight: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +76,7 @@ class StageObjects:
         unbuilt = [] if self.optimizer is None else [(self.optimizer, optimizer_attributes)]
         things = (self.part, tuple(self.judging), self.optimizer)
         found: Packed = pack(things, what, without_values=own, foreign=foreign, unbuilt=unbuilt)
-        return found.data, _besides(found.variables, self.judging, self.optimizer)
+        return found.data, _besides(found.variables, self.part, self.judging, self.optimizer)
 
     @classmethod
     def of(cls, data: bytes) -> StageObjects:
@@ -79,12 +87,13 @@ class StageObjects:
         """
         found = unpack(data)
         part, judging, optimizer = found.thing
-        return cls(part, judging, optimizer, _besides(found.variables, judging, optimizer))
+        return cls(part, judging, optimizer, _besides(found.variables, part, judging, optimizer))
 
 
-def _besides(variables: Sequence[Any], judging: Sequence[Judging], optimizer: Any) -> list[Any]:
-    """Variables that are neither a metric's nor the optimizer's."""
+def _besides(variables: Sequence[Any], part: Any, judging: Sequence[Judging], optimizer: Any) -> list[Any]:
+    """Variables that are neither a metric's, a layer's metrics included, nor the optimizer's."""
     known = {id(variable) for variable in getattr(optimizer, "variables", ())}
+    known |= {id(variable) for variable in getattr(part, "metrics_variables", ())}
     for one in judging:
         for metric in [*_metrics(one.metrics), *_metrics(one.weighted_metrics)]:
             known |= {id(variable) for variable in getattr(metric, "variables", ())}

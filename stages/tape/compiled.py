@@ -197,6 +197,10 @@ class CompiledTapes(Tapes):
         self._functions[name](_scalar(float(scale or 0.0)), _scalar(float(divisor or 1.0)), *flat)
         self._zero(kept=reached)
 
+    def forget_updates(self) -> None:
+        """Trace updates anew: numbers in the optimizer were changed."""
+        self._functions = {name: found for name, found in self._functions.items() if name[0] != "apply"}
+
     def clear(self) -> None:
         """Drop what is open and set the sums to zero."""
         self._open.clear()

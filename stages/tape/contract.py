@@ -135,6 +135,10 @@ class Tapes(ABC):
         """One update from the accumulated gradients (over `divisor`, times `scale`), which are then cleared."""
 
     @abstractmethod
+    def forget_updates(self) -> None:
+        """Let the next update read the optimizer's numbers anew."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Drop open tapes and sums."""
 

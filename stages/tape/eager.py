@@ -186,6 +186,9 @@ class EagerTapes(Tapes):
         update(optimizer, rescaled([g for g, _ in pairs], scale, divisor), [v for _, v in pairs])
         self.clear()
 
+    def forget_updates(self) -> None:
+        """Nothing: an eager update reads the optimizer each time."""
+
     def clear(self) -> None:
         """Drop all open tapes and sums."""
         self._open.clear()

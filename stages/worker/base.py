@@ -30,7 +30,6 @@ import numpy as np
 from stages.actions import Action, actions_from_array
 from stages.errors import HandoffError
 from stages.recipe.settings import settle
-from stages.tape.model_call import metrics_of_layers
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import EVERYTHING, Kept
 from stages.worker.observers import NormObserver, ValueObserver
@@ -308,9 +307,7 @@ class BaseWorker(ABC):
     def _do_call(self, order: CallService) -> Reply:
         for hosted in self.hosted.values():
             if order.service is Service.RESET_METRICS:
-                hosted.heads.reset()
-                for metric in metrics_of_layers(hosted.stage.model):
-                    metric.reset_state()
+                hosted.reset_metrics()
             elif order.service is Service.RESET_STATE:
                 if hosted.stage.carried is not None:
                     hosted.stage.carried.reset()
@@ -344,10 +341,11 @@ class BaseWorker(ABC):
         for hosted in self.hosted.values():
             if any(head.has_metrics for head in hosted.heads):
                 found |= hosted.heads.results()
-            found |= {
-                metric.name: np.asarray(metric.result()).tolist() for metric in metrics_of_layers(hosted.stage.model)
-            }
         return found
+
+    def _inner_metrics(self) -> dict[str, Any]:
+        """The metrics of layers so far, by name."""
+        return {name: value for hosted in self.hosted.values() for name, value in hosted.inner_results().items()}
 
     def _report(self, error: Exception) -> None:
         """Tell the driver what happened, as far as the driver is still there (rule 3)."""

@@ -18,11 +18,11 @@ from stages.keras_internals import layers_of, names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
 from stages.loss.ways import Ways
-from stages.recipe.optimizer_state import as_unbuilt
+from stages.recipe.optimizer_state import as_unbuilt, set_attributes
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
-from stages.tape.model_call import changed_by_calls
+from stages.tape.model_call import changed_by_calls, metrics_of_layers
 from stages.tape.optimizer_update import rescaled
 from stages.variable_names import unique_names
 from stages.worker import snapshot
@@ -172,7 +172,26 @@ class HostedStage:
         for metric in keras.tree.flatten([judging.metrics, judging.weighted_metrics]):
             if isinstance(metric, keras.metrics.Metric) and metric.variables:
                 metric.reset_state()  # the user's own may have counted already
-        return Head(*given, place=place, label=label, weight=spec.weight)
+        return Head(*given, place=place, label=label, weight=spec.weight if judging.weight is None else judging.weight)
+
+    @property
+    def inner_metrics(self) -> list[Any]:
+        """The metrics that layers of the model update when they are called, each once."""
+        return metrics_of_layers(self.stage.model)
+
+    def inner_results(self) -> dict[str, Any]:
+        """Their values so far, by the names that Keras's logs give them."""
+        found: dict[str, Any] = {}
+        for metric in self.inner_metrics:
+            result = metric.result()
+            found |= result if isinstance(result, dict) else {metric.name: result}
+        return {name: np.asarray(value).tolist() for name, value in found.items()}
+
+    def reset_metrics(self) -> None:
+        """Let all metrics count anew."""
+        self.heads.reset()
+        for metric in self.inner_metrics:
+            metric.reset_state()
 
     def go(self, ways: Mapping[str, Ways]) -> None:
         """Say how losses and metrics are made of microbatches, by the outputs' labels; the others as they are known."""
@@ -201,16 +220,18 @@ class HostedStage:
         """The variables that a name stands for.
 
         Args:
-            what: ``model`` (all of the model's, seed states included), ``weights`` (what Keras's `get_weights` gives),
-                ``optimizer``, ``metrics``, ``states`` (what a forward pass changes by itself), or ``besides`` (what
-                came along with losses and layers and is none of these).
+            what: ``model`` (all of the model's, seed states included), ``model 3`` (one of them, by place), ``weights``
+                (what Keras's `get_weights` gives), ``optimizer``, ``metrics``, ``states`` (what a forward pass changes
+                by itself), or ``besides`` (what came along with losses and layers and is none of these).
         """
         model = self.stage.model
+        if what.startswith("model "):
+            return [model.variables[int(what.removeprefix("model "))]]
         found: dict[str, Callable[[], Any]] = {
             "model": lambda: model.variables,
             "weights": lambda: model.weights,
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
-            "metrics": lambda: self.heads.variables,
+            "metrics": lambda: [*self.heads.variables, *(v for m in self.inner_metrics for v in m.variables)],
             "states": lambda: changed_by_calls(model),
             "besides": lambda: self.objects.variables,
         }
@@ -226,6 +247,11 @@ class HostedStage:
         if what in ("model", "weights") and self.optimizer is not None and not self._has_stepped():
             self.optimizer = as_unbuilt(self.optimizer)
             self._build_optimizer()  # some slots (ScheduleFreeAdamW) begin as copies of the weights
+
+    def adjust_optimizer(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes of the optimizer, which the next update reads."""
+        set_attributes(self.optimizer, attributes)
+        self.stage.forget_updates()
 
     def _build_optimizer(self) -> None:
         variables = self.stage.trainable_variables

@@ -194,6 +194,7 @@ class Apply(Order):
         learning_rates: {stage: rate}; stages that are not there keep theirs.
         scale: Factor on all gradients, for clipping by a global norm.
         divisor: What they are divided by first, for loss scaling.
+        attributes: {stage: {name: value}} of its optimizer that are set before the update, from now on.
     """
 
     do: ClassVar[str] = "apply"
@@ -202,11 +203,13 @@ class Apply(Order):
     learning_rates: Mapping[int, float] = field(default_factory=dict)
     scale: float | None = None
     divisor: float | None = None
+    attributes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Self:
         """From the wire."""
-        return cls(**{**data, "learning_rates": _by_stage(data["learning_rates"])})
+        by_stage = {name: _by_stage(data[name]) for name in ("learning_rates", "attributes")}
+        return cls(**{**data, **by_stage})
 
 
 @dataclass(frozen=True)

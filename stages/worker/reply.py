@@ -70,6 +70,7 @@ class StepReply:
     Attributes:
         losses: {stage: (each head's loss, unweighted; the stage's own losses or None)}, of its stages.
         metrics: Those so far, of its heads.
+        inner_metrics: Those so far of layers.
         masked: Whether masks of predictions count.
         spans: With a trace: (begin, end) of each action, seconds of the host's monotonic clock.
         squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
@@ -80,6 +81,7 @@ class StepReply:
 
     losses: Mapping[int, tuple[Sequence[Any], float | None]]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    inner_metrics: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False
     spans: Sequence[tuple[float, float]] = ()
     squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)

@@ -54,6 +54,7 @@ class Worker(BaseWorker):
         """Run the stages' actions of a plan."""
         before = self._keep(("states", "metrics")) if order.mode is Mode.GRADIENTS else {}
         if order.mode is Mode.MASKS:
+            before = self._keep(("metrics",)) if any(hosted.inner_metrics for hosted in self.hosted.values()) else {}
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
         links = Links(self._take, self._send, self.incarnation, self.board)
@@ -73,6 +74,7 @@ class Worker(BaseWorker):
         reply = StepReply(
             losses,
             metrics=self._metrics() if counts else {},
+            inner_metrics=self._inner_metrics() if counts else {},
             masked=any(hosted.prediction_masks for hosted in stages),
             spans=program.spans,
             squared_norms=squared_norms,
@@ -91,6 +93,8 @@ class Worker(BaseWorker):
             rate = order.learning_rates.get(index)
             if rate is not None:
                 hosted.optimizer.learning_rate = rate
+            if attributes := order.attributes.get(index):
+                hosted.adjust_optimizer(attributes)
             hosted.stage.apply(hosted.optimizer, order.scale, order.divisor)
 
     def discard(self) -> None:

@@ -13,6 +13,7 @@ FAULTS: dict[str, tuple[Planted, ...]] = {
     "Windows of time": in_flow.WINDOWS,
     "Plans": in_flow.PLANS,
     "Optimizers and loss scaling": in_training.OPTIMIZERS,
+    "Changes while training": in_training.CHANGES,
     "Checkpoints": in_training.CHECKPOINTS,
     "Copies of the user's objects": in_copies.COPIES,
     "Verification": in_verification.VERIFICATION,

@@ -29,8 +29,8 @@ OPTIMIZERS = (
     Planted(
         "scaled gradients are not divided by the loss scale",
         _STEPS,
-        "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), loss_scale)",
-        "driver.apply(rates, compiled.clip_scale(self._in_model_order(result.squared_norms)), None)",
+        "driver.apply(rates, scale, loss_scale, compiled.adjusted())",
+        "driver.apply(rates, scale, None, compiled.adjusted())",
         _MIXED,
     ),
     Planted(
@@ -81,6 +81,30 @@ OPTIMIZERS = (
         "each = pairs if len(pairs) > 1 else pairs * stages",
         "each = pairs[:1] * stages",
         _PER_STAGE,
+    ),
+)
+
+CHANGES = (
+    Planted(
+        "a variable of a loss that is assigned does not reach the worker",
+        "pipeline/own/changes.py",
+        "found = {i: held for i, held in self._besides.items() if held.changed()}",
+        "found = {i: held for i, held in self._besides.items() if held.changed() and i < 0}",
+        ("test_changes",),
+    ),
+    Planted(
+        "a compiled update keeps the optimizer's numbers that it was traced with",
+        "stages/tape/compiled.py",
+        'for name, found in self._functions.items() if name[0] != "apply"}',
+        "for name, found in self._functions.items() if name}",
+        ("test_changes",),
+    ),
+    Planted(
+        "values that the own model is given between two fits stay there",
+        "pipeline/own/changes.py",
+        "        if closely:\n            self._take_model()",
+        "        if closely is None:\n            self._take_model()",
+        ("test_changes",),
     ),
 )
 

@@ -145,8 +145,8 @@ def heads_of(stage: HostedStage, floats: str | None = None) -> list[Head]:
         copied(one.loss, "the loss", keep=stage.stage.model.variables, floats=floats) for one in stage.objects.judging
     ]
     found = [
-        Head(loss, place=names.index(one.output), weight=one.weight)
-        for loss, one in zip(losses, stage.spec.heads, strict=True)
+        Head(loss, place=names.index(one.output), weight=head.weight)
+        for loss, one, head in zip(losses, stage.spec.heads, stage.heads, strict=True)
     ]
     Heads(found).go([head.ways for head in stage.heads])
     return found

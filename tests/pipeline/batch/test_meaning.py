@@ -234,3 +234,21 @@ def test_what_needs_the_whole_batch_is_refused_in_windows() -> None:
         pipe.compile("sgd", total)
         assert pipe.test_on_batch(x, y) == pytest.approx(float(total(y, model(x))), rel=1e-6)
         pipe.train_on_batch(x, y)
+
+
+def test_batch_normalization_under_microbatches_is_said_once() -> None:
+    model = keras.Sequential([keras.Input((4,)), L.Dense(5), L.BatchNormalization(name="norms"), L.Dense(3)])
+    told = r"the layer 'norms' \(BatchNormalization\) takes its statistics from each microbatch of 3 samples, .* of 10"
+    with Pipeline.split(model, stages=2, microbatches=4, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse")
+        with pytest.warns(UserWarning, match=told) as found:
+            pipe.fit(X, Y, batch_size=10, epochs=2, verbose=0)
+        assert len(found) == 1
+        model.get_layer("norms").trainable = False
+        pipe.compile("sgd", "mse")
+        with said(None):
+            pipe.train_on_batch(X, Y)
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe, said(None):
+        model.get_layer("norms").trainable = True
+        pipe.compile("sgd", "mse")
+        pipe.train_on_batch(X, Y)

@@ -1,0 +1,121 @@
+"""Plain attributes of the user's objects, remembered and compared: numbers, words, switches.
+
+Of a function these are what it finds in its closure and among its module's globals: a loss written as a function has
+its factors there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from stages.keras_internals import wrapped_function
+
+_PLAIN = (bool, int, float, str, type(None))
+_BYTES = 1 << 16
+"""Arrays up to this size are compared too."""
+
+
+class Attributes:
+    """The plain attributes of some objects at one moment.
+
+    Args:
+        objects: (what it is called, object).
+    """
+
+    def __init__(self, objects: Iterable[tuple[str, Any]]) -> None:
+        self._all: list[tuple[Callable[[], Any], Any, str]] = []
+        for label, thing in objects:
+            for name, read, value in _readings(thing):
+                self._all.append((read, value, f"{label} got {name}="))
+        self._next = 0
+
+    def changed(self, most: int | None) -> str | None:
+        """The first attribute that is not what it was, in words; None if there is none.
+
+        Args:
+            most: How many are compared, going on where the last call ended; None: all.
+        """
+        count = len(self._all)
+        many = count if most is None else min(most, count)
+        for _ in range(many):
+            self._next = (self._next + 1) % count
+            read, value, words = self._all[self._next]
+            now = read()
+            if isinstance(value, _Bits):
+                if value != _Bits.of(now):
+                    return f"{words}other values in its array"
+            elif now is not value and (type(now) is not type(value) or now != value) and not _both_nan(now, value):
+                return f"{words}{now!r} (it was {value!r})"
+        return None
+
+
+def plain(thing: Any) -> dict[str, Any]:
+    """{name: value} of an object's plain attributes that are not private."""
+    return {name: value for name, value in thing.__dict__.items() if name[0] != "_" and isinstance(value, _PLAIN)}
+
+
+def _readings(thing: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:
+    """(name, how to read it again, value) of what is plain about an object."""
+    if isinstance(thing, FunctionType):
+        yield from _of_function(thing)
+        return
+    if isinstance(thing, partial):
+        yield from _readings(thing.func)
+        for place, argument in enumerate(thing.args):
+            yield from _of_value(f"argument {place}", partial(thing.args.__getitem__, place), argument)
+        for name, argument in thing.keywords.items():
+            yield from _of_value(name, partial(thing.keywords.get, name), argument)
+        return
+    held = getattr(thing, "__dict__", {})
+    for name, value in held.items():
+        if name[0] != "_":
+            yield from _of_value(name, partial(held.get, name), value)
+    function = wrapped_function(thing)
+    if function is not None:
+        yield from _readings(function)
+
+
+def _of_function(function: FunctionType) -> Iterable[tuple[str, Callable[[], Any], Any]]:
+    if function.__module__.split(".")[0] == "keras":
+        return
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield from _of_value(name, partial(_contents, cell), _contents(cell))
+    module = function.__globals__
+    for name in function.__code__.co_names:
+        if name in module:
+            yield from _of_value(name, partial(module.get, name), module[name])
+
+
+def _of_value(name: str, read: Callable[[], Any], value: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:
+    """The reading of one value, if it is plain, or an array that is not large."""
+    if isinstance(value, _PLAIN):
+        yield name, read, value
+    elif isinstance(value, np.ndarray) and value.nbytes <= _BYTES:
+        yield name, read, _Bits.of(value)
+
+
+class _Bits(bytes):
+    """The bits of an array."""
+
+    @classmethod
+    def of(cls, array: Any) -> _Bits:
+        return cls(np.asarray(array).tobytes())
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled as yet
+        return None
+
+
+def _both_nan(a: Any, b: Any) -> bool:
+    return isinstance(a, float) and isinstance(b, float) and a != a and b != b
+
+
+__all__ = ["Attributes", "plain"]

@@ -1,0 +1,223 @@
+"""What the user changes while training: taken along to the workers, or refused by name.
+
+    variables of losses, loss weights      compared before every step; new values go to the workers
+    numbers in the optimizer               compared before every step; set in the workers' optimizers
+    the own model's variables              compared where a call or an epoch begins; new values go to the workers, if
+                                           these have trained nothing that the own model does not know
+    other attributes: a rate, a factor     some compared before every step, all where a call or an epoch begins; refused
+
+Workers have copies of the user's objects. What is compared is kept when they get them, and costs little: variables are
+compared by where their values lie (`pipeline.own.held`), attributes by identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from pipeline.compiled.compiled import slots_with
+from pipeline.errors import CompileError
+from pipeline.own.attributes import Attributes, plain
+from pipeline.own.held import Held
+from pipeline.runtime.values import digest
+from stages.keras_internals import layers_of, own_other_variables, own_seed_generators
+from stages.recipe.optimizer_state import rate_of
+from stages.worker import snapshot
+
+if TYPE_CHECKING:
+    from pipeline.runtime.session import Session
+
+_AT_ONCE = 40
+"""So many attributes are compared before a step, in turn."""
+_NO_NUMBERS = ("name", "built", "loss_scale_factor")
+_AGAIN = "call pipe.compile(...) again, which keeps all weights, and the state of an optimizer that is the same object"
+
+
+class Changes:
+    """Looks at what the user may have changed.
+
+    Args:
+        session: What runs.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._filled = False
+        self.closely = True
+
+    def hold(self) -> None:
+        """Keep what the workers have just got from the user's objects, to compare with."""
+        session, compiled = self._session, self._session.workers.compiled
+        quiet = {id(variable) for variable in _set_by_hand(session)}
+        own = {id(v): v for m in session.setup.models.values() for v in m.variables if id(v) not in quiet}
+        self._model = Held(list(own.values()))
+        self._quiet = Held(_set_by_hand(session))
+        self._besides = {i: Held(some) for i, some in session.workers.given.items() if some}
+        self._attributes = Attributes(_objects(session))
+        self._optimizers = [] if compiled is None else [one for one in compiled.updating if one is not None]
+        self._numbers = [_numbers(one) for one in self._optimizers]
+        self._rates = [rate_of(one) for one in self._optimizers]
+        self._filled, self.closely = True, True
+
+    def hold_model(self) -> None:
+        """Keep the values that the own model was just given by the workers.
+
+        Raises:
+            CompileError: A variable had been assigned meanwhile, in vain.
+        """
+        if self._filled:
+            self._model, self._quiet = Held(self._model.variables), Held(self._quiet.variables)
+
+    def hold_attributes(self) -> None:
+        """Keep what the own model's layers became by being called in this process: counters, for instance."""
+        if self._filled:
+            self._attributes = Attributes(_objects(self._session))
+
+    def look(self, closely: bool = False) -> None:
+        """Take along, or refuse, what was changed since the last look.
+
+        Args:
+            closely: Whether to compare all attributes, and the own model's variables.
+
+        Raises:
+            CompileError: Something was changed that cannot take effect; says what.
+        """
+        if not self._filled or not self._session.workers.are_running:
+            return
+        closely, self.closely = closely or self.closely, False
+        self.take_variables()
+        self._take_numbers()
+        if (found := self._attributes.changed(None if closely else _AT_ONCE)) is not None:
+            raise CompileError(f"{found} after compile(), and the workers' copy is still as it was; {_AGAIN}")
+        if closely:
+            self._take_model()
+
+    def take_variables(self) -> None:
+        """Give the workers new values of variables that nothing but the user changes.
+
+        Raises:
+            CompileError: The workers changed such a variable too.
+        """
+        if self._filled:
+            self._take_besides()
+            self._take_quiet()
+
+    def _take_besides(self) -> None:
+        """Give the workers new values of variables of losses and loss weights, and of layers' untracked ones."""
+        found = {i: held for i, held in self._besides.items() if held.changed()}
+        if found:
+            driver = self._session.workers.driver()
+            driver.set("besides", {i: snapshot.read(held.variables) for i, held in found.items()})
+            self._session.reference.close("a variable of a loss was changed")
+
+    def _take_quiet(self) -> None:
+        """Give the workers new values of variables of layers that training leaves as they are.
+
+        Raises:
+            CompileError: The workers changed such a variable themselves, so that the user's value is none of theirs.
+        """
+        before = [np.asarray(tensor).tobytes() for tensor in self._quiet.tensors]
+        for k in self._quiet.changed():
+            variable, driver = self._quiet.variables[k], self._session.workers.driver()
+            for i, model in self._session.setup.models.items():
+                for place, one in enumerate(model.variables):
+                    if one is not variable:
+                        continue
+                    (there,) = driver.get(f"model {place}")[i]
+                    if there is None or there.tobytes() not in (before[k], snapshot.read([variable])[0].tobytes()):
+                        raise CompileError(_in_vain([variable]))
+                    driver.set(f"model {place}", {i: snapshot.read([variable])})
+
+    def _take_numbers(self) -> None:
+        """Set changed numbers of the user's optimizers in those of the workers."""
+        for place, optimizer in enumerate(self._optimizers):
+            before, now = self._numbers[place], _numbers(optimizer)
+            if rate_of(optimizer) is not self._rates[place] and not isinstance(rate_of(optimizer), keras.Variable):
+                raise CompileError(f"the optimizer got another learning rate schedule after compile(); {_AGAIN}")
+            if now == before:
+                continue
+            new = {name: value for name, value in now.items() if name not in before or before[name] != value}
+            self._refuse_other_slots(optimizer, before, new)
+            compiled = self._session.workers.needs_compile("training")
+            compiled.global_clipnorm = now.get("global_clipnorm", compiled.global_clipnorm)
+            set_there = {name: value for name, value in new.items() if name != "global_clipnorm"}
+            compiled.adjust(place, set_there)
+            self._session.reference.close("an optimizer was changed")
+            self._numbers[place] = now
+
+    def _refuse_other_slots(self, optimizer: Any, before: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Refuse a number that decides which variables an optimizer keeps beside those that it trains."""
+        slots = [slots_with(optimizer, {name: before.get(name) for name in new}), slots_with(optimizer, new)]
+        if slots[0] != slots[1]:
+            names = ", ".join(f"{name}={value!r}" for name, value in new.items())
+            raise CompileError(
+                f"the optimizer got {names} after compile(), with which it would keep other variables than it has; "
+                "compile with a new optimizer object"
+            )
+
+    def _take_model(self) -> None:
+        """Give the workers values that the user's own model was given, unless they have newer ones of the rest."""
+        changed = [self._model.variables[k] for k in self._model.changed()]
+        if not changed:
+            return
+        values = self._session.values
+        if values.ahead:
+            if all(digest(variable) in values.told for variable in changed):
+                return  # a copy of the pipeline's weights, to look at
+            raise CompileError(_in_vain(changed))
+        ids = {id(variable) for variable in changed}
+        models = self._session.setup.models
+        touched = {i for i, model in models.items() if any(id(variable) in ids for variable in model.variables)}
+        self._session.workers.driver().set("model", {i: snapshot.read(models[i].variables) for i in sorted(touched)})
+
+
+def _objects(session: Session) -> Iterator[tuple[str, Any]]:
+    """What the workers have copies of, each with what it is called."""
+    for model in session.setup.models.values():
+        for layer in layers_of(model, include_self=False):
+            yield f"the layer {layer.name!r}", layer
+    compiled = session.workers.compiled
+    if compiled is None:
+        return
+    for one in compiled.objectives:
+        if one.loss is not None and not isinstance(one.loss, str):
+            yield f"the loss {getattr(one.loss, '__name__', type(one.loss).__name__)}", one.loss
+        for metric in [*(one.metrics or ()), *(one.weighted_metrics or ())]:
+            if not isinstance(metric, str):
+                yield f"the metric {getattr(metric, 'name', getattr(metric, '__name__', metric))}", metric
+    for optimizer in compiled.updating:
+        rate = None if optimizer is None else rate_of(optimizer)
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            yield f"the learning rate schedule {type(rate).__name__}", rate
+
+
+def _numbers(optimizer: Any) -> dict[str, Any]:
+    """What of an optimizer decides about its updates."""
+    return {name: value for name, value in plain(optimizer).items() if name not in _NO_NUMBERS}
+
+
+def _in_vain(variables: Sequence[Any]) -> str:
+    names = ", ".join(repr(snapshot.path_of(variable)) for variable in variables[:3])
+    return (
+        f"the own model's variable {names} was assigned while the workers have newer values of the model; set it "
+        "there: weights = pipe.get_weights(); ...; pipe.set_weights(weights) (in a callback self.model.set_weights)"
+    )
+
+
+def _set_by_hand(session: Session) -> list[Any]:
+    """Variables of the user's own layers that no gradient trains: factors that a callback may set."""
+    found = {}
+    for model in session.setup.models.values():
+        seeds = {id(generator.state) for layer in layers_of(model) for generator in own_seed_generators(layer)}
+        for layer in layers_of(model, include_self=False):
+            if type(layer).__module__.split(".")[0] not in ("keras", "stages"):
+                for variable in own_other_variables(layer):
+                    if id(variable) not in seeds:
+                        found[id(variable)] = variable
+    return list(found.values())
+
+
+__all__ = ["Changes"]
