@@ -103,6 +103,8 @@ class Pipeline:
             truncate=truncate,
             keep_state=keep_state,
         )
+        if not any(segment.states for segment in self.segments):
+            options.refuse_without_states()
         self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
         self.recompute, self.threads = options.recompute, options.threads
         check_cuttable([split.model] if split else [part.model for part in self.segments], self.microbatches)

@@ -23,7 +23,7 @@ from pipeline.cutting.prediction import Prediction
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import CallGraph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
-from pipeline.model.stateful import converted
+from pipeline.model.stateful import converted, refuse_what_mixes_time
 from pipeline.saying import is_whole, not_whole
 from stages.keras_internals import graph_model, output_structure
 from stages.recipe.overrides import why_training_would_differ
@@ -111,6 +111,8 @@ def split_model(
     names = graph.tensor_names()
     carries = options.get("windows", 1) > 1 or bool(options.get("keep_state"))
     segments = _segments(graph, stage_of, carries)
+    if carries:
+        refuse_what_mixes_time(graph)
     return Split(
         model,
         tuple(segments),

@@ -18,6 +18,7 @@ import keras
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import ArgumentPlace, Call, CallGraph, read_graph
+from pipeline.model.over_time import ADVICE, called, refuse_what_windows_change
 from stages.keras_internals import (
     forget_variables,
     layers_of,
@@ -25,12 +26,13 @@ from stages.keras_internals import (
     own_seed_generators,
     own_trainable_variables,
 )
-from stages.layers.initial_states import BeginWith, Begun, LearnedState
+from stages.layers.initial_states import BeginWith, Begun, LastStep, LearnedState, Repeated
 from stages.recipe.by_value import copied
 from stages.recipe.running_order import order_of_names, run_in_order
 from stages.tape.tensors import is_differentiable
 
 RNN = keras.layers.RNN
+CONVOLUTIONAL = (keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D, keras.layers.ConvLSTM3D)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +60,15 @@ def stateful(model: Any) -> Stateful:
         The model for `Stage(part.model, states=part.states)`.
 
     Raises:
-        SplitError: A layer that looks at the whole sequence at once (Bidirectional, attention over time, convolution
-            and pooling over time, Flatten), a recurrent layer called twice or backward, or no recurrent layer.
+        SplitError: The model would compute something else in windows than over the whole length (attention,
+            convolution, normalisation or any other operation over time), a recurrent layer is called twice or
+            backward, or there is none.
     """
     graph = read_graph(model)
     found = converted(graph, graph.calls, graph.inputs, graph.outputs, f"{model.name}_stateful")
     if not found.states:
         raise SplitError(f"the model {model.name!r} has no recurrent layer, so there is no state to hand over")
+    refuse_what_mixes_time(graph)
     return found
 
 
@@ -88,8 +92,7 @@ def converted(
     converted_layers: set[int] = set()
     for call in calls:
         if not isinstance(call.operation, RNN):
-            _refuse_what_mixes_time(call, graph)
-            results = keras.tree.flatten(call.play(tensors))
+            results = keras.tree.flatten(_played(call, tensors))
             order.append(call.name)
         else:
             if id(call.operation) in converted_layers:
@@ -112,6 +115,35 @@ def converted(
     return Stateful(joined, tuple(state.name for state in states))
 
 
+def refuse_what_mixes_time(graph: CallGraph) -> None:
+    """Try a model in windows, with random numbers; see `pipeline.model.over_time`.
+
+    Raises:
+        SplitError: It would compute something else than over the whole length.
+    """
+    made = [tensor for call in graph.calls for tensor in call.makes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        windowed = converted(graph, graph.calls, graph.inputs, made, "windows")
+    refuse_what_windows_change(graph, windowed.model, len(windowed.states))
+
+
+def _played(call: Call, tensors: Mapping[int, Any]) -> Any:
+    """A call on tensors whose length is free.
+
+    Raises:
+        SplitError: It needs a certain length.
+    """
+    try:
+        return call.play(tensors)
+    except Exception as error:
+        said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise SplitError(
+            f"{called(call)} cannot be run window by window: it needs the whole length of the sequence ({said[0]}); "
+            f"{ADVICE}"
+        ) from error
+
+
 class _State(NamedTuple):
     """A state of a converted model: its name, the symbolic input and output."""
 
@@ -125,10 +157,11 @@ def _recurrent_call(call: Call, tensors: Mapping[int, Any]) -> tuple[list[Any], 
     layer = call.operation
     series, initial, mask = _arguments(call, tensors)
     copy = giving_its_state(layer)
-    names = _names(layer)
+    shapes = _state_shapes(layer, copy, series)
+    names = [layer.name] if len(shapes) == 1 else [f"{layer.name}_{i}" for i in range(len(shapes))]
     enter = [
-        keras.Input(batch_shape=(None, *_sizes(size)), dtype=layer.compute_dtype, name=f"{state}_in")
-        for state, size in zip(names, keras.tree.flatten(layer.state_size), strict=True)
+        keras.Input(batch_shape=(None, *shape), dtype=layer.compute_dtype, name=f"{state}_in")
+        for state, shape in zip(names, shapes, strict=True)
     ]
     begins, order = enter, []
     if initial:
@@ -140,13 +173,32 @@ def _recurrent_call(call: Call, tensors: Mapping[int, Any]) -> tuple[list[Any], 
     output, *rest = copy(series, initial_state=_as_layer_takes(layer, begins), **masked)
     order.append(layer.name)
     leave = keras.tree.flatten(rest)
-    output = _last_output(layer, output, leave, masked=mask is not None)
     states = [_State(*one) for one in zip(names, enter, leave, strict=True)]
+    if mask is not None and not layer.zero_output_for_mask:
+        output, last, called = _repeated(layer, output, mask)
+        states.append(last)
+        order += called
     if initial:
         done = Begun(name=f"{layer.name}_begun")
         states.append(_State(f"{layer.name}_begun", begun, done(begun)))
         order.append(done.name)
     return [output, *leave] if layer.return_state else [output], states, order
+
+
+def _repeated(layer: Any, output: Any, mask: Any) -> tuple[Any, _State, list[str]]:
+    """What a layer gives where the first steps of a window are masked, and its last output as one more state.
+
+    At a masked step Keras repeats the output before it. In front of a window there is none, so it would give zeros.
+    """
+    shape = output.shape[2:] if layer.return_sequences else output.shape[1:]
+    name = f"{layer.name}_output"
+    enter = keras.Input(batch_shape=(None, *shape), dtype=layer.compute_dtype, name=f"{name}_in")
+    again = Repeated(name=f"{name}_repeated", dtype=layer.dtype_policy)
+    output = again([output, mask, enter])
+    if not layer.return_sequences:
+        return output, _State(name, enter, output), [again.name]
+    last = LastStep(name=f"{name}_last", dtype=layer.dtype_policy)
+    return output, _State(name, enter, last(output)), [again.name, last.name]
 
 
 def _arguments(call: Call, tensors: Mapping[int, Any]) -> tuple[Any, list[Any], Any | None]:
@@ -184,42 +236,25 @@ def giving_its_state(layer: Any) -> Any:
     return copy
 
 
-def _last_output(layer: Any, output: Any, states: Sequence[Any], masked: bool) -> Any:
-    """What a layer gives for the whole sequence, where that is its last output.
-
-    At a masked step Keras repeats the output before it, and in front of a window there is none: a sequence that ended
-    in an earlier window would give zeros. Keras's own cells put their output into their first state, which is carried.
-    """
-    if layer.return_sequences or not masked:
-        return output
-    cells = getattr(layer.cell, "cells", [layer.cell])
-    if type(cells[-1]).__module__.split(".")[0] != "keras":
-        raise SplitError(
-            f"the layer {layer.name!r} gives only the last output of masked sequences, and its cell "
-            f"{type(cells[-1]).__name__} keeps no output in its state, so a sequence that ends in an earlier window "
-            "would be lost; return sequences, or leave windows out"
-        )
-    before = sum(len(keras.tree.flatten(cell.state_size)) for cell in cells[:-1])
-    return states[before]
-
-
-def _names(layer: Any) -> list[str]:
-    count = len(keras.tree.flatten(layer.state_size))
-    return [layer.name] if count == 1 else [f"{layer.name}_{i}" for i in range(count)]
-
-
-def _sizes(size: Any) -> tuple[int, ...]:
-    return tuple(size) if isinstance(size, list | tuple) else (int(size),)
+def _state_shapes(layer: Any, copy: Any, series: Any) -> list[tuple[int, ...]]:
+    """The shapes of a layer's states, without the batch: in order, flat."""
+    if isinstance(layer, CONVOLUTIONAL):  # whose cell does not know them
+        _, *states = copy(series)
+        return [tuple(state.shape[1:]) for state in keras.tree.flatten(states)]
+    sizes = keras.tree.flatten(layer.state_size)
+    return [tuple(size) if isinstance(size, list | tuple) else (int(size),) for size in sizes]
 
 
 def _as_layer_takes(layer: Any, states: Sequence[Any]) -> Any:
     """States in the nesting of the cell's `state_size`."""
+    if isinstance(layer, CONVOLUTIONAL):
+        return list(states)
     nested = isinstance(layer.state_size, list | tuple)
     return keras.tree.pack_sequence_as(layer.state_size, list(states)) if nested else [states[0]]
 
 
 def _steps(graph: CallGraph) -> int | None:
-    """The length of the sequences that the recurrent layers read; None is any.
+    """The length of the sequences that the recurrent layers read (without any, of the inputs over time); None is any.
 
     Raises:
         SplitError: They read sequences of different lengths.
@@ -230,7 +265,9 @@ def _steps(graph: CallGraph) -> int | None:
             f"the recurrent layers of {graph.model.name!r} read sequences of different lengths "
             f"({', '.join(sorted(map(str, found)))}); windows need one time axis"
         )
-    return next(iter(found), None)
+    if not found:
+        found = {graph.symbols[number].shape[1] for number in graph.inputs if len(graph.symbols[number].shape) > 2}
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def _free_input(symbol: Any, steps: int | None) -> Any:
@@ -260,48 +297,6 @@ def _refuse_initial_state_of_a_sequence(call: Call, graph: CallGraph) -> None:
             )
         if not isinstance(one.operation, LearnedState):  # which reads the batch size only
             waiting += [makers[tensor] for tensor in one.reads if tensor in makers]
-
-
-_TIME = (
-    "Bidirectional",
-    "Conv1D",
-    "SeparableConv1D",
-    "DepthwiseConv1D",
-    "Conv1DTranspose",
-    "ConvLSTM1D",
-    "MaxPooling1D",
-    "AveragePooling1D",
-    "GlobalMaxPooling1D",
-    "GlobalAveragePooling1D",
-    "Attention",
-    "AdditiveAttention",
-    "MultiHeadAttention",
-    "GroupQueryAttention",
-    "Flatten",
-    "Permute",
-    "Reshape",
-    "UpSampling1D",
-    "ZeroPadding1D",
-    "Cropping1D",
-    "RepeatVector",
-)
-"""Keras layers that read several time steps at once, or move them."""
-
-
-def _refuse_what_mixes_time(call: Call, graph: CallGraph) -> None:
-    layer = call.operation
-    kind = next((base.__name__ for base in type(layer).__mro__ if base.__name__ in _TIME), None)
-    if kind is None or (kind.endswith("Conv1D") and set(layer.kernel_size) == {1}):
-        return
-    if all(len(graph.symbols[number].shape) < 3 for number in call.reads):
-        return  # no time axis left
-    why = {
-        "Bidirectional": "it reads the sequence from its end, so no window can begin before the last one is there",
-    }.get(kind, "it reads several time steps at once, and windows would cut between them")
-    raise SplitError(
-        f"the layer {call.name!r} ({kind}) cannot be run window by window: {why}. Put it into a stage that sees the "
-        "whole sequence, or leave windows out"
-    )
 
 
 def warn_of_stateful_layers(models: Iterable[Any]) -> None:

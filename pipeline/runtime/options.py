@@ -65,6 +65,11 @@ class Options:
         for name, number in numbers.items():
             if not is_whole(number):
                 yield ScheduleError(not_whole(f"`{name}`", number))
+        if is_whole(self.windows) and is_whole(self.truncate) and (self.windows == 1 or self.truncate > self.windows):
+            yield ScheduleError(
+                f"truncate={self.truncate} lets a state's gradient go back through so many windows, and windows="
+                f"{self.windows} makes no more; ask for more windows, or leave truncate out"
+            )
         try:
             schedule_named(self.schedule)
         except ScheduleError as error:
@@ -75,6 +80,20 @@ class Options:
             yield error
         if len(self.recompute) != stages:
             yield CompileError(f"recompute takes one value per stage ({stages}), received {len(self.recompute)}")
+
+    def refuse_without_states(self) -> None:
+        """For segments none of which hands a state to its next window.
+
+        Raises:
+            ScheduleError: An option is about states.
+        """
+        asked = ["truncate="] if self.truncate is not None else []
+        asked += ["keep_state="] if self.keep_state else []
+        if asked:
+            raise ScheduleError(
+                f"{' and '.join(asked)} is about states, and no segment hands a state to its next window: the model "
+                "has no recurrent layer; leave it out"
+            )
 
     @property
     def scheme(self) -> str:

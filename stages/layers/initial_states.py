@@ -18,13 +18,15 @@ import keras
 class BeginWith(keras.layers.Layer):  # type: ignore[misc]
     """The state in front of a window: the initial one in the first window, the carried one afterwards.
 
-    Called with [carried (n, units), begun (n, 1), initial (n, units)]; gives (n, units).
+    Called with [carried (n, ...), begun (n, 1), initial (n, ...)]; gives (n, ...).
     """
 
     def call(self, inputs: Sequence[Any]) -> Any:
         """The sum of the carried state, which is zeros in window 0, and the initial one there."""
         carried, begun, initial = inputs
         first = 1 - keras.ops.cast(keras.ops.stop_gradient(begun), initial.dtype)
+        for _ in range(len(initial.shape) - 2):  # a convolutional state
+            first = keras.ops.expand_dims(first, -1)
         return carried + first * initial
 
     def compute_output_shape(self, input_shape: Sequence[Any]) -> Any:
@@ -43,6 +45,53 @@ class Begun(keras.layers.Layer):  # type: ignore[misc]
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the input."""
         return tuple(input_shape)
+
+
+@keras.saving.register_keras_serializable("tapeline")
+class Repeated(keras.layers.Layer):  # type: ignore[misc]
+    """The outputs of a window whose first steps are masked: there a recurrent layer repeats the output before them.
+
+    Called with [outputs (n, time, ...), mask (n, time), the last output of the window before (n, ...)]; gives outputs
+    like the first. Called with outputs (n, ...), it repeats where all of the window is masked.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs: Sequence[Any]) -> Any:
+        """The outputs, or the one before them where no step was seen yet."""
+        outputs, mask, before = inputs
+        seen = keras.ops.cumsum(keras.ops.cast(mask, "int32"), axis=1) > 0
+        if len(outputs.shape) == len(before.shape):
+            seen = seen[:, -1]
+        else:
+            before = keras.ops.expand_dims(before, 1)
+        for _ in range(len(outputs.shape) - len(seen.shape)):
+            seen = keras.ops.expand_dims(seen, -1)
+        return keras.ops.where(seen, outputs, before)
+
+    def compute_mask(self, inputs: Sequence[Any], previous_mask: Any) -> Any:
+        """The mask, if there is a time axis left."""
+        outputs, mask, before = inputs
+        return None if len(outputs.shape) == len(before.shape) else mask
+
+    def compute_output_shape(self, input_shape: Sequence[Any]) -> Any:
+        """That of the outputs."""
+        return tuple(input_shape[0])
+
+
+@keras.saving.register_keras_serializable("tapeline")
+class LastStep(keras.layers.Layer):  # type: ignore[misc]
+    """(n, time, ...) to (n, ...), the last time step."""
+
+    def call(self, outputs: Any) -> Any:
+        """The last step."""
+        return outputs[:, -1]
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Without the time axis."""
+        return (input_shape[0], *input_shape[2:])
 
 
 @keras.saving.register_keras_serializable("tapeline")

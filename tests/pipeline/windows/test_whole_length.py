@@ -1,0 +1,73 @@
+"""windows= means the whole length: what would be something else in windows is refused, what is the same is taken."""
+
+import keras
+import numpy as np
+import pytest
+
+from pipeline import Pipeline, ScheduleError, SplitError
+from pipeline.model import stateful
+from tests.pipeline.windows.whole_length import REFUSED, STEPS, TAKEN, KeepsTheLast, behind, masked, without_the_mask
+
+layers = keras.layers
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_windows_would_change_is_refused_by_name(case):
+    build, message = REFUSED[case]
+    model = build()
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(SplitError, match=message):
+        stateful.refuse_what_mixes_time(stateful.read_graph(model))
+    assert all(map(np.array_equal, before, (v.numpy() for v in model.variables)))  # the trial leaves no trace
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_is_the_same_in_windows_is_taken(case):
+    model = TAKEN[case]()
+    before = [v.numpy() for v in model.variables]
+    stateful.refuse_what_mixes_time(stateful.read_graph(model))
+    assert all(map(np.array_equal, before, (v.numpy() for v in model.variables)))
+
+
+def test_a_state_in_a_variable_has_the_values_and_not_the_gradients():
+    with pytest.raises(SplitError, match=r"the gradient of .* would be another.*a variable, which no gradient passes"):
+        stateful.refuse_what_mixes_time(stateful.read_graph(behind(KeepsTheLast())))
+
+
+def test_split_and_stateful_refuse():
+    for cut in (lambda model: Pipeline.split(model, stages=1, windows=2), stateful.stateful):
+        with pytest.raises(SplitError, match=r"'over' .Softmax. cannot be run window by window"):
+            cut(behind(layers.Softmax(axis=1, name="over")))
+
+
+def test_masked_steps_at_the_begin_of_a_window_repeat_the_output_before_them():
+    """As Keras over the whole length, also where the mask is dropped behind them, or a whole window is masked."""
+    words = np.array([[1, 2, 0, 0, 3, 4], [1, 2, 3, 0, 0, 0], [0, 0, 0, 1, 0, 2], [1, 0, 2, 3, 0, 4]])
+    assert words.shape[1] == STEPS
+    for more in ([], [layers.Lambda(without_the_mask), layers.LSTM(2, return_sequences=True)]):
+        model = masked(*more)
+        expected = model.predict(words, verbose=0)
+        with Pipeline.split(model, stages=2, windows=3, microbatches=2, transport="inproc") as pipe:
+            np.testing.assert_allclose(pipe.predict(words, verbose=0), expected, rtol=1e-5, atol=1e-6)
+            pipe.compile("sgd", "mse", run_eagerly=True)
+            pipe.verify(words, np.ones(expected.shape)).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncate": 2}, r"truncate=2 .* windows=1"),
+        ({"windows": 2, "truncate": 3}, r"truncate=3 .* windows=2"),
+        ({"windows": 2, "truncate": 1}, "truncate=.*no segment hands a state"),
+        ({"keep_state": True}, "keep_state=.*no segment hands a state"),
+    ],
+)
+def test_options_of_states_that_mean_nothing_are_refused(options, message):
+    recurrent = options.get("truncate", 0) > 1
+    model = behind() if recurrent else layers_without_states()
+    with pytest.raises(ScheduleError, match=message):
+        Pipeline.split(model, stages=1, transport="inproc", **options)
+
+
+def layers_without_states():
+    return keras.Sequential([keras.Input((STEPS, 3)), layers.Dense(2)])
