@@ -104,6 +104,7 @@ class _Trial:
         self.random = np.random.default_rng(0)
         self.found: dict[int, Any] = {}
         self.cut: dict[int, list[Any]] = {}
+        self._begin: list[tuple[Any, Any]] = []
         self._rounding: dict[int, float] | None = None
         self._gradient_rounding = 0.0
 
@@ -134,11 +135,13 @@ class _Trial:
 
     def run_whole(self) -> None:
         """Outputs, gradients and own losses over the whole length."""
+        self._anew()
         self.given = {tensor: self._input(tensor) for tensor in self.graph.inputs}
         self.found, self.gradients, self.losses = self._under_a_tape(lambda tensors: self._whole(tensors))
 
     def run_windows(self) -> None:
         """The same in windows."""
+        self._anew()
         try:
             found = self._under_a_tape(lambda tensors: self._windows(tensors))
         except Exception as error:
@@ -206,7 +209,9 @@ class _Trial:
                 result = tf.cast(results[tensor], tf.float32)
                 if is_differentiable(results[tensor].dtype):
                     drawn = np.random.default_rng(tensor).normal(size=tuple(result.shape))
-                    total += tf.reduce_sum(result * self.weights.setdefault(tensor, drawn.astype("float32")))
+                    weight = self.weights.setdefault(tensor, drawn.astype("float32"))
+                    if weight.shape == drawn.shape:  # else the output itself differs
+                        total += tf.reduce_sum(result * weight)
         found = tape.gradient(total, list(sources.values()))
         gradients = {
             name: np.zeros(()) if g is None else np.asarray(tf.cast(tf.convert_to_tensor(g), tf.float64))
@@ -256,6 +261,7 @@ class _Trial:
             for weight, value in zip(weights, before, strict=True):
                 noise = self.random.uniform(1 - 1e-6, 1 + 1e-6, tuple(value.shape))
                 weight.assign(value * tf.cast(noise, value.dtype))
+            self._anew()
             found, gradients, _ = self._under_a_tape(lambda tensors: self._whole(tensors))
             for weight, value in zip(weights, before, strict=True):
                 weight.assign(value)
@@ -305,6 +311,7 @@ class _Trial:
         def kept() -> list[Array]:
             return [np.array(tf.cast(variable.value, tf.float64)) for variable in statistics]
 
+        self._anew()
         before = [variable.value.read_value() for variable in alone.variables]
 
         def put_back() -> None:
@@ -341,6 +348,11 @@ class _Trial:
                 f"(trainable=False), or {ADVICE}"
             )
 
+    def _anew(self) -> None:
+        """What runs change by themselves is as it was before the first."""
+        for variable, value in self._begin:
+            variable.value.assign(value)
+
     @contextmanager
     def random_weights(self) -> Iterator[None]:
         """Random values for all that is or could be trained; afterwards all variables are as they were."""
@@ -357,6 +369,8 @@ class _Trial:
                 if isinstance(layer, RNN) and layer.stateful:
                     for state in keras.tree.flatten(layer.states):
                         state.assign(keras.ops.zeros_like(state))
+            kept = [v for model in (self.whole, self.windowed) for v in model.non_trainable_variables]
+            self._begin = [(variable, variable.value.read_value()) for variable in kept]
             yield
         finally:
             for variable, value in before:
@@ -376,15 +390,15 @@ class _Trial:
             return tf.constant(self._kept() if over and len(shape) == 2 else self.random.random(shape) < 0.5)
         if not dtype.is_floating:
             words = [layer.input_dim for layer in readers if isinstance(layer, keras.layers.Embedding)]
-            array = self.random.integers(min(1, min(words, default=2) - 1), min(words, default=2), shape)
-            return tf.constant(array * self._kept() if over and len(shape) == 2 else array, dtype)
+            numbers = self.random.integers(min(1, min(words, default=2) - 1), min(words, default=2), shape)
+            return tf.constant(numbers * self._kept() if over and len(shape) == 2 else numbers, dtype)
         array = self.random.normal(size=shape)
         for layer in readers:
             if isinstance(layer, keras.layers.Masking) and over:
                 array[~self._kept()] = layer.mask_value
         embedded = [layer.input_dim for layer in readers if isinstance(layer, keras.layers.Embedding)]
         if embedded:
-            array = self.random.integers(0, min(embedded), shape)
+            array = self.random.uniform(0, min(embedded), shape).astype(np.int64).astype(np.float64)
             array = array * self._kept() if over and len(shape) == 2 else array
         return tf.constant(array, dtype)
 

@@ -65,7 +65,8 @@ class Options:
         for name, number in numbers.items():
             if not is_whole(number):
                 yield ScheduleError(not_whole(f"`{name}`", number))
-        if is_whole(self.windows) and is_whole(self.truncate) and (self.windows == 1 or self.truncate > self.windows):
+        whole = is_whole(self.windows) and self.truncate is not None and is_whole(self.truncate)
+        if whole and self.truncate is not None and self.windows < max(2, self.truncate):
             yield ScheduleError(
                 f"truncate={self.truncate} lets a state's gradient go back through so many windows, and windows="
                 f"{self.windows} makes no more; ask for more windows, or leave truncate out"

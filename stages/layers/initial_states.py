@@ -85,6 +85,13 @@ class Repeated(keras.layers.Layer):  # type: ignore[misc]
 class LastStep(keras.layers.Layer):  # type: ignore[misc]
     """(n, time, ...) to (n, ...), the last time step."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def compute_mask(self, outputs: Any, previous_mask: Any) -> None:
+        """None: there is no time axis left."""
+
     def call(self, outputs: Any) -> Any:
         """The last step."""
         return outputs[:, -1]

@@ -9,6 +9,7 @@ from pipeline.model import stateful
 from tests.pipeline.windows.whole_length import REFUSED, STEPS, TAKEN, KeepsTheLast, behind, masked, without_the_mask
 
 layers = keras.layers
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not support masking")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -31,7 +32,7 @@ def test_what_is_the_same_in_windows_is_taken(case):
 
 def test_a_state_in_a_variable_has_the_values_and_not_the_gradients():
     with pytest.raises(SplitError, match=r"the gradient of .* would be another.*a variable, which no gradient passes"):
-        stateful.refuse_what_mixes_time(stateful.read_graph(behind(KeepsTheLast())))
+        stateful.refuse_what_mixes_time(stateful.read_graph(behind(KeepsTheLast(), samples=4)))
 
 
 def test_split_and_stateful_refuse():
