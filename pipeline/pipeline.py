@@ -53,8 +53,7 @@ class Pipeline:
         threads: TensorFlow's threads per worker; default: the cores shared evenly.
         outputs: Names of the tensors that are the model's outputs, in order; default: those that no segment takes.
         windows: Cut the time axis, the second of inputs and targets, into so many passes that run one after the other
-            through every stage; recurrent layers hand their states, and the states' gradients, from pass to pass. A
-            metric counts every window alike, so windows of unequal length weigh differently in it.
+            through every stage; recurrent layers hand states and their gradients on. See docs/windows.md.
         truncate: Let a state's gradient go back through so many windows only; None: through all.
         keep_state: Begin a batch with the states that the one before it left (values only); see `reset_state`.
         check_first_batch: Compare the first batch after `compile` that is trained, evaluated or predicted with the
@@ -94,6 +93,7 @@ class Pipeline:
             self.wires = wire(self.segments, outputs_named=outputs)
         options = Options.of(
             len(self.segments),
+            states=any(segment.states for segment in self.segments),
             microbatches=microbatches,
             schedule=schedule,
             transport=transport,
@@ -103,10 +103,8 @@ class Pipeline:
             truncate=truncate,
             keep_state=keep_state,
         )
-        if not any(segment.states for segment in self.segments):
-            options.refuse_without_states()
-        self.schedule, self.microbatches, self.transport = options.schedule, options.microbatches, options.transport
-        self.recompute, self.threads = options.recompute, options.threads
+        self.schedule, self.microbatches, self.recompute = options.schedule, options.microbatches, options.recompute
+        self.transport, self.threads = options.transport, options.threads
         check_cuttable([split.model] if split else [part.model for part in self.segments], self.microbatches)
         self._trainer: Trainer | None = None
         self.history: Any = None

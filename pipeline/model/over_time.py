@@ -30,6 +30,7 @@ import tensorflow as tf
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph, play
+from pipeline.model.in_windows import ALLOWED, apart, own_losses, put_back_only, same, size_of
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
 from stages.masks import mask_of, with_mask
@@ -45,12 +46,8 @@ STEPS = 7
 """Time steps of the trial where the model leaves the length free."""
 SIZE = 4
 """Of any other axis that is free."""
-ALLOWED = 1e-3
-"""A difference up to this part of the largest |value| is rounding; a step that is missing changes much more."""
 MARGIN = 32
 """Where rounding grows: so many times what changing weights by 1e-6 changes."""
-LOW_PRECISION = 0.1
-"""The same where a tensor has less than 24 bits of mantissa."""
 
 ADVICE = "leave windows (and keep_state) out, or compute what needs other steps before the data come to the pipeline"
 
@@ -68,6 +65,12 @@ def refuse_what_windows_change(graph: CallGraph, windowed: Any, states: int) -> 
         SplitError: They differ; names the first layer or operation that does, and says what to do.
     """
     trial = _Trial(graph, windowed, states)
+    if not any(is_over_time(symbol.shape) for symbol in trial.entered):
+        first = next((c for c in graph.calls if not isinstance(c.operation, RNN)), graph.calls[0])
+        raise SplitError(
+            f"{called(first)} cannot be run window by window: no input has as many time steps as the recurrent layers "
+            f"read, so there is nothing that could be cut into windows; {ADVICE}"
+        )
     if not trial.possible:
         return
     with trial.random_weights(), eagerly(), warnings.catch_warnings():
@@ -160,18 +163,18 @@ class _Trial:
         for call in self.graph.calls:
             if isinstance(call.operation, keras.Layer) and not isinstance(call.operation, RNN):
                 self._alone(call)
-        if _apart(self.cut_losses, self.losses) > ALLOWED:
+        if apart(self.cut_losses, self.losses) > ALLOWED:
             names = [layer.name for layer in layers_of(self.graph.model) if layer.activity_regularizer is not None]
             raise SplitError(
                 "what layers add to the loss themselves (add_loss, activity regularisers"
                 + (f": {', '.join(map(repr, names))}" if names else "")
                 + f") would be another sum in windows than over the whole length; {ADVICE}"
             )
-        largest = max(map(_size, self.gradients.values()), default=0.0) or 1.0
+        largest = max(map(size_of, self.gradients.values()), default=0.0) or 1.0
         for name, gradient in self.gradients.items():
             other = self.cut_gradients[name]
-            apart = _size(gradient - other) / largest if gradient.shape == other.shape else float("inf")
-            if apart > ALLOWED and self._roundings() is not None and apart > self._gradient_rounding:
+            by = size_of(gradient - other) / largest if gradient.shape == other.shape else float("inf")
+            if by > ALLOWED and self._roundings() is not None and by > self._gradient_rounding:
                 raise SplitError(
                     f"in windows the gradient of {name!r} would be another than over the whole length, though outputs "
                     f"are the same: a layer keeps something in a variable, which no gradient passes; {ADVICE}"
@@ -179,7 +182,7 @@ class _Trial:
 
     def _whole(self, tensors: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
         results = keras.tree.flatten(self.whole([tensors[t] for t in self.graph.inputs], training=False))
-        return dict(zip(self.made, results, strict=True)), _own(self.whole)
+        return dict(zip(self.made, results, strict=True)), own_losses(self.whole)
 
     def _windows(self, tensors: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
         entered = self.windowed.inputs[len(self.graph.inputs) :]
@@ -191,7 +194,7 @@ class _Trial:
             for tensor, result in zip(self.made, results[: len(self.made)], strict=True):
                 self.cut[tensor].append(result)
             states = results[len(self.made) :]
-            losses.append(_own(self.windowed))
+            losses.append(own_losses(self.windowed))
         joined = {tensor: self._join(tensor, parts) for tensor, parts in self.cut.items()}
         return joined, tf.add_n(losses)
 
@@ -238,10 +241,10 @@ class _Trial:
     def _agree(self, tensor: int) -> bool:
         """Whether a tensor is the same, and its mask where it is an output."""
         ours, theirs = self.joined[tensor], self.found[tensor]
-        if not _same(ours, theirs) and _apart(ours, theirs) > self._roundings().get(tensor, 0.0):
+        if not same(ours, theirs) and apart(ours, theirs) > self._roundings().get(tensor, 0.0):
             return False
         a, b = mask_of(ours), mask_of(theirs)
-        return tensor not in self.graph.outputs or ((a is None) == (b is None) and (a is None or _same(a, b)))
+        return tensor not in self.graph.outputs or ((a is None) == (b is None) and (a is None or same(a, b)))
 
     def _first_that_fails(self) -> str:
         values = {**self.given, **self.found}
@@ -266,11 +269,11 @@ class _Trial:
             for weight, value in zip(weights, before, strict=True):
                 weight.assign(value)
             self._rounding = {
-                tensor: MARGIN * _apart(found[tensor], value)
+                tensor: MARGIN * apart(found[tensor], value)
                 for tensor, value in self.found.items()
                 if value.dtype.is_floating
             }
-            largest = max(map(_size, self.gradients.values()), default=0.0) or 1.0
+            largest = max(map(size_of, self.gradients.values()), default=0.0) or 1.0
             changes = [np.abs(gradients[name] - g).max(initial=0.0) / largest for name, g in self.gradients.items()]
             self._gradient_rounding = MARGIN * max(changes, default=0.0)
         return self._rounding
@@ -324,7 +327,7 @@ class _Trial:
             return
         after = kept()
         put_back_only(statistics, alone.variables, before)
-        if not all(map(_same, run([values[tensor] for tensor in reads]), whole)):
+        if not all(map(same, run([values[tensor] for tensor in reads]), whole)):
             put_back()
             return  # it draws random numbers
         put_back()
@@ -337,12 +340,12 @@ class _Trial:
         joined = [
             self._join(tensor, list(some)) for tensor, some in zip(call.makes, zip(*parts, strict=True), strict=True)
         ]
-        if not all(map(_same, joined, whole)):
+        if not all(map(same, joined, whole)):
             raise SplitError(
                 f"{called(call)} computes something else in training when it sees one window at a time: its "
                 f"statistics are those of one window. Freeze it (trainable=False), or {ADVICE}"
             )
-        if any(_apart(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
+        if any(apart(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
             raise SplitError(
                 f"{called(call)} keeps statistics, which every window would change, once each. Freeze it "
                 f"(trainable=False), or {ADVICE}"
@@ -416,48 +419,8 @@ class _Trial:
         return kept
 
 
-def put_back_only(statistics: Sequence[Any], variables: Sequence[Any], before: Sequence[Any]) -> None:
-    """Give statistics their values back; seeds go on."""
-    chosen = {id(variable) for variable in statistics}
-    for variable, value in zip(variables, before, strict=True):
-        if id(variable) in chosen:
-            variable.value.assign(value)
-
-
-def _own(model: Any) -> Any:
-    """The losses that a model adds itself, weights' regularisers left out: they count once a batch."""
-    losses = list(model.losses)
-    count = len(losses) - sum(v.regularizer is not None for v in model.trainable_weights)
-    return tf.add_n([tf.zeros(()), *(tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in losses[:count])])
-
-
 def called(call: Call) -> str:
     """A call as messages name it: the layer's or operation's name and kind."""
     kind = type(call.operation).__name__
     what = "layer" if isinstance(call.operation, keras.Layer) else "operation"
     return f"the {what} {call.name!r} ({kind})"
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two tensors are equal to within rounding; what is not finite in both is equal."""
-    if tuple(ours.shape) != tuple(theirs.shape):
-        return False
-    if not ours.dtype.is_floating:
-        return bool(np.array_equal(np.asarray(ours), np.asarray(theirs)))
-    low = ours.dtype.size < 4
-    return _apart(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
-
-
-def _size(array: Array) -> float:
-    return float(np.abs(array).max(initial=0.0))
-
-
-def _apart(ours: Any, theirs: Any) -> float:
-    a, b = (np.asarray(one).astype(np.float64) for one in (ours, theirs))
-    if a.shape != b.shape:
-        return float("inf")
-    lost = ~np.isfinite(a) & ~np.isfinite(b)
-    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("inf")
-    return float(np.abs(a - b).max(initial=0.0)) / float(np.abs(b).max(initial=0.0) or 1.0)

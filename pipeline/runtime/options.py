@@ -40,7 +40,9 @@ class Options:
     keep_state: bool = False
 
     @classmethod
-    def of(cls, stages: int, *, recompute: bool | Sequence[bool], threads: int | None, **others: Any) -> Self:
+    def of(
+        cls, stages: int, *, recompute: bool | Sequence[bool], threads: int | None, states: bool = True, **others: Any
+    ) -> Self:
         """From what `Pipeline` takes, for so many stages.
 
         Raises:
@@ -55,6 +57,8 @@ class Options:
             raise faults[0]
         if faults:
             raise OptionsError(faults)
+        if not states:
+            found.refuse_without_states()
         return found
 
     def _faults(self, stages: int) -> Iterator[PipelineError | BadAddress]:

@@ -105,13 +105,6 @@ WINDOWS = (
         "self.sizes[microbatch]",
         _WINDOWS,
     ),
-    Planted(
-        "the last output of a masked sequence is what its last window gives",
-        "pipeline/model/stateful.py",
-        "    if layer.return_sequences or not masked:\n        return output",
-        "    if layer.return_sequences or not masked or layer:\n        return output",
-        _WINDOWS,
-    ),
 )
 
 PLANS = (

@@ -1,0 +1,57 @@
+"""What a run over the whole length and one in windows are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+Array = np.ndarray[Any, Any]
+ALLOWED = 1e-3
+"""A difference up to this part of the largest |value| is rounding; a step that is missing changes much more."""
+LOW_PRECISION = 0.1
+"""The same where a tensor has less than 24 bits of mantissa."""
+
+
+def put_back_only(statistics: Sequence[Any], variables: Sequence[Any], before: Sequence[Any]) -> None:
+    """Give statistics their values back; seeds go on."""
+    chosen = {id(variable) for variable in statistics}
+    for variable, value in zip(variables, before, strict=True):
+        if id(variable) in chosen:
+            variable.value.assign(value)
+
+
+def own_losses(model: Any) -> Any:
+    """The losses that a model adds itself, weights' regularisers left out: they count once a batch."""
+    losses = list(model.losses)
+    count = len(losses) - sum(v.regularizer is not None for v in model.trainable_weights)
+    return tf.add_n([tf.zeros(()), *(tf.reduce_sum(tf.cast(loss, tf.float32)) for loss in losses[:count])])
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two tensors are equal to within rounding; what is not finite in both is equal."""
+    if tuple(ours.shape) != tuple(theirs.shape):
+        return False
+    if not ours.dtype.is_floating:
+        return bool(np.array_equal(np.asarray(ours), np.asarray(theirs)))
+    low = ours.dtype.size < 4
+    return apart(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
+
+
+def size_of(array: Array) -> float:
+    """The largest |value|."""
+    return float(np.abs(array).max(initial=0.0))
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """The largest difference as a part of the largest |value| of `theirs`; infinite where shapes differ."""
+    a, b = (np.asarray(one).astype(np.float64) for one in (ours, theirs))
+    if a.shape != b.shape:
+        return float("inf")
+    lost = ~np.isfinite(a) & ~np.isfinite(b)
+    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    return float(np.abs(a - b).max(initial=0.0)) / float(np.abs(b).max(initial=0.0) or 1.0)
