@@ -14,11 +14,16 @@ from tests.test_rnn_by_hand import SIZES, assert_all_close, module, problem
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A parameter that is Keras's default dtype too, which float64 arrays become."""
-    before = keras.config.floatx()
+    """A parameter that is Keras's default dtype too, which float64 arrays become.
+
+    Keras keeps the policy that it made of the first float type it was asked for, so both are set and put back.
+    """
+    before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(request.param)
+    keras.config.set_dtype_policy(request.param)
     yield request.param
-    keras.config.set_floatx(before)
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
 
 
 def test_the_published_figures_come_out_of_one_process_a_time_step(monkeypatch: pytest.MonkeyPatch) -> None:
