@@ -73,6 +73,7 @@ def test_asked_for_alone_it_needs_no_reference() -> None:
         assert len(report.gradients) == 8
 
 
+@pytest.mark.filterwarnings("ignore:the metric .* inside of a layer counts every microbatch")
 def test_the_users_objects_keep_every_bit() -> None:
     """Of a model and an optimizer that have trained: weights, slots, iterations, statistics, metrics, seeds, draws."""
     counting = keras.metrics.Mean(name="counted")
