@@ -16,6 +16,8 @@ import numpy as np
 from stages.keras_internals import wrapped_function
 
 _PLAIN = (bool, int, float, str, type(None))
+_BOOKKEEPING = ("built",)
+"""Attributes by which Keras notes what became of an object: a model that is called builds its layers."""
 _BYTES = 1 << 16
 """Arrays up to this size are compared too."""
 
@@ -57,7 +59,7 @@ class Attributes:
 def plain(thing: Any) -> dict[str, Any]:
     """{name: value} of an object's plain attributes that are not private."""
     held: dict[str, Any] = getattr(thing, "__dict__", {})
-    return {name: value for name, value in held.items() if name[0] != "_" and isinstance(value, _PLAIN)}
+    return {name: value for name, value in held.items() if name[0] != "_" and name not in _BOOKKEEPING and isinstance(value, _PLAIN)}
 
 
 def _readings(thing: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:
@@ -74,7 +76,7 @@ def _readings(thing: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:
         return
     held = getattr(thing, "__dict__", {})
     for name, value in held.items():
-        if name[0] != "_":
+        if name[0] != "_" and name not in _BOOKKEEPING:
             yield from _of_value(name, partial(held.get, name), value)
     function = wrapped_function(thing)
     if function is not None:

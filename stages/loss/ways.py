@@ -17,7 +17,7 @@ import keras
 from stages.keras_internals import function_arguments, wrapped_function
 
 _OF_A_BATCH = ("dice", "tversky", "circle")
-"""Functions of Keras that give one number a batch."""
+"""Functions of Keras that give one number a batch; the first two only unless told along which axes they sum."""
 
 
 class Way(StrEnum):
@@ -44,7 +44,8 @@ def known_loss(loss: Any) -> Way | None:
     """The way of one of Keras's losses; None of another one, and PARTS where there is none.
 
     Args:
-        loss: As `keras.losses.get` gives it.
+        loss: As `keras.losses.get` gives it. Of one that sums along axes counted from the last, None, too: whether the
+            samples are among them depends on the predictions.
     """
     if loss is None:
         return Way.PARTS
@@ -52,11 +53,13 @@ def known_loss(loss: Any) -> Way | None:
     name = getattr(loss, "__name__", getattr(function, "__name__", None))
     if not (_is_of_keras(loss) and _is_of_keras(function)):
         return None
-    axis = function_arguments(loss).get("axis", -1)
-    over_samples = axis is None or 0 in (axis if isinstance(axis, list | tuple) else (axis,))
-    if name in _OF_A_BATCH or isinstance(loss, keras.losses.Circle) or over_samples:
+    if name == "circle" or isinstance(loss, keras.losses.Circle):
         return Way.WHOLE
-    return Way.PARTS
+    axis = function_arguments(loss).get("axis", None if name in _OF_A_BATCH else -1)
+    axes = axis if isinstance(axis, list | tuple) else (axis,)
+    if None in axes or 0 in axes:
+        return Way.WHOLE
+    return None if min(axes) < -1 else Way.PARTS
 
 
 def known_metrics(metrics: Any) -> Way | None:
