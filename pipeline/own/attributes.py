@@ -59,7 +59,11 @@ class Attributes:
 def plain(thing: Any) -> dict[str, Any]:
     """{name: value} of an object's plain attributes that are not private."""
     held: dict[str, Any] = getattr(thing, "__dict__", {})
-    return {name: value for name, value in held.items() if name[0] != "_" and name not in _BOOKKEEPING and isinstance(value, _PLAIN)}
+    return {
+        name: value
+        for name, value in held.items()
+        if name[0] != "_" and name not in _BOOKKEEPING and isinstance(value, _PLAIN)
+    }
 
 
 def _readings(thing: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:

@@ -95,7 +95,8 @@ def _entries(a: Mapping[Any, Any], b: Mapping[Any, Any], path: str, seen: set[tu
             continue
         below = f"{path}.{name}" if path else str(name)
         if name not in b:
-            yield below, value, None
+            if value is not None or not str(name).startswith("_"):  # a private None: kept from a call, and let go again
+                yield below, value, None
         else:
             yield from _apart(value, b[name], below, seen, depth + 1)
 
