@@ -40,7 +40,7 @@ class Values:
 
     Attributes:
         ahead: Whether the workers' values were changed since the user's own models last got them.
-        told: The digests of the weights that the user was last told.
+        told: The digests of the weights that the user was last told, or set here.
     """
 
     def __init__(self, setup: Setup, driver: Callable[[], Driver]) -> None:
@@ -86,6 +86,10 @@ class Values:
         by_place = {place: value for uses, value in zip(places, weights, strict=True) for place in uses}
         stages = range(len(self._setup.segments))
         self._set_weights({i: [by_place[p] for p in sorted(by_place) if p[0] == i] for i in stages})
+        kinds = {
+            (i, k): w.dtype for i, stage in self._driver().descriptions.items() for k, w in enumerate(stage.weights)
+        }
+        self.told = frozenset(digest(np.asarray(value).astype(kinds[place])) for place, value in by_place.items())
         self.ahead = True
 
     def _weight_places(self) -> list[list[tuple[int, int]]]:
