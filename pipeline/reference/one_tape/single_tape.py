@@ -372,10 +372,12 @@ class SingleTape(JoinedModel):
         at_cuts = self._at_cuts(runs) if self.observer is not None else []
         wanted = [tensor for tensor, _ in at_cuts if is_differentiable(tensor.dtype)]
         sources = [*(tensor for part in reads for tensor in part), *wanted]
-        found = iter([dense(g) for g in tape.gradient(targets, sources, output_gradients=seeds)])
-        total: list[Any | None] = [None] * len(self.variables)
-        for _ in batch.grid.sizes:
-            total = [plus(a, next(found)) for a in total]
+        flat, count = tape.gradient(targets, sources, output_gradients=seeds), len(self.variables)
+        total: list[Any | None] = [None] * count
+        same = self._fixed_rows() if any(map(is_sparse, flat)) else frozenset()
+        for k in range(len(batch.grid.sizes)):
+            total = plus_all(total, flat[k * count : (k + 1) * count], same)
+        found = iter([dense(g) for g in flat[count * len(runs) :]])
         crossing = [(t, mask, next(found) if is_differentiable(t.dtype) else None) for t, mask in at_cuts]
         cuts = len(crossing) // len(runs)
         for k in range(len(runs)):

@@ -209,7 +209,6 @@ def test_segments_by_hand_say_which_tensors_are_outputs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": "mse"}, "3 outputs.*'end', 'early', 'middle'.*give loss as a list.*received 'mse'"),
         ({"loss": ["mse", "mse"]}, "3 outputs.*received 2 entries"),
         ({"loss": {"end": "mse", "erly": "mse", "middle": None}}, "names 'erly'; did you mean 'early'"),
         ({"loss": {"end": "mse"}}, "says nothing of 'early', 'middle'; give None"),
