@@ -22,7 +22,10 @@ GROUNDS = {TapelineError, pipeline.PipelineError, StageError, TransportError}
 SIGNALS = {
     "Watched": "what a receiver also waits for became readable; the driver turns it into what it means",
     "Stopped": "the driver ends a worker's run",
-    "RefusedError": "a witness cannot be made; becomes a line of the report",
+    "WitnessRefusedError": "a witness cannot be made; becomes a line of the report",
+    "CannotJudgeError": "the user's own objects cannot say what is right; becomes a line of the report",
+    "UnrepeatableError": "they give other numbers each time; becomes a line of the report",
+    "CopyRefusedError": "an object cannot be copied; `pack` makes a RecipeError of it that says where it is",
     "PreloadError": "inside the fork server; reaches the driver as the text of a LaunchError",
     "_DriverGoneError": "inside the fork server, which ends",
 }

@@ -39,7 +39,7 @@ def reduce_tensorflow(thing: Any, taking: Taking) -> Reduced | None:
     """Take an object of TensorFlow (or a lock) apart; None: it is none, or pickle's own way is right for it.
 
     Raises:
-        RefusedError: It has a value only here.
+        CopyRefusedError: It has a value only here.
     """
     if isinstance(thing, keras.Variable):
         return _reduce_keras_variable(thing, taking)
