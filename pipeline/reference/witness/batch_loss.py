@@ -93,7 +93,7 @@ class BatchLoss:
         """The loss by float64 twins of the models.
 
         Raises:
-            RefusedError: A stage has none, or its twin computes something else.
+            WitnessRefusedError: A stage has none, or its twin computes something else.
         """
         twins = [Twin(stage) for stage in hosted]
         found = cls(hosted, batch, [t.model for t in twins], [t.heads for t in twins], WIDE, [t.narrow for t in twins])

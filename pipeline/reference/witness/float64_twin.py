@@ -122,7 +122,7 @@ class Twin:
         heads: Its objectives in float64.
 
     Raises:
-        RefusedError: It cannot be made.
+        WitnessRefusedError: It cannot be made.
     """
 
     def __init__(self, hosted: HostedStage) -> None:
@@ -168,7 +168,7 @@ def check_twin(
             normalisation makes zero is not judged by its own size.
 
     Raises:
-        RefusedError: They compute different things.
+        WitnessRefusedError: They compute different things.
     """
     values = [*taken, *given, *(variable.value.read_value() for variable in hosted.stage.trainable_variables)]
     scale = max(

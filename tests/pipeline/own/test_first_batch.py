@@ -113,7 +113,7 @@ def test_the_users_own_variables_are_left_as_they_were() -> None:
 
 def test_several_outputs_weights_and_masks_raise_no_alarm() -> None:
     words = keras.Input((5,), dtype="int32")
-    read = layers.LSTM(6, return_sequences=True)(layers.Embedding(9, 4, mask_zero=True)(words))
+    read = layers.LSTM(6, return_sequences=True, name="lstm")(layers.Embedding(9, 4, mask_zero=True)(words))
     whole = keras.Model(words, {"tag": layers.Dense(3, name="tag")(read), "all": layers.Dense(1, name="all")(read)})
     draw = np.random.default_rng(0)
     x = draw.integers(0, 9, (10, 5))

@@ -29,10 +29,10 @@ import pipeline, stages
 from pipeline import SCHEDULES, Cost, Plan, build_plan, microbatch_sizes, save_timeline, simulate, validate
 from pipeline.plan.schedules import forward_only
 from stages import Action, Kind, Wiring, chain, dependencies
-from stages.actions import from_array, to_array
+from stages.actions import actions_from_array, actions_to_array
 for name in SCHEDULES:
     plan = build_plan(name, 3, 4, windows=2)
-    assert from_array(to_array(plan.programs[0])) == plan.programs[0]
+    assert actions_from_array(actions_to_array(plan.programs[0])) == plan.programs[0]
     print(plan.text(), simulate(plan, Cost(1, 1)))
 save_timeline(simulate(validate(forward_only(2, 2)), Cost(1, 1)), sys.argv[1])
 assert not {"tensorflow", "keras"} & set(sys.modules)
