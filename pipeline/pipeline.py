@@ -109,10 +109,10 @@ class Pipeline:
         self._trainer: Trainer | None = None
         self.history: Any = None
         self._session = Session.of(self.segments, self.wires, options, split)
-        self._changes = Changes(self._session)
-        self._session.workers.filled, self._session.steps.begin = self._changes.hold, self._changes.look
+        self.changes = Changes(self._session)
+        self._session.workers.filled, self._session.steps.begin = self.changes.hold, self.changes.look
         if check_first_batch:
-            self._session.steps.look = FirstBatch(self._session, self._changes.hold_attributes).look
+            self._session.steps.look = FirstBatch(self._session, self.changes.hold_attributes).look
         if not self.transport.startswith("inproc"):
             prestart()
 
@@ -285,7 +285,7 @@ class Pipeline:
             validation_freq=validation_freq,
             verify_every=verify_every,
         )
-        self._changes.look(closely=True)
+        self.changes.look(closely=True)
         as_keras.give_back(self)
         return self.history
 
@@ -322,7 +322,7 @@ class Pipeline:
     ) -> Any:
         """Outputs for all samples, as `keras.Model.predict`."""
         trainer = self._trained_by()
-        self._changes.look(closely=True)
+        self.changes.look(closely=True)
         return trainer.predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
 
     def train_on_batch(
@@ -340,7 +340,7 @@ class Pipeline:
                 raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
             sample_weight = class_weights(y, class_weight)
         trainer.reset_metrics()
-        self._changes.closely = False
+        self.changes.closely = False
         self._session.values.ahead = True
         logs = trainer.train_step((x, y, sample_weight))
         return trainer.returned(logs, return_dict)
@@ -349,7 +349,7 @@ class Pipeline:
         """Loss and metrics of one batch, as `keras.Model.test_on_batch`."""
         trainer = self._ready("test_on_batch")
         trainer.reset_metrics()
-        self._changes.closely = False
+        self.changes.closely = False
         logs = trainer.test_step((x, y, sample_weight))
         return trainer.returned(logs, return_dict)
 
@@ -389,7 +389,7 @@ class Pipeline:
 
     def merge(self) -> Any:
         """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
-        self._changes.look(closely=not self._session.values.ahead)
+        self.changes.look(closely=not self._session.values.ahead)
         return merged(self._session).model
 
     def reset_metrics(self) -> None:
@@ -423,7 +423,7 @@ class Pipeline:
     def _ready(self, what: str) -> Trainer:
         self._session.workers.needs_compile(what)
         trainer = self._trained_by()
-        self._changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
+        self.changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
         return trainer
 
     def _trained_by(self) -> Trainer:

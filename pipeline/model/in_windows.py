@@ -1,4 +1,4 @@
-"""What a run over the whole length and one in windows are compared by."""
+"""The comparison of a run over the whole length with one in windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def put_back_only(statistics: Sequence[Any], variables: Sequence[Any], before: S
             variable.value.assign(value)
 
 
-def own_losses(model: Any) -> Any:
+def added_losses(model: Any) -> Any:
     """The losses that a model adds itself, weights' regularisers left out: they count once a batch."""
     losses = list(model.losses)
     count = len(losses) - sum(v.regularizer is not None for v in model.trainable_weights)
@@ -37,15 +37,15 @@ def same(ours: Any, theirs: Any) -> bool:
     if not ours.dtype.is_floating:
         return bool(np.array_equal(np.asarray(ours), np.asarray(theirs)))
     low = ours.dtype.size < 4
-    return apart(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
+    return relative_distance(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
 
 
-def size_of(array: Array) -> float:
+def largest_value(array: Array) -> float:
     """The largest |value|."""
     return float(np.abs(array).max(initial=0.0))
 
 
-def apart(ours: Any, theirs: Any) -> float:
+def relative_distance(ours: Any, theirs: Any) -> float:
     """The largest difference as a part of the largest |value| of `theirs`; infinite where shapes differ."""
     a, b = (np.asarray(one).astype(np.float64) for one in (ours, theirs))
     if a.shape != b.shape:

@@ -1,4 +1,4 @@
-"""Does a model compute the same window by window as over the whole length? Tried with random numbers, not with names.
+"""The trial of a model in windows of time: does it compute the same as over the whole length, on random numbers?
 
     whole      x[:, 0:7] ───────────────► every tensor F
     windows    x[:, 0:3] ─► x[:, 3:5] ─► x[:, 5:7]      with states handed on: W0, W1, W2
@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph, play
-from pipeline.model.in_windows import ALLOWED, apart, own_losses, put_back_only, same, size_of
+from pipeline.model.in_windows import ALLOWED, added_losses, largest_value, put_back_only, relative_distance, same
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
 from stages.masks import mask_of, with_mask
@@ -38,18 +38,19 @@ from stages.tape.eagerly import eagerly
 from stages.tape.tensors import is_differentiable
 
 Array = np.ndarray[Any, Any]
-RNN = keras.layers.RNN
 SAMPLES = 4
-LONG = 24
+_LONG = 24
 """Up to so many steps the trial has as many as the model."""
 STEPS = 7
 """Time steps of the trial where the model leaves the length free."""
 SIZE = 4
 """Of any other axis that is free."""
-MARGIN = 32
+_MARGIN = 32
 """Where rounding grows: so many times what changing weights by 1e-6 changes."""
 
-ADVICE = "leave windows (and keep_state) out, or compute what needs other steps before the data come to the pipeline"
+WITHOUT_WINDOWS = (
+    "leave windows (and keep_state) out, or compute what needs other steps before the data come to the pipeline"
+)
 
 
 def refuse_what_windows_change(graph: CallGraph, windowed: Any, states: int) -> None:
@@ -66,10 +67,10 @@ def refuse_what_windows_change(graph: CallGraph, windowed: Any, states: int) -> 
     """
     trial = _Trial(graph, windowed, states)
     if not any(is_over_time(symbol.shape) for symbol in trial.entered):
-        first = next((c for c in graph.calls if not isinstance(c.operation, RNN)), graph.calls[0])
+        first = next((c for c in graph.calls if not isinstance(c.operation, keras.layers.RNN)), graph.calls[0])
         raise SplitError(
             f"{called(first)} cannot be run window by window: no input has as many time steps as the recurrent layers "
-            f"read, so there is nothing that could be cut into windows; {ADVICE}"
+            f"read, so there is nothing that could be cut into windows; {WITHOUT_WINDOWS}"
         )
     if not trial.possible:
         return
@@ -114,7 +115,7 @@ class _Trial:
     def _over_all_steps(self, steps: int) -> tuple[int, Any]:
         """How many steps to try, and a model of them that gives all tensors: few, if the model takes any number."""
         graph = self.graph
-        if steps > LONG:
+        if steps > _LONG:
             try:
                 return STEPS, self._played(graph.calls, graph.inputs, self.made)
             except Exception:  # it wants its own length
@@ -150,7 +151,7 @@ class _Trial:
         except Exception as error:
             raise SplitError(
                 f"{self._first_that_fails()} cannot be run on one window alone: it needs the whole length of the "
-                f"sequence; {ADVICE}"
+                f"sequence; {WITHOUT_WINDOWS}"
             ) from error
         self.joined, self.cut_gradients, self.cut_losses = found
 
@@ -161,28 +162,28 @@ class _Trial:
             if not self._agree(tensor) or (over and self.found[tensor].shape[1] != self.steps):
                 raise SplitError(self._first_that_differs())
         for call in self.graph.calls:
-            if isinstance(call.operation, keras.Layer) and not isinstance(call.operation, RNN):
+            if isinstance(call.operation, keras.Layer) and not isinstance(call.operation, keras.layers.RNN):
                 self._alone(call)
-        if apart(self.cut_losses, self.losses) > ALLOWED:
+        if relative_distance(self.cut_losses, self.losses) > ALLOWED:
             names = [layer.name for layer in layers_of(self.graph.model) if layer.activity_regularizer is not None]
             raise SplitError(
                 "what layers add to the loss themselves (add_loss, activity regularisers"
                 + (f": {', '.join(map(repr, names))}" if names else "")
-                + f") would be another sum in windows than over the whole length; {ADVICE}"
+                + f") would be another sum in windows than over the whole length; {WITHOUT_WINDOWS}"
             )
-        largest = max(map(size_of, self.gradients.values()), default=0.0) or 1.0
+        largest = max(map(largest_value, self.gradients.values()), default=0.0) or 1.0
         for name, gradient in self.gradients.items():
             other = self.cut_gradients[name]
-            by = size_of(gradient - other) / largest if gradient.shape == other.shape else float("inf")
+            by = largest_value(gradient - other) / largest if gradient.shape == other.shape else float("inf")
             if by > ALLOWED and self._roundings() is not None and by > self._gradient_rounding:
                 raise SplitError(
                     f"in windows the gradient of {name!r} would be another than over the whole length, though outputs "
-                    f"are the same: a layer keeps something in a variable, which no gradient passes; {ADVICE}"
+                    f"are the same: a layer keeps something in a variable, which no gradient passes; {WITHOUT_WINDOWS}"
                 )
 
     def _whole(self, tensors: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
         results = keras.tree.flatten(self.whole([tensors[t] for t in self.graph.inputs], training=False))
-        return dict(zip(self.made, results, strict=True)), own_losses(self.whole)
+        return dict(zip(self.made, results, strict=True)), added_losses(self.whole)
 
     def _windows(self, tensors: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
         entered = self.windowed.inputs[len(self.graph.inputs) :]
@@ -194,7 +195,7 @@ class _Trial:
             for tensor, result in zip(self.made, results[: len(self.made)], strict=True):
                 self.cut[tensor].append(result)
             states = results[len(self.made) :]
-            losses.append(own_losses(self.windowed))
+            losses.append(added_losses(self.windowed))
         joined = {tensor: self._join(tensor, parts) for tensor, parts in self.cut.items()}
         return joined, tf.add_n(losses)
 
@@ -241,7 +242,7 @@ class _Trial:
     def _agree(self, tensor: int) -> bool:
         """Whether a tensor is the same, and its mask where it is an output."""
         ours, theirs = self.joined[tensor], self.found[tensor]
-        if not same(ours, theirs) and apart(ours, theirs) > self._roundings().get(tensor, 0.0):
+        if not same(ours, theirs) and relative_distance(ours, theirs) > self._roundings().get(tensor, 0.0):
             return False
         a, b = mask_of(ours), mask_of(theirs)
         return tensor not in self.graph.outputs or ((a is None) == (b is None) and (a is None or same(a, b)))
@@ -269,13 +270,13 @@ class _Trial:
             for weight, value in zip(weights, before, strict=True):
                 weight.assign(value)
             self._rounding = {
-                tensor: MARGIN * apart(found[tensor], value)
+                tensor: _MARGIN * relative_distance(found[tensor], value)
                 for tensor, value in self.found.items()
                 if value.dtype.is_floating
             }
-            largest = max(map(size_of, self.gradients.values()), default=0.0) or 1.0
+            largest = max(map(largest_value, self.gradients.values()), default=0.0) or 1.0
             changes = [np.abs(gradients[name] - g).max(initial=0.0) / largest for name, g in self.gradients.items()]
-            self._gradient_rounding = MARGIN * max(changes, default=0.0)
+            self._gradient_rounding = _MARGIN * max(changes, default=0.0)
         return self._rounding
 
     def _first_that_differs(self) -> str:
@@ -283,14 +284,15 @@ class _Trial:
             over = [tensor for tensor in call.makes if is_over_time(self.symbols[tensor].shape)]
             other_length = any(self.found[tensor].shape[1] != self.steps for tensor in over)
             if other_length or not all(self._agree(tensor) for tensor in call.makes):
-                return f"{called(call)} cannot be run window by window: {self._why(call)}; {ADVICE}"
-        return f"the model {self.graph.model.name!r} gives another mask in windows than over the whole length; {ADVICE}"
+                return f"{called(call)} cannot be run window by window: {self._why(call)}; {WITHOUT_WINDOWS}"
+        model = self.graph.model.name
+        return f"the model {model!r} gives another mask in windows than over the whole length; {WITHOUT_WINDOWS}"
 
     def _why(self, call: Call) -> str:
         if isinstance(call.operation, keras.layers.Bidirectional):
             return "it reads the sequence from its end, so no window can begin before the last one is there"
         over = [is_over_time(self.symbols[tensor].shape) for tensor in call.reads]
-        if isinstance(call.operation, RNN):
+        if isinstance(call.operation, keras.layers.RNN):
             return (
                 "what it reads is no part of the sequence that is cut, so every window would be a sequence of its own"
             )
@@ -343,12 +345,12 @@ class _Trial:
         if not all(map(same, joined, whole)):
             raise SplitError(
                 f"{called(call)} computes something else in training when it sees one window at a time: its "
-                f"statistics are those of one window. Freeze it (trainable=False), or {ADVICE}"
+                f"statistics are those of one window. Freeze it (trainable=False), or {WITHOUT_WINDOWS}"
             )
-        if any(apart(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
+        if any(relative_distance(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
             raise SplitError(
                 f"{called(call)} keeps statistics, which every window would change, once each. Freeze it "
-                f"(trainable=False), or {ADVICE}"
+                f"(trainable=False), or {WITHOUT_WINDOWS}"
             )
 
     def _anew(self) -> None:
@@ -369,7 +371,7 @@ class _Trial:
                     noise = self.random.normal(scale=scale, size=tuple(value.shape))
                     variable.value.assign(value + tf.cast(noise, value.dtype))
             for layer in layers_of(self.graph.model):
-                if isinstance(layer, RNN) and layer.stateful:
+                if isinstance(layer, keras.layers.RNN) and layer.stateful:
                     for state in keras.tree.flatten(layer.states):
                         state.assign(keras.ops.zeros_like(state))
             kept = [v for model in (self.whole, self.windowed) for v in model.non_trainable_variables]

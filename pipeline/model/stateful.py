@@ -18,7 +18,7 @@ import keras
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import ArgumentPlace, Call, CallGraph, read_graph
-from pipeline.model.over_time import ADVICE, called, refuse_what_windows_change
+from pipeline.model.over_time import WITHOUT_WINDOWS, called, refuse_what_windows_change
 from stages.keras_internals import (
     forget_variables,
     layers_of,
@@ -140,7 +140,7 @@ def _played(call: Call, tensors: Mapping[int, Any]) -> Any:
         said = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise SplitError(
             f"{called(call)} cannot be run window by window: it needs the whole length of the sequence ({said[0]}); "
-            f"{ADVICE}"
+            f"{WITHOUT_WINDOWS}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What the user changes while training: taken along to the workers, or refused by name.
+"""The user's changes while training: taken along to the workers, or refused by name.
 
     variables of losses, loss weights      compared before every step; new values go to the workers
     numbers in the optimizer               compared before every step; set in the workers' optimizers

@@ -114,7 +114,7 @@ def call(pipe: Pipeline, inputs: Any, training: bool | None = None, mask: Any = 
 
 def get_weights(pipe: Pipeline) -> list[np.ndarray[Any, Any]]:
     """All weights, in the order of `get_weights` of the model that was split, else stage after stage."""
-    pipe._changes.look(closely=not pipe.session.values.ahead)
+    pipe.changes.look(closely=not pipe.session.values.ahead)
     return pipe.session.values.get_weights()
 
 
@@ -136,14 +136,14 @@ def give_back(pipe: Pipeline) -> None:
     """
     if not pipe.session.values.ahead or not pipe.session.workers.are_running:
         return
-    pipe._changes.take_variables()
+    pipe.changes.take_variables()
     values = pipe.session.values.read("model")
     for i, segment in enumerate(pipe.segments):
         if segment.model is not None:
             snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
     pipe.session.workers.give_back_slots()
     pipe.session.values.ahead = False
-    pipe._changes.hold_model()
+    pipe.changes.hold_model()
 
 
 def give_back_if_possible(pipe: Pipeline) -> None:

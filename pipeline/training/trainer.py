@@ -157,7 +157,7 @@ class Trainer(ModelWithoutLayers):
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers; Keras does so where an epoch begins."""
-        self.pipe._changes.closely = True
+        self.pipe.changes.closely = True
         compiled, shown = self.session.workers.compiled, self._logs.shown
         self._logs.reset()
         self.pipe.reset_metrics()

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import Pipeline, Segment
 from pipeline.errors import (
+    CheckpointError,
     CompileError,
     DataError,
     OptionsError,
@@ -22,7 +23,6 @@ from pipeline.errors import (
     SplitError,
 )
 from pipeline.runtime.options import Options
-from stages.errors import RecipeError
 from tests import failing_parts
 from tests.failures import X, Y, tripping
 from transport.errors import AddressInUse, BadAddress
@@ -118,11 +118,16 @@ def test_cut_behind_an_unknown_layer_names_the_nearest():
         Pipeline.split(net, at=["frist"])
 
 
-def test_builders_that_another_process_cannot_import_run_and_are_refused_in_a_checkpoint(tmp_path):
+def test_builders_that_another_process_cannot_import_run_and_are_brought_to_a_checkpoint(tmp_path):
     with Pipeline([Segment(lambda: part())], transport="inproc") as pipe:
-        assert pipe.predict(X, verbose=0).shape == (len(X), 4)
-        with pytest.raises(RecipeError, match=r"a lambda.*top of a module"):
+        found = pipe.predict(X, verbose=0)
+        assert found.shape == (len(X), 4)
+        with pytest.warns(UserWarning, match=r"a lambda.*top of a module"):
             pipe.save(tmp_path / "it")
+    with pytest.raises(CheckpointError, match=r"your own objects: Pipeline.load\(path, model=\.\.\.\).*a lambda"):
+        Pipeline.load(tmp_path / "it", transport="inproc")
+    with Pipeline.load(tmp_path / "it", model=[Segment(lambda: part())], transport="inproc") as pipe:
+        np.testing.assert_array_equal(pipe.predict(X, verbose=0), found)
 
 
 def test_training_before_compile_says_what_to_call():
