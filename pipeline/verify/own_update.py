@@ -73,8 +73,13 @@ class OwnUpdate:
         gradients = self._by_place(given)
         ours = {**_after(session.values.read("model")), **self._slots_of(session.values.slots())}
 
+        begin = {
+            i: [now if (new := trained["after", i, n]) is None else new for n, now in enumerate(part)]
+            for i, part in values.items()
+        }
+
         def run(seed: int | None = None) -> Numbers:
-            self.model.assign(values)
+            self.model.assign(begin)  # a forward pass may change what is trained, too: SpectralNormalization does
             if seed is not None:
                 self.model.disturb(seed)
             after = optimizer.update(slots, gradients, divisor)
