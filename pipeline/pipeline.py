@@ -60,6 +60,11 @@ class Pipeline:
             user's own model and loss in this process, and refuse to go on if they differ by more than rounding. Takes
             a few samples of the batch and one call of the model.
 
+    Attributes:
+        segments, wires: The parts, and how they are connected.
+        changes: Looks for what the user changes while training; see `pipeline.own.changes`.
+        history: Keras's of the last `fit`; None before it.
+
     Raises:
         FirstBatchError: Later, by `fit` and others: the workers compute something else than the model in this process.
         SegmentError, WiringError, ScheduleError, CompileError, BadAddress: What was given does not fit together.
