@@ -135,6 +135,6 @@ RUNTIME = (
         "stages/worker/base.py",
         "if order.step > self._applied:",
         "if order.step >= 0:",
-        ("test_exact_optimizers", *_FAILURES),
+        ("test_states", "test_exact_optimizers", *_FAILURES),
     ),
 )

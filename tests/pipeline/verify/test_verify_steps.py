@@ -99,6 +99,14 @@ def test_healthy_updates_pass(name, eager):
             assert any("global norm" in row.why for row in report.rows)
 
 
+def test_a_rate_that_was_set_between_two_verifications_is_the_references_too():
+    optimizer = keras.optimizers.SGD(0.1)
+    with running(model(), ["drop"], optimizer) as pipe:
+        pipe.verify(*batch(), checks="steps").raise_if_failed()
+        optimizer.learning_rate = 0.025
+        pipe.verify(*batch(), checks="steps", steps=2).raise_if_failed()
+
+
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_rows_of_embeddings_are_updated_as_one_tape_does(eager, microbatches):

@@ -158,3 +158,18 @@ def test_nothing_is_put_back_that_was_not_set_aside() -> None:
     worker.state = WorkerState.READY
     with pytest.raises(HandoffError, match="`keep` comes first"):
         worker.obey(PutBack())
+
+
+def test_a_step_that_was_applied_is_not_applied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order that is sent twice, since nobody knows whether it arrived, updates once."""
+    updates: list[int] = []
+    monkeypatch.setattr(Worker, "apply", lambda self, order: updates.append(order.step))
+    spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
+    given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
+    worker = Worker(given, np.zeros(BOARD_SLOTS, np.int64), None, Sent(), None)  # type: ignore[arg-type]
+    worker.state = WorkerState.STEPPED
+    for step in (3, 3):
+        worker.obey(Apply(step, {}, None, None))
+    worker.state = WorkerState.STEPPED
+    worker.obey(Apply(4, {}, None, None))
+    assert updates == [3, 4]
