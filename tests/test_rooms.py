@@ -42,7 +42,7 @@ ORDER = {
         ),
     ),
     "pipeline": (
-        *("origin", "errors", "saying", "plan", "model", "batch", "compiled", "compare", "cutting"),
+        *("origin", "errors", "saying", "distance", "plan", "model", "batch", "compiled", "compare", "cutting"),
         *("runtime", "own", "report"),
         *(
             "reference",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from pipeline.distance import distance
+
 Array = np.ndarray[Any, Any]
 ALLOWED = 1e-3
 """A difference up to this part of the largest |value| is rounding; a step that is missing changes much more."""
@@ -37,21 +39,9 @@ def same(ours: Any, theirs: Any) -> bool:
     if not ours.dtype.is_floating:
         return bool(np.array_equal(np.asarray(ours), np.asarray(theirs)))
     low = ours.dtype.size < 4
-    return relative_distance(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
+    return distance(ours, theirs) <= (LOW_PRECISION if low else ALLOWED)
 
 
 def largest_value(array: Array) -> float:
     """The largest |value|."""
     return float(np.abs(array).max(initial=0.0))
-
-
-def relative_distance(ours: Any, theirs: Any) -> float:
-    """The largest difference as a part of the largest |value| of `theirs`; infinite where shapes differ."""
-    a, b = (np.asarray(one).astype(np.float64) for one in (ours, theirs))
-    if a.shape != b.shape:
-        return float("inf")
-    lost = ~np.isfinite(a) & ~np.isfinite(b)
-    a, b = np.where(lost, 0, a), np.where(lost, 0, b)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return float("inf")
-    return float(np.abs(a - b).max(initial=0.0)) / float(np.abs(b).max(initial=0.0) or 1.0)

@@ -28,9 +28,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.distance import distance
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph, play
-from pipeline.model.in_windows import ALLOWED, added_losses, largest_value, put_back_only, relative_distance, same
+from pipeline.model.in_windows import ALLOWED, added_losses, largest_value, put_back_only, same
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
 from stages.masks import mask_of, with_mask
@@ -164,7 +165,7 @@ class _Trial:
         for call in self.graph.calls:
             if isinstance(call.operation, keras.Layer) and not isinstance(call.operation, keras.layers.RNN):
                 self._alone(call)
-        if relative_distance(self.cut_losses, self.losses) > ALLOWED:
+        if distance(self.cut_losses, self.losses) > ALLOWED:
             names = [layer.name for layer in layers_of(self.graph.model) if layer.activity_regularizer is not None]
             raise SplitError(
                 "what layers add to the loss themselves (add_loss, activity regularisers"
@@ -242,7 +243,7 @@ class _Trial:
     def _agree(self, tensor: int) -> bool:
         """Whether a tensor is the same, and its mask where it is an output."""
         ours, theirs = self.joined[tensor], self.found[tensor]
-        if not same(ours, theirs) and relative_distance(ours, theirs) > self._roundings().get(tensor, 0.0):
+        if not same(ours, theirs) and distance(ours, theirs) > self._roundings().get(tensor, 0.0):
             return False
         a, b = mask_of(ours), mask_of(theirs)
         return tensor not in self.graph.outputs or ((a is None) == (b is None) and (a is None or same(a, b)))
@@ -270,7 +271,7 @@ class _Trial:
             for weight, value in zip(weights, before, strict=True):
                 weight.assign(value)
             self._rounding = {
-                tensor: _MARGIN * relative_distance(found[tensor], value)
+                tensor: _MARGIN * distance(found[tensor], value)
                 for tensor, value in self.found.items()
                 if value.dtype.is_floating
             }
@@ -347,7 +348,7 @@ class _Trial:
                 f"{called(call)} computes something else in training when it sees one window at a time: its "
                 f"statistics are those of one window. Freeze it (trainable=False), or {WITHOUT_WINDOWS}"
             )
-        if any(relative_distance(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
+        if any(distance(a, b) > ALLOWED for a, b in zip(statistics_now, after, strict=True)):
             raise SplitError(
                 f"{called(call)} keeps statistics, which every window would change, once each. Freeze it "
                 f"(trainable=False), or {WITHOUT_WINDOWS}"

@@ -51,10 +51,10 @@ class Changes:
     def hold(self) -> None:
         """Keep what the workers have just got from the user's objects, to compare with."""
         session, compiled = self._session, self._session.workers.compiled
-        quiet = {id(variable) for variable in _set_by_hand(session)}
+        by_hand = _set_by_hand(session)
+        quiet = {id(variable) for variable in by_hand}
         own = {id(v): v for m in session.setup.models.values() for v in m.variables if id(v) not in quiet}
-        self._model = Held(list(own.values()))
-        self._quiet = Held(_set_by_hand(session))
+        self._model, self._quiet = Held(list(own.values())), Held(by_hand)
         self._besides = {i: Held(some) for i, some in session.workers.given.items() if some}
         self._attributes = Attributes(_objects(session))
         self._optimizers = [] if compiled is None else [one for one in compiled.updating if one is not None]
@@ -63,11 +63,7 @@ class Changes:
         self._filled, self.closely = True, True
 
     def hold_model(self) -> None:
-        """Keep the values that the own model was just given by the workers.
-
-        Raises:
-            CompileError: A variable had been assigned meanwhile, in vain.
-        """
+        """Keep the values that the own model was just given by the workers."""
         if self._filled:
             self._model, self._quiet = Held(self._model.variables), Held(self._quiet.variables)
 

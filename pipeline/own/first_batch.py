@@ -20,12 +20,12 @@ import numpy as np
 from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.step import Batch, StepResult
 from pipeline.compare.tolerance import TRIES, Tolerance
+from pipeline.distance import distance
 from pipeline.errors import FirstBatchError
 from pipeline.own.chance import layers_that_draw, told
-from pipeline.own.distance import distance
 from pipeline.own.lent import lent
 from pipeline.own.model import OwnModel, OwnResult
-from stages.worker.observers import ACTIVATION
+from pipeline.own.sent import sent_whole
 from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
@@ -179,13 +179,9 @@ class FirstBatch:
             self._step(Mode.TRAIN if training else Mode.PREDICT, few, observe="values")
             seen = driver.seen()
         theirs = own.parts(few, training).tensors
-        pieces: dict[tuple[int, str], dict[int, Array]] = {}
-        for sight, array in seen.items():
-            if sight.what == ACTIVATION and sight.sent and array is not None:
-                pieces.setdefault((sight.producer, sight.tensor), {})[sight.microbatch] = array
-        for (stage, tensor), parts in sorted(pieces.items()):
-            whole = np.concatenate([array for _, array in sorted(parts.items())])
-            by = distance(whole, theirs[tensor])
+        sent = sent_whole(seen)
+        for stage, tensor in sorted(sent):
+            by = distance(sent[stage, tensor], theirs[tensor])
             if by > Tolerance.elsewhere(own.precision).relative:
                 name = self._session.setup.wires.names[stage]
                 return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."

@@ -29,6 +29,7 @@ from pipeline.model.merge import StageValues
 from pipeline.own.chance import layers_that_draw, told
 from pipeline.own.lent import Lent, lent
 from pipeline.own.model import OwnModel
+from pipeline.own.sent import sent_whole
 from pipeline.verify.own_numbers import (
     CannotJudgeError,
     NumberKey,
@@ -41,7 +42,6 @@ from pipeline.verify.own_numbers import (
 )
 from pipeline.verify.own_update import OwnUpdate
 from pipeline.verify.tape import FORWARD, LOSS, Names, Observed, order_of_sum
-from stages.worker.observers import ACTIVATION
 from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
@@ -231,14 +231,8 @@ class ByOwn:
         if self.batch.lengths:
             return []
         names = self.names
-        sent: dict[tuple[int, str], dict[int, Array]] = {}
-        for sight, array in ours.seen.items():
-            if sight.what == ACTIVATION and sight.sent and array is not None:
-                sent.setdefault((sight.producer, sight.tensor), {})[sight.microbatch] = array
-        mine: dict[NumberKey, Array | None] = {
-            ("given", tensor): np.concatenate([array for _, array in sorted(parts.items())])
-            for (_, tensor), parts in sent.items()
-        }
+        sent = sent_whole(ours.seen)
+        mine: dict[NumberKey, Array | None] = {("given", tensor): array for (_, tensor), array in sent.items()}
         mine |= {("own losses", i): number(value) for i, value in ours.result.own_losses.items()}
 
         def run(seed: int | None = None) -> Numbers:

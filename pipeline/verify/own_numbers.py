@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.compare.compare import FlowOrder, Judged, Pair, judge, largest
 from pipeline.compare.tolerance import PLAIN_EPS, TRIES, Tolerance
-from pipeline.own.distance import distance
+from pipeline.distance import distance
 
 Array = np.ndarray[Any, Any]
 NumberKey = tuple[Any, ...]

@@ -63,15 +63,21 @@ class Sent:
         self.messages.append(message)
 
 
-def worker_in(state: WorkerState, kind: type[BaseWorker] = ReferenceWorker) -> tuple[BaseWorker, list[Order], Sent]:
-    """A worker in a state whose deeds only note that they were done."""
+def new_worker(state: WorkerState, kind: type[BaseWorker]) -> tuple[BaseWorker, Sent]:
+    """A worker of one stage in a state, and what it sends to."""
     spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
     driver = Sent()
     given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
     worker = kind(given, np.zeros(BOARD_SLOTS, np.int64), None, driver, None)  # type: ignore[arg-type]
+    worker.state = state
+    return worker, driver
+
+
+def worker_in(state: WorkerState, kind: type[BaseWorker] = ReferenceWorker) -> tuple[BaseWorker, list[Order], Sent]:
+    """A worker in a state whose deeds only note that they were done."""
+    worker, driver = new_worker(state, kind)
     done: list[Order] = []
     worker._deeds = {one: lambda order: done.append(order) or Reply() for one in worker._deeds}  # type: ignore[func-returns-value]
-    worker.state = state
     return worker, done, driver
 
 
@@ -152,10 +158,7 @@ def test_each_method_of_a_worker_is_implemented_once(kind: type[BaseWorker]) -> 
 
 def test_nothing_is_put_back_that_was_not_set_aside() -> None:
     """Else a driver would be told that all is as it was, of values that nobody had kept."""
-    spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
-    given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
-    worker = ReferenceWorker(given, np.zeros(BOARD_SLOTS, np.int64), None, Sent(), None)  # type: ignore[arg-type]
-    worker.state = WorkerState.READY
+    worker, _ = new_worker(WorkerState.READY, ReferenceWorker)
     with pytest.raises(HandoffError, match="`keep` comes first"):
         worker.obey(PutBack())
 
@@ -164,10 +167,7 @@ def test_a_step_that_was_applied_is_not_applied_again(monkeypatch: pytest.Monkey
     """An order that is sent twice, since nobody knows whether it arrived, updates once."""
     updates: list[int] = []
     monkeypatch.setattr(Worker, "apply", lambda self, order: updates.append(order.step))
-    spec = StageSpec(0, "front", None, inputs=[("x", -1)], outputs=[("y", ())]).plain()
-    given = {"worker": 0, "incarnation": 0, "stages": [spec], "own_process": False}
-    worker = Worker(given, np.zeros(BOARD_SLOTS, np.int64), None, Sent(), None)  # type: ignore[arg-type]
-    worker.state = WorkerState.STEPPED
+    worker, _ = new_worker(WorkerState.STEPPED, Worker)
     for step in (3, 3):
         worker.obey(Apply(step, {}, None, None))
     worker.state = WorkerState.STEPPED

@@ -6,23 +6,21 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
 
-
-def distance(ours: Array, theirs: Array, scale: float | None = None) -> float:
+def distance(ours: Any, theirs: Any, scale: float | None = None) -> float:
     """The largest |difference| as a part of the largest |value|; places where neither is finite count as equal.
 
     Args:
-        ours: Numbers.
+        ours: Numbers: arrays or tensors.
         theirs: The numbers that they should be.
         scale: The largest |value| of what these belong to; default: of `theirs`.
 
     Returns:
         0 of what is equal, infinity where the shapes differ or one alone is not finite.
     """
-    if ours.shape != theirs.shape:
+    a, b = (np.asarray(one).astype(np.float64) for one in (ours, theirs))
+    if a.shape != b.shape:
         return float("inf")
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
     lost = ~np.isfinite(a) & ~np.isfinite(b)
     a, b = np.where(lost, 0, a), np.where(lost, 0, b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
