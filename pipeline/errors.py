@@ -148,14 +148,23 @@ class WorkerError(PipelineError, PeerError, RuntimeError):
         step: the step's number, or -1.
         kind: the name of the exception's class in the worker.
         worker_traceback: the worker's traceback as text.
+        undone: whether it left no trace, so that the pipeline goes on with the values from before.
     """
 
     def __init__(
-        self, message: str, *, stage: str, action: str = "", step: int = -1, kind: str = "", worker_traceback: str = ""
+        self,
+        message: str,
+        *,
+        stage: str,
+        action: str = "",
+        step: int = -1,
+        kind: str = "",
+        worker_traceback: str = "",
+        undone: bool = False,
     ) -> None:
         super().__init__(message)
         self.stage, self.action, self.step, self.kind = stage, action, step, kind
-        self.worker_traceback = worker_traceback
+        self.worker_traceback, self.undone = worker_traceback, undone
 
 
 class WorkerDiedError(WorkerError):

@@ -381,10 +381,10 @@ class Stage:
         """Trace the optimizer's update anew when it is next made: numbers in the optimizer were changed."""
         self._tapes.forget_updates()
 
-    def zero_gradients(self) -> None:
-        """Forget accumulated gradients and open tapes."""
+    def zero_gradients(self, failed: bool = False) -> None:
+        """Forget accumulated gradients and open tapes; if a call `failed`, also what it added before it did."""
         self._forget_open()
-        self._tapes.clear()
+        self._tapes.clear(failed)
 
     def _forget_open(self) -> None:
         self._opened.clear()

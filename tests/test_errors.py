@@ -21,6 +21,7 @@ GROUNDS = {TapelineError, pipeline.PipelineError, StageError, TransportError}
 
 SIGNALS = {
     "Watched": "what a receiver also waits for became readable; the driver turns it into what it means",
+    "Abandoned": "the driver takes back what a worker was ordered",
     "Stopped": "the driver ends a worker's run",
     "WitnessRefusedError": "a witness cannot be made; becomes a line of the report",
     "CannotJudgeError": "the user's own objects cannot say what is right; becomes a line of the report",

@@ -13,7 +13,7 @@ from transport.channel import Inbox, Watchable
 from transport.errors import TransportTimeout
 from transport.message import DATA_KINDS, Key, Message
 
-URGENT_KINDS = frozenset({"stop", "error"})
+URGENT_KINDS = frozenset({"stop", "error", "abandon"})
 
 
 class Mailbox:

@@ -30,6 +30,8 @@ DATA_KINDS: Final = frozenset(
 """Kinds that belong to one step and are worthless after it."""
 
 KINDS: Final = DATA_KINDS | {
+    "abandon",
+    "abandoned",
     "plan",
     "command",
     "variable",

@@ -63,7 +63,20 @@ def make_batch(
         _check_steps(f"y ({label!r})", targets[label], sum(lengths))
         if label in weights and weights[label].ndim > 1:
             _check_steps(f"sample_weight ({label!r})", weights[label], sum(lengths))
-    return Batch(arrays, targets, weights, microbatch_sizes(size, microbatches), lengths)
+    sizes = microbatch_sizes(size, microbatches)
+    _check_fixed_sizes(inputs, size, sizes)
+    return Batch(arrays, targets, weights, sizes, lengths)
+
+
+def _check_fixed_sizes(inputs: Mapping[str, InputSpec | None], size: int, sizes: Sequence[int]) -> None:
+    for name, spec in inputs.items():
+        wanted = None if spec is None or not spec[1] else spec[1][0]
+        if wanted is not None and any(one != wanted for one in sizes):
+            parts = "" if len(sizes) == 1 else f", cut into microbatches of {', '.join(map(str, sizes))}"
+            raise DataError(
+                f"the input {name!r} takes batches of {wanted} samples only (its keras.Input has a batch_size), "
+                f"received {size}{parts}; give batches of that size, or leave the batch_size out of the model"
+            )
 
 
 def window_lengths(

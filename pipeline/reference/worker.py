@@ -90,6 +90,14 @@ class ReferenceWorker(BaseWorker):
     def _do_explain(self, order: Explain) -> Reply:
         return Reply(explain_joined(self.tape.hosted, self.batch, order.target, order.statuses))
 
+    def undo(self, order: Order) -> bool:
+        """Not done: the reference gets all values anew with every question, or is started anew."""
+        return False
+
+    def undo_last_step(self) -> None:
+        """Forget its gradients; there is nothing else that a next question would go on from."""
+        self.discard()
+
     def step(self, order: StepOrder) -> StepReply:
         """Outputs, or losses and gradients, of a whole batch."""
         batch = self._batch = self._receive(order)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.errors import PipelineClosedError, StalledError, WorkerError
-from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.interrupts import deferred_interrupts, interruptible
 from pipeline.runtime.launch import Launcher, LocalLauncher, ThreadLauncher, WorkerHandle
 from pipeline.runtime.post_mortem import describe_worker, died, failed, stalled
 from pipeline.runtime.socket_directory import SocketDirectory
@@ -153,7 +153,8 @@ class Crew:
         before = None
         while True:
             try:
-                message = self._mailbox.take((key,), self._look_seconds)
+                with interruptible():
+                    message = self._mailbox.take((key,), self._look_seconds)
             except TransportTimeout:
                 boards = [handle.board.tolist() for handle in self._handles]
                 if boards == before and stalled(boards):
@@ -165,6 +166,29 @@ class Crew:
             if message.kind != "error":
                 return message
             raise self._explain(message.value)
+
+    def abandon(self, number: int, first_step: int) -> None:
+        """Take back what the workers were ordered and wait until all of them stand where they stood before.
+
+        Args:
+            number: The last order's.
+            first_step: The first step that does not count.
+
+        Raises:
+            WorkerError: One of them cannot go on.
+        """
+        for worker in range(len(self.placement)):
+            place = self.place(worker)
+            self.send(worker, Message("abandon", self.incarnation, number, place, value=first_step))
+        for worker in range(len(self.placement)):
+            while True:
+                try:
+                    self.wait(Key("abandoned", number, DRIVER, self.place(worker)))
+                    break
+                except WorkerError as late:  # it failed by itself before it heard
+                    if not late.undone:
+                        raise
+        self._mailbox.clear()  # answers to what was taken back
 
     @contextmanager
     def ending_on_failure(self) -> Iterator[None]:

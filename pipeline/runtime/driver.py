@@ -6,8 +6,10 @@
 Rules:
 
 1. Commands go to all workers with one number; a command that is answered is answered by all.
-2. Whatever goes wrong ends the run: `Crew` starts the workers, watches them in every wait, and ends them.
-3. A step is never left half done: Ctrl-C waits for its end; a second one closes the pipeline.
+2. A step is done, or undone in every stage: what raises in a layer, does not fit a message or is interrupted is taken
+   back (`abandon`), and the run goes on. What cannot be taken back, a lost worker above all, ends it: `Crew` starts the
+   workers, watches them in every wait, and ends them.
+3. Ctrl-C waits for the end of a step; a second one takes the step back; a third one ends the run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import Batch, StepResult, losses_of
+from pipeline.errors import StalledError, WorkerError
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
@@ -51,6 +54,7 @@ from stages.worker.orders import (
     Unmask,
 )
 from stages.worker.reply import Reply, StepReply
+from transport.errors import ClosedError, PeerLost, TransportError, Unsendable, Watched
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
@@ -171,7 +175,7 @@ class Driver:
             observe: What to note of tensors at the cuts, ``"values"`` for `seen` or ``"norms"``; see
                 `stages.worker.observers`.
         """
-        with self._crew.ending_on_failure(), deferred_interrupts():
+        with self._going_on():
             if self._masks_count and mode.with_loss:
                 self._masks_count = self._masked(batch)
             order = _order_of(plan, mode, batch)
@@ -249,7 +253,7 @@ class Driver:
 
     def set(self, what: str, values: Mapping[int, Sequence[Array | None]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
+        with self._going_on():
             number = self._number + 1
             for index, arrays in values.items():
                 for i, array in enumerate(arrays):
@@ -297,7 +301,7 @@ class Driver:
 
     def ask(self, order: Order) -> list[Reply]:
         """Give an order that is answered to every worker; the answers, in the order of the workers."""
-        with self._crew.ending_on_failure(), deferred_interrupts():
+        with self._going_on():
             return self._replies(self._order(order))
 
     def call(self, service: Service) -> None:
@@ -307,6 +311,38 @@ class Driver:
     def close(self, because: str = "close() was called") -> None:
         """End every worker and free everything. Idempotent."""
         self._crew.close(because)
+
+    def abandon_step(self) -> None:
+        """Undo, in every stage, the step just run, which will not be followed by its update."""
+        with deferred_interrupts(), self._crew.ending_on_failure():
+            self._abandon(self._step)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Take back what was ordered where it fails, so that the workers go on; else end them (rule 2)."""
+        first, taken_back = self._step + 1, None
+        with deferred_interrupts():
+            with self._crew.ending_on_failure():
+                try:
+                    yield
+                except BaseException as error:
+                    if not _can_be_taken_back(error):
+                        raise
+                    try:
+                        self._abandon(first)
+                    except TransportError as lost:
+                        if isinstance(lost, Watched | PeerLost):
+                            raise  # a worker died meanwhile
+                        raise error from None  # the way to a worker is damaged
+                    taken_back = error
+            if taken_back is not None:
+                raise taken_back
+
+    def _abandon(self, first_step: int) -> None:
+        """Let the workers be as they were before a step, and before all orders since."""
+        self._number += 1
+        self._crew.abandon(self._number, first_step)
+        self._undecided = self._undecided and self._step < first_step
 
     def _announce(self, plan: Plan) -> int:
         """Send a plan the first time it is used; return its number."""
@@ -378,6 +414,13 @@ class Driver:
     def _replies(self, number: int) -> list[Reply]:
         """The workers' answers to an order, in the order of the workers."""
         return [Reply.receive(self._crew.wait, number, self._crew.place(w)) for w in range(len(self.placement))]
+
+
+def _can_be_taken_back(error: BaseException) -> bool:
+    """Whether all workers are there, none is half way through an update, and each hears what it is told."""
+    if isinstance(error, WorkerError):
+        return error.undone
+    return isinstance(error, Unsendable) or not isinstance(error, TransportError | StalledError | ClosedError)
 
 
 def _order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:

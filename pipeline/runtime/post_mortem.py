@@ -84,6 +84,8 @@ def failed(report: Mapping[str, Any]) -> WorkerError:
         f"stage {report['stage']!r} failed{where}: {report['type']}: {report['message']}\n"
         f"--- traceback of the worker ---\n{report['traceback'].rstrip()}\n--- end of the worker's traceback ---"
     )
+    if report["undone"]:
+        text += "\nNothing of it was kept in any stage: the pipeline goes on with the values from before."
     return WorkerError(
         text,
         stage=report["stage"],
@@ -91,4 +93,5 @@ def failed(report: Mapping[str, Any]) -> WorkerError:
         step=report["step"],
         kind=report["type"],
         worker_traceback=report["traceback"],
+        undone=report["undone"],
     )

@@ -76,11 +76,16 @@ class StepRunner:
             plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
             result = driver.run(plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe)
-            if look is not None:
-                look(driver)
-            if result.finite:
+            try:
+                if look is not None:
+                    look(driver)
                 rates = compiled.learning_rates(len(self._setup.segments))
-                scale = compiled.clip_scale(self._in_model_order(result.squared_norms))
+                scale = compiled.clip_scale(self._in_model_order(result.squared_norms)) if result.finite else None
+            except BaseException:
+                if not driver.closed:
+                    driver.abandon_step()
+                raise
+            if result.finite:
                 driver.apply(rates, scale, loss_scale, compiled.adjusted())
                 compiled.count_update()
             else:

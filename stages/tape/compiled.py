@@ -201,9 +201,11 @@ class CompiledTapes(Tapes):
         """Trace updates anew: numbers in the optimizer were changed."""
         self._functions = {name: found for name, found in self._functions.items() if name[0] != "apply"}
 
-    def clear(self) -> None:
-        """Drop what is open and set the sums to zero."""
+    def clear(self, failed: bool = False) -> None:
+        """Drop what is open and set the sums to zero; a function that failed half way may have added to any of them."""
         self._open.clear()
+        if failed:
+            self._reached = [True] * len(self._reached)
         self._zero()
 
     def _zero(self, kept: Sequence[int] = ()) -> None:

@@ -139,8 +139,8 @@ class Tapes(ABC):
         """Let the next update read the optimizer's numbers anew."""
 
     @abstractmethod
-    def clear(self) -> None:
-        """Drop open tapes and sums."""
+    def clear(self, failed: bool = False) -> None:
+        """Drop open tapes and sums; after a call that `failed`, also what it may have added before it did."""
 
 
 __all__ = ["Blocks", "Opened", "PassInputs", "PassKey", "Tapes"]

@@ -189,7 +189,7 @@ class EagerTapes(Tapes):
     def forget_updates(self) -> None:
         """Nothing: an eager update reads the optimizer each time."""
 
-    def clear(self) -> None:
+    def clear(self, failed: bool = False) -> None:
         """Drop all open tapes and sums."""
         self._open.clear()
         self._sum.clear()

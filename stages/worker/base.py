@@ -7,9 +7,12 @@ Rules:
 1. Orders are numbered; the worker carries them out one by one, and sends a reply of the same number to each that is
    answered (`Order.answered`).
 2. An order that is not legal in the worker's state (`stages.worker.states`) is refused, and nothing was done.
-3. An exception is reported once, with its traceback, the stage and the action; after that the worker only waits for
-   the end. It never continues with a half-done step.
+3. An exception is reported once, with its traceback, the stage and the action. It never continues with a half-done
+   step: either the step is undone, to the last bit, and the worker goes on with the next order; or, where that cannot
+   be (an update or a build was under way), it only waits for the end.
 4. `Apply` updates the variables of all its stages, at most once a step.
+5. The driver may take back what it ordered ("abandon"): whatever the worker waits for, it stops, undoes the step that
+   it is in or has just done, forgets what arrived for it, and answers. What was updated stays.
 
 What a step computes, and whose gradients and optimizers there are, is a kind's own: `stages.worker.worker.Worker` is
 one part of a pipeline, `pipeline.reference.worker.ReferenceWorker` all parts under one tape. Their methods are abstract
@@ -55,9 +58,10 @@ from stages.worker.orders import (
 from stages.worker.reply import Reply, StepReply
 from stages.worker.states import WorkerState, after
 from stages.worker.status import StatusBoard
+from stages.worker.told import Abandoned, Stopped, obeyed
 from stages.worker.value_groups import read_group, write_group
 from transport.channel import Outbox
-from transport.errors import TransportError
+from transport.errors import TransportError, Unsendable
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import open_transport
@@ -68,10 +72,6 @@ CONNECT_SECONDS = 30.0
 _TRACEBACK_CHARACTERS = 12000
 _NAMED = 20
 """So many variables are named that could not be put back."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the driver asked for it
-    """The driver ended the run while this worker waited."""
 
 
 def serve(kind: type[BaseWorker], spec: Mapping[str, Any], board: Array) -> None:
@@ -123,6 +123,7 @@ class BaseWorker(ABC):
         self._number = 0
         self._building = False
         self._applied = -1
+        self._last_step = 0
         self._seen: ValueObserver | NormObserver | None = None
         self._kept: dict[int, Kept] = {}
         self._deeds: dict[type[Order], Callable[[Any], Reply]] = {
@@ -165,6 +166,14 @@ class BaseWorker(ABC):
         """Forget the gradients of the last step."""
 
     @abstractmethod
+    def undo(self, order: Order) -> bool:
+        """Undo what an order that failed half way has changed; whether that could be done."""
+
+    @abstractmethod
+    def undo_last_step(self) -> None:
+        """Undo the step that is under way, or was the last one, unless an update followed it."""
+
+    @abstractmethod
     def gradients(self, index: int) -> Sequence[Array | None]:
         """A stage's gradients of the last step, in the order of its trainable variables."""
 
@@ -195,22 +204,50 @@ class BaseWorker(ABC):
     def serve(self) -> None:
         """Carry out orders until the driver ends the run."""
         try:
-            while True:
-                self._number += 1
-                message = self._take(Key("command", self._number, self.place))
-                self.board.busy()
-                self.obey(of_wire(message.value, self._known))
-                self.board.idle()
+            while self._serve_one():
+                pass
         except Stopped:
             pass
-        except TransportError as error:
-            self._report(error)
-        except Exception as error:
-            self._report(error)
-            self._wait_for_the_end()
         finally:
             for outbox in self._outboxes.values():
                 outbox.close()
+
+    def _serve_one(self) -> bool:
+        """Carry out the next order; whether there may be another (rules 3 and 5)."""
+        self._number += 1
+        order = None
+        try:
+            message = self._take(Key("command", self._number, self.place))
+            self.board.busy()
+            order = of_wire(message.value, self._known)
+            self.obey(order)
+            self.board.idle()
+        except Stopped:
+            raise
+        except Abandoned as taken_back:
+            self._abandon(taken_back)
+        except Exception as error:
+            place = self.at_work()
+            lost = isinstance(error, TransportError) and not isinstance(error, Unsendable)
+            undone = not lost and order is not None and self.undo(order)
+            self._report(error, place, undone)
+            if not undone:
+                if not lost:
+                    self._wait_for_the_end()
+                return False
+            self.board.idle()
+        return True
+
+    def _abandon(self, taken_back: Abandoned) -> None:
+        """Be as before the orders that were taken back (rule 5)."""
+        if self._last_step >= taken_back.first_step:
+            self.undo_last_step()
+            if self.state is WorkerState.STEPPED:
+                self.state = WorkerState.READY
+        self._number = taken_back.number
+        self.mailbox.clear()
+        self._tell("abandoned", None)
+        self.board.idle()
 
     def obey(self, order: Order) -> None:
         """Carry out one order, and answer it if it is answered (rules 1 and 2)."""
@@ -227,10 +264,7 @@ class BaseWorker(ABC):
         return self.specs[0].index
 
     def _take(self, key: Key) -> Message:
-        message = self.mailbox.take((key,))
-        if message.kind == "stop":
-            raise Stopped
-        return message
+        return obeyed(self.mailbox.take((key,)))
 
     def _taken_array(self, key: Key) -> Array:
         array = self._take(key).array
@@ -281,6 +315,7 @@ class BaseWorker(ABC):
         return Reply()
 
     def _do_step(self, order: StepOrder) -> Reply:
+        self._last_step = order.step
         return Reply(self.step(order).plain())
 
     def _do_apply(self, order: Apply) -> Reply:
@@ -347,9 +382,9 @@ class BaseWorker(ABC):
         """The metrics of layers so far, by name."""
         return {name: value for hosted in self.hosted.values() for name, value in hosted.inner_results().items()}
 
-    def _report(self, error: Exception) -> None:
-        """Tell the driver what happened, as far as the driver is still there (rule 3)."""
-        step, action = self.at_work()
+    def _report(self, error: Exception, place: tuple[int, Action | None], undone: bool) -> None:
+        """Tell the driver what happened, as far as the driver is still there (rule 3), and whether it left a trace."""
+        step, action = place
         spec = next((s for s in self.specs if action is not None and s.index == action.stage), None)
         if spec is None:
             spec = self.specs[min(len(self.hosted), len(self.specs) - 1)]
@@ -363,6 +398,7 @@ class BaseWorker(ABC):
             "message": str(error)[:_TRACEBACK_CHARACTERS],
             "traceback": text[-_TRACEBACK_CHARACTERS:],
             "building": self._building,
+            "undone": undone,
             "time": time.time(),
         }
         try:
@@ -385,4 +421,4 @@ class BaseWorker(ABC):
         """Drop what holds memory: the run has failed."""
 
 
-__all__ = ["CONNECT_SECONDS", "BaseWorker", "Stopped", "serve"]
+__all__ = ["CONNECT_SECONDS", "BaseWorker", "serve"]

@@ -56,6 +56,35 @@ class Kept:
         return found
 
 
+class Undo:
+    """The values that a step changes by itself, held so that it can be undone: KBs, and no copy until they change.
+
+    Args:
+        hosted: The stage, before the step.
+    """
+
+    def __init__(self, hosted: HostedStage) -> None:
+        self._hosted = hosted
+        self._held = {id(one): (one, one.read_value()) for one in _changed_by_steps(hosted)}
+        self._states = None if hosted.stage.carried is None else hosted.stage.carried.kept
+
+    def put_back(self) -> None:
+        """Set them to what they were, and forget gradients and open tapes; metrics that are new begin anew."""
+        self._hosted.stage.zero_gradients(failed=True)
+        if any(id(variable) not in self._held for variable in _changed_by_steps(self._hosted)):
+            self._hosted.reset_metrics()
+        for variable, value in self._held.values():
+            variable.assign(value)
+        if self._hosted.stage.carried is not None and self._states is not None:
+            self._hosted.stage.carried.kept = self._states
+
+
+def _changed_by_steps(hosted: HostedStage) -> list[Any]:
+    """TensorFlow's variables of statistics, seeds, metrics, and of the user's losses."""
+    groups = ("states", "metrics", "besides")
+    return [getattr(one, "value", one) for group in groups for one in hosted.variables(group)]
+
+
 def _bits(kept: Any) -> list[list[tuple[str, tuple[int, ...], bytes]]]:
     """Dtype, shape and bits of every state, microbatch by microbatch."""
     arrays = [[to_array(state) for state in kept[k]] for k in sorted(kept)]

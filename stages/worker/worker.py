@@ -21,8 +21,9 @@ from stages.errors import HandoffError
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
 from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.kept_values import Undo
 from stages.worker.observers import NormObserver
-from stages.worker.orders import Apply, Mode, Order, StepOrder
+from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
 from stages.worker.reply import Reply, StepReply
 from stages.worker.step_program import Links, Program
 
@@ -41,6 +42,7 @@ class Worker(BaseWorker):
         super().__init__(*given)
         self._program: Program | None = None
         self._stepped: set[Mode] = set()
+        self._undo: dict[int, Undo] = {}
 
     def own_deeds(self) -> Mapping[type[Order], Callable[[Any], Reply]]:
         """Nothing besides."""
@@ -52,6 +54,7 @@ class Worker(BaseWorker):
 
     def step(self, order: StepOrder) -> StepReply:
         """Run the stages' actions of a plan."""
+        self._undo = {index: Undo(hosted) for index, hosted in self.hosted.items()}
         before = self._keep(("states", "metrics")) if order.mode is Mode.GRADIENTS else {}
         if order.mode is Mode.MASKS:
             before = self._keep(("metrics",)) if any(hosted.inner_metrics for hosted in self.hosted.values()) else {}
@@ -89,6 +92,7 @@ class Worker(BaseWorker):
 
     def apply(self, order: Apply) -> None:
         """One update of every stage."""
+        self._undo = {}
         for index, hosted in self.hosted.items():
             rate = order.learning_rates.get(index)
             if rate is not None:
@@ -99,8 +103,23 @@ class Worker(BaseWorker):
 
     def discard(self) -> None:
         """Set the accumulated gradients to zero."""
+        self._undo = {}
         for hosted in self.hosted.values():
             hosted.stage.zero_gradients()
+
+    def undo(self, order: Order) -> bool:
+        """A step is undone; a question has changed nothing; an update that failed half way is done for."""
+        if isinstance(order, StepOrder):
+            if order.step == self._last_step:  # else it was refused, and nothing was done
+                self.undo_last_step()
+            return True
+        return isinstance(order, Get | TellSeen | Keep)
+
+    def undo_last_step(self) -> None:
+        """Put back what it changed in the stages."""
+        for undo in self._undo.values():
+            undo.put_back()
+        self._undo, self._program = {}, None
 
     def gradients(self, index: int) -> Sequence[Array | None]:
         """The accumulated ones."""

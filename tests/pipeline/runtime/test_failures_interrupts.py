@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.interrupts import deferred_interrupts, interruptible
 from tests.failures import DEADLINE
 
 PROGRAM = """
@@ -67,7 +67,8 @@ def test_control_c_in_a_users_program(script, line, gate):
     assert seen["same"] is True, "every stage has the weights of two whole updates"
     assert seen["usable"] is True
 
-    worker = line.hear()["pid"]  # in step 2; twice, and the step is never let go on
+    worker = line.hear()["pid"]  # in step 2; it is never let go on, so that the second one waits for it to be undone
+    program.interrupt()
     program.interrupt()
     program.interrupt()
     seen = line.hear()
@@ -90,7 +91,7 @@ def test_control_c_in_a_users_program(script, line, gate):
     assert program.relatives() == []
 
 
-def test_first_interrupt_waits_and_the_second_does_not():
+def test_first_interrupt_waits_for_the_end_the_second_for_a_wait_the_third_for_nothing():
     done = []
     with pytest.raises(KeyboardInterrupt), deferred_interrupts():
         signal.raise_signal(signal.SIGINT)
@@ -101,8 +102,20 @@ def test_first_interrupt_waits_and_the_second_does_not():
     with pytest.raises(KeyboardInterrupt), deferred_interrupts():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+        done.append("not in the middle of a message")
+        with interruptible():
+            done.append("never")
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        with interruptible():
+            signal.raise_signal(signal.SIGINT)
+            done.append("never")
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         done.append("never")
-    assert done == ["inner", "outer"]
+    assert done == ["inner", "outer", "not in the middle of a message"]
 
 
 def test_interrupt_in_an_inner_block_waits_for_the_outer_one():
