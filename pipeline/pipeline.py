@@ -10,18 +10,15 @@ Workers start when they are first needed, after `compile`, and end with `close`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from pipeline.batch.data import class_weights
 from pipeline.batch.inputs import check_cuttable
-from pipeline.compiled.compiled import Compiled, refuse_options
-from pipeline.cutting.cores import default_threads
-from pipeline.cutting.cut_table import CutTable, cut_table
+from pipeline.compiled.arguments import refuse_options
+from pipeline.compiled.compiled import Compiled
 from pipeline.cutting.prediction import Prediction
-from pipeline.cutting.splitter import Cut, Split, can_cut, split_model
+from pipeline.cutting.splitter import Cut, Split, cuts, split_model
 from pipeline.errors import CompileError
-from pipeline.model.call_graph import read_graph
 from pipeline.model.wiring import wire
 from pipeline.own.changes import Changes
 from pipeline.own.first_batch import FirstBatch
@@ -30,13 +27,11 @@ from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
 from pipeline.saving import files
-from pipeline.saving.merged import merged
-from pipeline.training import as_keras, own_metrics
+from pipeline.training import as_keras
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
 from stages.recipe.segment import Segment
-from stages.worker.orders import Service
 
 
 class Pipeline:
@@ -149,18 +144,7 @@ class Pipeline:
         """
         return cls(split_model(model, stages, at, balance=balance, sample=sample, options=options), **options)
 
-    @staticmethod
-    def cuts(model: Any, sample: Any) -> CutTable:
-        """The places where a model can be cut, with what crosses there and what is on either side.
-
-        Args:
-            model: Sequential or Functional.
-            sample: One microbatch of inputs, as `fit` takes them; times and sizes are measured on it.
-
-        Returns:
-            One row per cut: ``print`` shows a table, ``.rows`` has the figures, ``row.at`` is an entry for `split`.
-        """
-        return cut_table(model, sample, threads=default_threads(2), allowed=can_cut(read_graph(model)))
+    cuts = staticmethod(cuts)
 
     @property
     def prediction(self) -> Prediction | None:
@@ -358,23 +342,18 @@ class Pipeline:
         logs = trainer.test_step((x, y, sample_weight))
         return trainer.returned(logs, return_dict)
 
-    def predict_on_batch(self, x: Any) -> Any:
-        """Outputs (n, ...) of one batch, as `keras.Model.predict_on_batch`."""
-        outputs, split = self._session.steps.predict(x), self._session.setup.split
-        if split is not None:
-            return split.pack(outputs)
-        return outputs[0] if len(outputs) == 1 else outputs
-
     gradients = questions.gradients
     verify = questions.verify
     explain = questions.explain
     timeline = questions.timeline
-
     summary = as_keras.summary
     count_params = as_keras.count_params
     __call__ = as_keras.call
     get_weights = as_keras.get_weights
     set_weights = as_keras.set_weights
+    predict_on_batch = as_keras.predict_on_batch
+    reset_metrics = as_keras.reset_metrics
+    reset_state = as_keras.reset_state
 
     @property
     def metrics_names(self) -> list[str]:
@@ -389,22 +368,8 @@ class Pipeline:
     save = files.save
     save_weights = files.save_weights
     load_weights = files.load_weights
-
     load = classmethod(files.load)
-
-    def merge(self) -> Any:
-        """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
-        self.changes.look(closely=not self._session.values.ahead)
-        return merged(self._session).model
-
-    def reset_metrics(self) -> None:
-        """Let the metrics count anew."""
-        if own_metrics.are_any(self._session):
-            self._session.workers.driver().call(Service.RESET_METRICS)
-
-    def reset_state(self) -> None:
-        """Let the next batch begin with the initial states; for `keep_state`."""
-        self._session.workers.driver().call(Service.RESET_STATE)
+    merge = files.merge_trained
 
     def close(self) -> None:
         """End the workers; your own model gets the trained values that it has not yet. Idempotent."""
@@ -416,9 +381,7 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -432,7 +395,6 @@ class Pipeline:
         return trainer
 
     def _trained_by(self) -> Trainer:
-        if self._trainer is None:
-            self._trainer = Trainer(self, self._session)
+        self._trainer = self._trainer or Trainer(self, self._session)
         self._session.workers.driver()
         return self._trainer

@@ -20,21 +20,18 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.loss.head import Head
 from stages.loss.heads import Heads, Objective
-from stages.masks import mask_of, with_mask
 from stages.tape.accumulate import Contribution
-from stages.tape.by_hand import ByHand
+from stages.tape.by_hand import ByHand, nested
 from stages.tape.compiled import CompiledTapes
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.eager import EagerTapes
 from stages.tape.misfit_message import named_misfit
 from stages.tape.model_call import Part
 from stages.tape.output_gradients import check_gradients, flat_gradients
-from stages.tape.tensors import flatten
 from stages.tape.window_states import Carried
 from stages.variable_names import unique_names
 
@@ -99,15 +96,11 @@ class Stage:
         if run_eagerly:
             self._tapes = EagerTapes(self._part, self.heads, recompute, tied)
         else:
-            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=self._ends)
-        self._by_hand = ByHand(model, self.name, recompute)
+            only_losses = self.carried is None and not any(self._consumed or ())  # come back to the stage
+            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=only_losses)
+        self._by_hand = ByHand(self._part, self.name, recompute, 0 if self.carried is None else len(self.carried))
         self._opened: dict[PassKey, Opened] = {}
         self._inputs: dict[PassKey, int] = {}
-
-    @property
-    def _ends(self) -> bool:
-        """Whether nothing but losses comes back to the stage."""
-        return self.carried is None and not any(self._consumed or ())
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -156,10 +149,10 @@ class Stage:
                 inside of a `tf.function`.
         """
         key = PassKey(microbatch, window)
-        tensors, masked = self._given(inputs, key, "forward")
+        tensors, masked = self._by_hand.given(inputs, key, "forward")
         opened = self.forward_flat(tensors, key, training, share, masked=masked, state=state)
         self._by_hand.opened(key, training)
-        return self._nest(opened)
+        return nested(opened)
 
     def forward_loss(
         self,
@@ -191,22 +184,14 @@ class Stage:
         Raises:
             HandoffError: The stage has no loss, or as in `forward`.
         """
-        heads = len(self.heads)
-        if not heads:
+        if not self.heads:
             raise HandoffError(f"stage {self.name!r} has no loss; make it with Stage(model, loss=...)")
         key = PassKey(microbatch, window)
-        tensors, masked = self._given(inputs, key, "forward_loss")
-        targets = [target] if heads == 1 else list(target)
-        weights = [sample_weight] if heads == 1 else [None] * heads if sample_weight is None else list(sample_weight)
-        objective = Objective(
-            tuple(tf.convert_to_tensor(one) for one in targets),
-            tuple(None if one is None else tf.convert_to_tensor(one) for one in weights),
-            (weight,) * heads,
-        )
+        tensors, masked = self._by_hand.given(inputs, key, "forward_loss")
+        objective = self.heads.objective(target, sample_weight, weight)
         opened = self.forward_flat(tensors, key, True, share, objective, masked, state)
         self._by_hand.opened(key)
-        (total,) = self.heads.terms(opened.losses)
-        return total
+        return self.heads.terms(opened.losses)[0]
 
     def backward(
         self,
@@ -302,13 +287,7 @@ class Stage:
 
     def _left(self, key: PassKey, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
         """What a window gives to others; its states stay here for the next one."""
-        if self.carried is None:
-            return opened
-        values = opened.values
-        count = len(values) - len(self.carried)
-        self.carried.leave(key.microbatch, key.window, tuple(entered), values[count:], training)
-        masks = {place: mask for place, mask in opened.masks.items() if place < count}
-        return opened._replace(structure=None, outputs=(*values[:count], *masks.values()), masked=tuple(masks))
+        return opened if self.carried is None else self.carried.taken_from(opened, key, tuple(entered), training)
 
     def backward_flat(
         self,
@@ -400,34 +379,6 @@ class Stage:
     def open_microbatches(self) -> tuple[int, ...]:
         """Microbatches whose backward is still to come."""
         return tuple(key.microbatch for key in self._opened)
-
-    def _given(self, inputs: Any, key: PassKey, call: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-        """Flat tensors and behind them the masks that ride on them; which values these masks belong to."""
-        self._by_hand.outside_functions(key, call)
-        leaves, microbatch = flatten(inputs), key.microbatch
-        masks = {place: mask for place, leaf in enumerate(leaves) if (mask := mask_of(leaf)) is not None}
-        return (*self._converted(leaves, microbatch), *masks.values()), tuple(masks)
-
-    def _converted(self, leaves: Sequence[Any], microbatch: int) -> tuple[Any, ...]:
-        expected = self._part.expected_inputs()
-        if expected is not None and self.carried is not None:
-            expected = expected[: len(expected) - len(self.carried)]
-        if expected is None or len(expected) != len(leaves):
-            return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
-        converted = []
-        for leaf, wanted in zip(leaves, expected, strict=True):
-            tensor = tf.convert_to_tensor(leaf)
-            if tensor.dtype == tf.string:
-                raise HandoffError(f"stage {self.name!r}, microbatch {microbatch}: text cannot cross between stages")
-            converted.append(tensor if tensor.dtype == wanted.dtype else tf.cast(tensor, wanted.dtype))
-        return tuple(converted)
-
-    def _nest(self, opened: Opened) -> Any:
-        # The caller's tensors carry their masks, and none of Keras's other hidden attributes (cached logits).
-        values = [with_mask(value, opened.masks.get(place)) for place, value in enumerate(opened.values)]
-        if opened.structure is not None:
-            return keras.tree.pack_sequence_as(opened.structure, values)
-        return values[0] if len(values) == 1 else values
 
     def _values_of(self, key: PassKey) -> tuple[Any, ...]:
         if key not in self._opened:

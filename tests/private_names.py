@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.sources import imported, modules
 
-ADAPTERS = ("stages/keras_internals.py", "stages/tensorflow_internals.py")
+ADAPTERS = ("stages/keras_internals.py", "stages/keras_training_internals.py", "stages/tensorflow_internals.py")
 # Taking objects apart is nothing but such names; `tests/stages/recipe/test_by_value.py` tries what they rely on.
 _COPYING = (
     "attributes",

@@ -25,6 +25,7 @@ ORDER = {
             "plain_text",
             "variable_names",
             "keras_internals",
+            "keras_training_internals",
             "tensorflow_internals",
             "masks",
         ),

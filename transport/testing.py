@@ -14,14 +14,12 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
-from transport.channel import Inbox, Outbox, Transport
-from transport.dtypes import DTYPES
+from transport.channel import Outbox
 from transport.errors import (
     AddressInUse,
     BadAddress,
@@ -34,57 +32,7 @@ from transport.errors import (
 )
 from transport.limits import Limits
 from transport.message import DRIVER, Message
-
-PATIENCE: Final = 20.0
-"""Seconds after which a check gives up on something that should have happened."""
-
-Opener = Callable[..., Transport]
-"""Opens a transport; takes an optional `limits`."""
-
-
-@contextmanager
-def channel(open_one: Opener, **options: Any) -> Iterator[tuple[Inbox, Outbox]]:
-    """A connected inbox and outbox of one fresh transport."""
-    with open_one(**options) as transport:
-        inbox = transport.bind()
-        yield inbox, transport.connect(inbox.address, PATIENCE)
-
-
-def expect(kind: type[BaseException], action: Callable[[], object], *words: str) -> None:
-    """Fails unless `action` raises exactly this kind of error, with all `words` in its text."""
-    try:
-        result = action()
-    except kind as error:
-        if type(error) is not kind:
-            raise AssertionError(f"expected {kind.__name__}, got {error!r}") from error
-        missing = [word for word in words if word not in str(error)]
-        if missing:
-            raise AssertionError(f"expected {missing} in the message, got: {error}") from error
-        return
-    raise AssertionError(f"expected {kind.__name__}, got the result {result!r}")
-
-
-def require(condition: bool, *details: object) -> None:
-    """Fails with the details unless the condition holds; unlike `assert`, also under `python -O`."""
-    if not condition:
-        raise AssertionError(" ".join(map(str, details)) or "the contract is broken")
-
-
-def arrays() -> Iterator[np.ndarray[Any, Any]]:
-    """Arrays of every dtype and of every awkward shape and layout."""
-    for dtype in DTYPES.values():
-        yield np.arange(24).reshape(2, 3, 4).astype(dtype)
-        yield np.ones((), dtype)
-        yield np.empty((0,), dtype)
-        yield np.empty((3, 0, 5), dtype)
-    grid = np.arange(12, dtype=np.float32).reshape(3, 4)
-    yield grid.T
-    yield grid[::-1, ::2]
-    yield np.asfortranarray(grid)
-    yield np.broadcast_to(np.float64(2.5), (4, 5))
-    yield grid.astype(">f4")
-    yield np.array([np.nan, np.inf, -0.0], np.float32)
-    yield np.arange(1 << 20, dtype=np.int64)[1:]
+from transport.testing_tools import PATIENCE, Opener, arrays, channel, expect, free_address, require, until_it_succeeds
 
 
 def check_every_field_arrives(open_one: Opener) -> None:
@@ -220,7 +168,7 @@ def check_connect_to_nobody_times_out(open_one: Opener) -> None:
 def check_connect_may_come_first(open_one: Opener) -> None:
     """`connect` waits for an inbox that is bound later, and what is sent then arrives."""
     with open_one() as transport:
-        address = _free_address(transport)
+        address = free_address(transport)
         outboxes: list[Outbox] = []
         connecting = threading.Thread(target=lambda: outboxes.append(transport.connect(address, PATIENCE)))
         connecting.start()
@@ -354,7 +302,7 @@ def check_watching_other_descriptors(open_one: Opener) -> None:
             expect(Watched, lambda: inbox.receive(0, [reader]))
             expect(TransportTimeout, lambda: inbox.receive(0))
             outbox.send(Message("hello"), PATIENCE)
-            require(_until(lambda: inbox.receive(PATIENCE, watch), Watched).kind == "hello")
+            require(until_it_succeeds(lambda: inbox.receive(PATIENCE, watch), Watched).kind == "hello")
 
 
 def check_close(open_one: Opener) -> None:
@@ -404,18 +352,3 @@ CONTRACT: Final[tuple[Callable[[Opener], None], ...]] = tuple(
     check for name, check in list(globals().items()) if name.startswith("check_")
 )
 """Every check of the contract."""
-
-
-def _free_address(transport: Transport) -> str:
-    with transport.bind() as inbox:
-        return inbox.address
-
-
-def _until(action: Callable[[], Message], unless: type[Exception]) -> Message:
-    """Repeats until the action succeeds; for what is on its way."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return action()
-        except unless:
-            require(time.monotonic() < deadline, "nothing arrived")

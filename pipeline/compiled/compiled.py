@@ -6,7 +6,6 @@ own. What no stage can decide alone is decided here: clipping by a norm over all
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,11 +14,17 @@ import keras
 import numpy as np
 
 from pipeline.batch.outputs import objectives
+from pipeline.compiled.arguments import (
+    check_names,
+    known_here,
+    known_optimizer,
+    optimizers_per_stage,
+    with_loss_scaling,
+)
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
 from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.errors import CompileError
-from pipeline.saying import did_you_mean
-from stages.keras_internals import excluded_from_decay, excluded_from_decay_elsewhere
+from stages.keras_training_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
 from stages.recipe.by_value import copied
 from stages.recipe.describe import described
@@ -60,18 +65,19 @@ class Compiled:
         mixed_float16: bool = False,
     ) -> None:
         self.run_eagerly = run_eagerly
-        self.optimizers = tuple(_scaled(_optimizer(one), mixed_float16) for one in _per_stage(optimizer, stages))
+        given = optimizers_per_stage(optimizer, stages)
+        self.optimizers = tuple(with_loss_scaling(known_optimizer(one), mixed_float16) for one in given)
         self.one_optimizer = not isinstance(optimizer, Mapping | list | tuple)
         self._given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics}
         self._loss_weights, self._stages = loss_weights, tuple(stages)
         labels = [label for _, label in outputs]
         self.objectives = objectives(labels, loss, loss_weights, metrics, weighted_metrics)
         for one in self.objectives:
-            self._check_names(one.loss, one.metrics, one.weighted_metrics)
+            check_names(one.loss, one.metrics, one.weighted_metrics)
         self.has_loss = any(one.loss is not None for one in self.objectives)
         self.specs = self._head_specs(outputs) if self.has_loss else ()
         self._judging = {
-            one.label: Judging(_known_here(one.loss), one.metrics, one.weighted_metrics, _variable(one.weight))
+            one.label: Judging(known_here(one.loss), one.metrics, one.weighted_metrics, _variable(one.weight))
             for one in self.objectives
         }
         self.metric_copies: list[tuple[Any, Any]] = []
@@ -241,15 +247,6 @@ class Compiled:
             raise CompileError(f"{what} is decided over all stages together; it needs one optimizer for all of them")
         return found[0]
 
-    @staticmethod
-    def _check_names(loss: Any, metrics: Any, weighted_metrics: Any) -> None:
-        if isinstance(loss, str):
-            _known(loss, keras.losses, "loss")
-        for given in (metrics, weighted_metrics):
-            for metric in given if isinstance(given, list | tuple) else [] if given is None else [given]:
-                if isinstance(metric, str) and metric not in ("accuracy", "acc"):
-                    _known(metric, keras.metrics, "metric")
-
     def learning_rates(self, stages: int) -> dict[int, float]:
         """Every stage's rate for the next update, but where a schedule in its optimizer decides."""
         pairs = list(zip(self.optimizers, self._constant_rates, strict=True))
@@ -317,60 +314,6 @@ class Compiled:
             )
 
 
-def refuse_options(*, steps_per_execution: int, jit_compile: bool | str) -> None:
-    """Refuse what `keras.Model.compile` takes and a pipeline cannot do, before it is silently something else."""
-    if steps_per_execution != 1:
-        raise CompileError(
-            f"steps_per_execution must be 1, received {steps_per_execution}: a pipeline's step is several processes' "
-            "work; for less overhead a sample, use a larger batch with more microbatches"
-        )
-    if jit_compile not in ("auto", False):
-        raise CompileError(
-            f"jit_compile must be 'auto' or False, received {jit_compile!r}: XLA draws other random numbers than "
-            "TensorFlow, so the pipeline would not be exact"
-        )
-
-
-def _per_stage(optimizer: Any, stages: Sequence[str]) -> list[Any]:
-    """One optimizer for all stages, or one for each in their order."""
-    if isinstance(optimizer, Mapping):
-        if set(optimizer) != set(stages):
-            raise CompileError(
-                f"optimizers by stage must name every stage ({', '.join(map(repr, stages))}), received "
-                f"{', '.join(map(repr, optimizer))}"
-            )
-        given = [optimizer[name] for name in stages]
-    elif isinstance(optimizer, list | tuple):
-        given = list(optimizer)
-        if len(given) != len(stages):
-            raise CompileError(
-                f"give one optimizer for all stages or one for each of {len(stages)}, in their order; received "
-                f"{len(given)}"
-            )
-    else:
-        return [optimizer]
-    objects = [id(one) for one in given if one is not None and not isinstance(one, str)]
-    if len(set(objects)) != len(objects):
-        raise CompileError("each stage needs an optimizer object of its own; the same object is there twice")
-    return given
-
-
-def _optimizer(optimizer: Any) -> Any:
-    if isinstance(optimizer, str):
-        _known(optimizer, keras.optimizers, "optimizer")
-    try:
-        found = keras.optimizers.get(optimizer)
-    except (ValueError, TypeError) as error:
-        raise CompileError(f"unknown optimizer: {error}") from error
-    inner = unscaled(found)
-    if getattr(inner, "gradient_accumulation_steps", None) and getattr(inner, "global_clipnorm", None):
-        raise CompileError(
-            "global_clipnorm with gradient_accumulation_steps would clip the gradients of every step here, where Keras "
-            "clips their mean; use more microbatches in place of gradient_accumulation_steps, or clipnorm"
-        )
-    return found
-
-
 def slots_with(optimizer: Any, attributes: Mapping[str, Any]) -> list[str]:
     """The names of what an optimizer that had these attributes would keep for one variable, and of its own."""
     twin = copied(optimizer, "the optimizer", unbuilt=[(optimizer, attributes)])
@@ -388,45 +331,12 @@ def _value(weight: Any) -> Any:
     return float(weight) if hasattr(weight, "assign") else weight
 
 
-def _scaled(optimizer: Any, mixed_float16: bool) -> Any:
-    """The optimizer with loss scaling where Keras would add it."""
-    if not mixed_float16 or optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer
-    return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-
-
 def _global_clipnorm(optimizer: Any) -> float | None:
     return None if optimizer is None else unscaled(optimizer).global_clipnorm
 
 
 def _constant_rate(optimizer: Any) -> bool:
     return optimizer is not None and rate_is_a_variable(unscaled(optimizer))
-
-
-def _known_here(loss: Any) -> Any:
-    """A loss; one that is called by a name that was registered here, which a worker would not know, itself."""
-    found = keras.saving.get_registered_object(loss) if isinstance(loss, str) else None
-    if found is None:
-        return loss
-    return found() if inspect.isclass(found) else found
-
-
-_SHORT_NAMES = {
-    "loss": ("mse", "mae", "mape", "msle"),
-    "metric": ("mse", "mae", "mape", "msle", "accuracy", "crossentropy"),
-}
-"""Names that Keras knows and does not list."""
-
-
-def _known(name: str, module: Any, what: str) -> None:
-    """Refuse a name that Keras does not know, with the nearest ones."""
-    try:
-        module.get(name)
-    except ValueError:
-        helpers = ("get", "serialize", "deserialize")
-        names = [n for n in dir(module) if not n.startswith("_") and n not in helpers]
-        hint = did_you_mean(name, [*names, *_SHORT_NAMES.get(what, ())], most=3)
-        raise CompileError(f"Keras knows no {what} called {name!r}{hint}") from None
 
 
 def name_of(loss: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.compiled.loss_scaling import unscaled
 from pipeline.compiled.optimizer_slots import OptimizerSlots, Place
 from pipeline.errors import CompileError
-from stages.keras_internals import variables_known_to
+from stages.keras_training_internals import variables_known_to
 from stages.recipe.by_value import copied
 from stages.worker.snapshot import optimizer_slots, write
 

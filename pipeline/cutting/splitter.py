@@ -19,6 +19,7 @@ import keras
 
 from pipeline.cutting.choose import balance
 from pipeline.cutting.cores import default_threads
+from pipeline.cutting.cut_table import CutTable, cut_table
 from pipeline.cutting.prediction import Prediction
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import CallGraph, play, read_graph
@@ -269,3 +270,16 @@ def _refuse_shared_state(graph: CallGraph, stage_of: Sequence[int]) -> None:
                 "changes its state (statistics or random numbers), which cannot be in two processes at once. Cut "
                 "elsewhere, so that all its uses are in one stage"
             )
+
+
+def cuts(model: Any, sample: Any) -> CutTable:
+    """The places where a model can be cut, with what crosses there and what is on either side.
+
+    Args:
+        model: Sequential or Functional.
+        sample: One microbatch of inputs, as `fit` takes them; times and sizes are measured on it.
+
+    Returns:
+        One row per cut: ``print`` shows a table, ``.rows`` has the figures, ``row.at`` is an entry for `split`.
+    """
+    return cut_table(model, sample, threads=default_threads(2), allowed=can_cut(read_graph(model)))

@@ -32,6 +32,7 @@ from pipeline.distance import distance
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph, play
 from pipeline.model.in_windows import ALLOWED, added_losses, largest_value, put_back_only, same
+from pipeline.model.random_inputs import SIZE, random_input
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
 from stages.masks import mask_of, with_mask
@@ -44,8 +45,6 @@ _LONG = 24
 """Up to so many steps the trial has as many as the model."""
 STEPS = 7
 """Time steps of the trial where the model leaves the length free."""
-SIZE = 4
-"""Of any other axis that is free."""
 _MARGIN = 32
 """Where rounding grows: so many times what changing weights by 1e-6 changes."""
 
@@ -141,7 +140,7 @@ class _Trial:
     def run_whole(self) -> None:
         """Outputs, gradients and own losses over the whole length."""
         self._anew()
-        self.given = {tensor: self._input(tensor) for tensor in self.graph.inputs}
+        self.given = {tensor: self._drawn(tensor) for tensor in self.graph.inputs}
         self.found, self.gradients, self.losses = self._under_a_tape(lambda tensors: self._whole(tensors))
 
     def run_windows(self) -> None:
@@ -382,44 +381,16 @@ class _Trial:
             for variable, value in before:
                 variable.value.assign(value)
 
-    def _input(self, tensor: int) -> Any:
-        """Random numbers that an input may have, padded where something masks."""
-        symbol = self.graph.symbols[tensor]
+    def _drawn(self, tensor: int) -> Any:
+        """Random numbers for an input, padded where something masks."""
         over = is_over_time(self.symbols[tensor].shape)
+        symbol = self.graph.symbols[tensor]
         shape = [SIZE if size is None else size for size in symbol.shape]
         shape[0] = self.samples
         if over:
             shape[1] = self.steps
         readers = [call.operation for call in self.graph.calls if tensor in call.reads]
-        dtype = tf.as_dtype(symbol.dtype)
-        if dtype == tf.bool:
-            return tf.constant(self._kept() if over and len(shape) == 2 else self.random.random(shape) < 0.5)
-        if not dtype.is_floating:
-            words = [layer.input_dim for layer in readers if isinstance(layer, keras.layers.Embedding)]
-            numbers = self.random.integers(min(1, min(words, default=2) - 1), min(words, default=2), shape)
-            return tf.constant(numbers * self._kept() if over and len(shape) == 2 else numbers, dtype)
-        array = self.random.normal(size=shape)
-        for layer in readers:
-            if isinstance(layer, keras.layers.Masking) and over:
-                array[~self._kept()] = layer.mask_value
-        embedded = [layer.input_dim for layer in readers if isinstance(layer, keras.layers.Embedding)]
-        if embedded:
-            array = self.random.uniform(0, min(embedded), shape).astype(np.int64).astype(np.float64)
-            array = array * self._kept() if over and len(shape) == 2 else array
-        return tf.constant(array, dtype)
-
-    def _kept(self) -> Array:
-        """(n, time) of bool: padding in front, behind, over whole windows, at the begin of a window, and none."""
-        kept = np.ones((self.samples, self.steps), bool)
-        for row in range(self.samples):
-            if row % 4 == 0:
-                kept[row, self.ends[:-1]] = False
-                kept[row, 0] = False
-            elif row % 4 == 1:
-                kept[row, self.ends[0] - 1 :] = False
-            elif row % 4 == 2:
-                kept[row, : self.ends[0] + 1] = False
-        return kept
+        return random_input(self.random, symbol.dtype, shape, readers, list(self.ends) if over else None)
 
 
 def called(call: Call) -> str:

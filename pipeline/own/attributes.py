@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.keras_internals import wrapped_function
+from stages.keras_training_internals import wrapped_function
 
 _PLAIN = (bool, int, float, str, type(None))
 _BOOKKEEPING = ("built",)

@@ -1,6 +1,7 @@
 """The choice of a file's kind by its name's ending: a checkpoint of the pipeline, or one of Keras's own files.
 
-`save`, `save_weights` and `load_weights` are methods of `pipeline.pipeline.Pipeline`, and `pipe` the pipeline.
+`save`, `save_weights`, `load_weights` and `merge_trained` (as `merge`) are methods of `pipeline.pipeline.Pipeline`, and
+`pipe` is the pipeline.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.saving import checkpoint, keras_files
+from pipeline.saving.merged import merged
 from pipeline.saving.own_objects import COMPILE, Own
 
 if TYPE_CHECKING:
@@ -101,3 +103,9 @@ def load(
         pipe = checkpoint.load(kind, path, stages, at, options, own)
     pipe.session.workers.loaded_from = path.name
     return pipe
+
+
+def merge_trained(pipe: Pipeline) -> Any:
+    """One ordinary Keras model with the trained weights; the original architecture if it was split from one."""
+    pipe.changes.look(closely=not pipe.session.values.ahead)
+    return merged(pipe.session).model

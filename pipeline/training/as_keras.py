@@ -17,7 +17,9 @@ import tensorflow as tf
 
 from pipeline.errors import DataError
 from pipeline.model.summary import TensorSpec, summary_text
+from pipeline.training import own_metrics
 from stages.worker import snapshot
+from stages.worker.orders import Service
 from transport.errors import TapelineError
 
 if TYPE_CHECKING:
@@ -125,6 +127,25 @@ def set_weights(pipe: Pipeline, weights: Sequence[np.ndarray[Any, Any]]) -> None
         DataError: The number of arrays, or a shape, is not that of the weights; nothing was set.
     """
     pipe.session.values.set_weights(weights)
+
+
+def predict_on_batch(pipe: Pipeline, x: Any) -> Any:
+    """Outputs (n, ...) of one batch, as `keras.Model.predict_on_batch`."""
+    outputs, split = pipe.session.steps.predict(x), pipe.session.setup.split
+    if split is not None:
+        return split.pack(outputs)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def reset_metrics(pipe: Pipeline) -> None:
+    """Let the metrics count anew."""
+    if own_metrics.are_any(pipe.session):
+        pipe.session.workers.driver().call(Service.RESET_METRICS)
+
+
+def reset_state(pipe: Pipeline) -> None:
+    """Let the next batch begin with the initial states; for `keep_state`."""
+    pipe.session.workers.driver().call(Service.RESET_STATE)
 
 
 def give_back(pipe: Pipeline) -> None:

@@ -16,7 +16,7 @@ import keras
 from pipeline.errors import CompileError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
-from stages.keras_internals import profiles
+from stages.keras_training_internals import profiles
 from stages.worker.orders import Service
 
 

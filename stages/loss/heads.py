@@ -73,6 +73,23 @@ class Heads:
     def __len__(self) -> int:
         return len(self._heads)
 
+    def objective(self, target: Any, sample_weight: Any, weight: float) -> Objective:
+        """What one microbatch is judged by.
+
+        Args:
+            target: Array or tensor (n, ...); for several heads a list, one per head.
+            sample_weight: (n,) or None; for several heads a list, or None.
+            weight: What the microbatch's losses weigh in the batch's.
+        """
+        several = len(self) != 1
+        targets = list(target) if several else [target]
+        weights = [sample_weight] if not several else [None] * len(self) if sample_weight is None else sample_weight
+        return Objective(
+            tuple(tf.convert_to_tensor(one) for one in targets),
+            tuple(None if one is None else tf.convert_to_tensor(one) for one in weights),
+            (weight,) * len(self),
+        )
+
     @property
     def couples_samples(self) -> bool:
         """Whether a loss needs the whole batch at once; then all of the stage's are computed so."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from stages.keras_internals import function_arguments, wrapped_function
+from stages.keras_training_internals import function_arguments, wrapped_function
 
 _OF_A_BATCH = ("dice", "tversky", "circle")
 """Functions of Keras that give one number a batch; the first two only unless told along which axes they sum."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stages.keras_internals import (
+from stages.keras_internals import has_layers, layers_of, own_trainable_variables
+from stages.keras_training_internals import (
     function_arguments,
-    has_layers,
-    layers_of,
     loss_dtype,
     names_excluded_from_decay,
-    own_trainable_variables,
     set_function_arguments,
     set_loss_dtype,
 )

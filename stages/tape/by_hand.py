@@ -1,4 +1,4 @@
-"""Checks of a stage that a user calls by hand, which a worker's calls do not need.
+"""Calls of a stage by a user's hand: nestings in place of flat tensors, and checks that a worker's calls do not need.
 
 A kept tape holds what it needs of the weights, so they may change before its backward. A forward pass that is computed
 again (`recompute`) runs with the weights of now: others would give another gradient than that of the outputs that were
@@ -7,27 +7,32 @@ handed on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.masks import mask_of, with_mask
 from stages.tape.contract import Opened, PassKey
-from stages.tape.model_call import changed_by_calls
+from stages.tape.model_call import Part, changed_by_calls
+from stages.tape.tensors import flatten
 
 
 class ByHand:
     """Checks of a user's calls of one stage.
 
     Args:
-        model: The stage's.
+        part: The stage's model.
         name: The stage's.
         recompute: Whether forward passes are computed again.
+        states: How many states the model takes behind its inputs.
     """
 
-    def __init__(self, model: Any, name: str, recompute: bool) -> None:
-        self._model, self._name, self._recompute = model, name, recompute
+    def __init__(self, part: Part, name: str, recompute: bool, states: int = 0) -> None:
+        self._part, self._model, self._name, self._recompute, self._states = part, part.model, name, recompute, states
         self._then: dict[PassKey, list[tuple[Any, Any]]] = {}
 
     def outside_functions(self, key: PassKey, call: str) -> None:
@@ -42,6 +47,39 @@ class ByHand:
                 "where no tape can stay open for a later call; call it from plain Python, and let "
                 "Stage(..., run_eagerly=False) compile what is inside"
             )
+
+    def given(self, inputs: Any, key: PassKey, call: str) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """The tensors of a forward pass.
+
+        Args:
+            inputs: Arrays or tensors (n, ...), in the nesting that the model takes.
+            key: Of which forward pass.
+            call: The method that the user called.
+
+        Returns:
+            Flat tensors in the model's dtypes, behind them the masks that ride on them; which of them have one.
+
+        Raises:
+            HandoffError: It was called inside of a `tf.function`, or there is text.
+        """
+        self.outside_functions(key, call)
+        leaves = flatten(inputs)
+        masks = {place: mask for place, leaf in enumerate(leaves) if (mask := mask_of(leaf)) is not None}
+        return (*self._converted(leaves, key.microbatch), *masks.values()), tuple(masks)
+
+    def _converted(self, leaves: Sequence[Any], microbatch: int) -> tuple[Any, ...]:
+        expected = self._part.expected_inputs()
+        if expected is not None:
+            expected = expected[: len(expected) - self._states]
+        if expected is None or len(expected) != len(leaves):
+            return tuple(tf.convert_to_tensor(leaf) for leaf in leaves)
+        converted = []
+        for leaf, wanted in zip(leaves, expected, strict=True):
+            tensor = tf.convert_to_tensor(leaf)
+            if tensor.dtype == tf.string:
+                raise HandoffError(f"stage {self._name!r}, microbatch {microbatch}: text cannot cross between stages")
+            converted.append(tensor if tensor.dtype == wanted.dtype else tf.cast(tensor, wanted.dtype))
+        return tuple(converted)
 
     def opened(self, key: PassKey, training: bool = True) -> None:
         """Note, if need be, the weights of a forward pass: no copy unless they are written before its backward."""
@@ -80,6 +118,17 @@ class ByHand:
             self._then.clear()
         else:
             self._then.pop(key, None)
+
+
+def nested(opened: Opened) -> Any:
+    """The outputs of a forward pass in the model's nesting, with their masks.
+
+    They have none of Keras's other hidden attributes (cached logits).
+    """
+    values = [with_mask(value, opened.masks.get(place)) for place, value in enumerate(opened.values)]
+    if opened.structure is not None:
+        return keras.tree.pack_sequence_as(opened.structure, values)
+    return values[0] if len(values) == 1 else values
 
 
 def _same(now: Any, then: Any) -> bool:

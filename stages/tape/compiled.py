@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -22,7 +21,16 @@ import tensorflow as tf
 
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, dense, plus
-from stages.tape.compiled_layout import Layout
+from stages.tape.compiled_layout import (
+    SCALAR,
+    FunctionPair,
+    Layout,
+    OpenPass,
+    flat_arguments,
+    scalar,
+    scalar_seeds,
+    signature_of,
+)
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.direct_calls import direct, portable, portable_dtype, unportable
 from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
@@ -31,34 +39,6 @@ from stages.tape.model_call import CallState, Part, spread, watch
 from stages.tape.optimizer_update import rescaled, update
 from stages.tape.tensors import is_differentiable
 from stages.tape.trained import Trained
-
-_SCALAR = tf.TensorSpec((), tf.float32)
-
-
-@lru_cache(maxsize=256)
-def _scalar(value: float) -> Any:
-    return tf.constant(value, tf.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Forward and backward of one signature; `source` is what they need to live (`stages.tape.graph_split`)."""
-
-    forward: Callable[..., list[Any]]
-    backward: Callable[..., list[Any]]
-    layout: Layout
-    source: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A finished forward whose backward is still to come."""
-
-    pair: _Pair | None
-    kept: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-    share: float
-    input_gradients: tuple[Any | None, ...] | None = None
 
 
 @dataclass
@@ -79,7 +59,7 @@ class CompiledTapes(Tapes):
     loss_scale: float = 1.0
     blocks: Blocks = field(default_factory=Blocks)
     _functions: dict[Any, Any] = field(default_factory=dict)
-    _open: dict[PassKey, _Open] = field(default_factory=dict)
+    _open: dict[PassKey, OpenPass] = field(default_factory=dict)
     _accumulators: list[Any] = field(default_factory=list)
     _reached: list[bool] = field(default_factory=list)
     _rows: Rows = field(default_factory=Rows)
@@ -91,29 +71,29 @@ class CompiledTapes(Tapes):
         if objective is not None and self.ends and not self.heads.counts_at_once:
             return self._all_at_once(key, inputs, share, masked, objective)
         trace = self._trace_recomputing if self.recompute else self._trace_pair
-        pair: _Pair = self._function("pair", inputs, masked, objective, trace, key.window)
-        outputs, own, losses, kept = pair.layout.results(pair.forward(*_arguments(inputs, objective)))
-        self._open[key] = _Open(pair, tuple(kept), outputs, share)
-        return Opened(None, outputs, None if own is None else own * _scalar(share), losses, pair.layout.masked)
+        pair: FunctionPair = self._function("pair", inputs, masked, objective, trace, key.window)
+        outputs, own, losses, kept = pair.layout.results(pair.forward(*flat_arguments(inputs, objective)))
+        self._open[key] = OpenPass(pair, tuple(kept), outputs, share)
+        return Opened(None, outputs, None if own is None else own * scalar(share), losses, pair.layout.masked)
 
     def _all_at_once(
         self, key: PassKey, inputs: Sequence[Any], share: float, masked: Sequence[int], objective: Objective
     ) -> Opened:
         """Forward, losses, metrics and backward as one function; `backward` hands the result out."""
         run, layout = self._function("fused", inputs, masked, objective, self._trace_fused, key.window)
-        scalars = (_scalar(share), _scalar(self.loss_scale))
-        _, own, losses, gradients = layout.results(run(*_arguments(inputs, objective), *scalars))
+        scalars = (scalar(share), scalar(self.loss_scale))
+        _, own, losses, gradients = layout.results(run(*flat_arguments(inputs, objective), *scalars))
         reached = layout.reached(frozenset((0,)))
         found = iter(self._collected(gradients, layout, reached[sum(layout.wanted) :]))
         inside = [next(found) if there else None for there in reached[: sum(layout.wanted)]]
-        self._open[key] = _Open(None, (), (), share, spread(layout.wanted, inside))
+        self._open[key] = OpenPass(None, (), (), share, spread(layout.wanted, inside))
         return Opened(None, (), own, losses)
 
     def infer(self, given: PassInputs, window: int = 0) -> Opened:
         """Run the compiled evaluation: no gradients, `training=False`."""
         inputs, share, masked, objective = given
         run, layout = self._function("infer", inputs, masked, objective, self._trace_inference, window)
-        outputs, own, losses, _ = layout.results(run(*_arguments(inputs, objective), _scalar(share)))
+        outputs, own, losses, _ = layout.results(run(*flat_arguments(inputs, objective), scalar(share)))
         return Opened(None, outputs, own, losses, layout.masked)
 
     def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
@@ -128,8 +108,8 @@ class CompiledTapes(Tapes):
         seeds = [tf.zeros_like(opened.outputs[i]) if given.get(i) is None else given[i] for i in places]
         alive = {n for n, i in enumerate(places) if given.get(i) is not None}
         alive |= set(range(len(places), len(places) + layout.own + (layout.weighted is not None)))
-        seeds += [_scalar(opened.share * self.loss_scale)] * layout.own
-        seeds += [_scalar(self.loss_scale)] * (layout.weighted is not None)
+        seeds += [scalar(opened.share * self.loss_scale)] * layout.own
+        seeds += [scalar(self.loss_scale)] * (layout.weighted is not None)
         reached = layout.reached(frozenset(alive))
         count = sum(layout.wanted)
         found = iter(self._collected(opened.pair.backward(*opened.kept, *seeds), layout, reached[count:]))
@@ -193,8 +173,8 @@ class CompiledTapes(Tapes):
         name = ("apply", optimizer, order, rows, scale is not None, divisor is not None)
         if name not in self._functions:
             trace = self._trace_apply(optimizer, order, rows, scale is not None, divisor is not None)
-            self._functions[name] = direct(trace, [_SCALAR, _SCALAR, *map(_spec, flat)])
-        self._functions[name](_scalar(float(scale or 0.0)), _scalar(float(divisor or 1.0)), *flat)
+            self._functions[name] = direct(trace, [SCALAR, SCALAR, *map(signature_of, flat)])
+        self._functions[name](scalar(float(scale or 0.0)), scalar(float(divisor or 1.0)), *flat)
         self._zero(kept=reached)
 
     def forget_updates(self) -> None:
@@ -244,27 +224,27 @@ class CompiledTapes(Tapes):
         key = (name, places, self.part.modes(), tuple(masked), weighted, heads, later, counting, *shapes)
         found = self._functions.get(key)
         if found is None:
-            specs = [_spec(tensor) for tensor in tensors] + [_SCALAR] * len(weighted or ())
+            specs = [signature_of(tensor) for tensor in tensors] + [SCALAR] * len(weighted or ())
             variables = tuple(self._trained.variables[place] for place in places)
             layout = Layout(len(inputs), tuple(masked), weighted, heads, later, variables, places)
             found = self._functions[key] = trace(layout, *specs)
         return found
 
-    def _trace_pair(self, layout: Layout, *specs: Any) -> _Pair:
+    def _trace_pair(self, layout: Layout, *specs: Any) -> FunctionPair:
         """Forward and backward that hand the tape's intermediates over."""
 
         def joint(*arguments: Any) -> Traced:
             results, differentiable, differentiate = self._taped(arguments, layout)
             seeds = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in differentiable]
-            seeds += [tf.compat.v1.placeholder(tf.float32, ()) for _ in range(_scalars(layout))]
+            seeds += [tf.compat.v1.placeholder(tf.float32, ()) for _ in range(scalar_seeds(layout))]
             gradients = differentiate(seeds)
             layout.depends = depends_on(gradients[: len(gradients) - len(layout.rows)], seeds)
             return Traced(results, seeds, gradients)
 
         functions = split_functions(joint, specs, lambda gradients: self._finish(gradients, layout))
-        return _Pair(functions.forward, functions.backward, layout, functions.source)
+        return FunctionPair(functions.forward, functions.backward, layout, functions.source)
 
-    def _trace_recomputing(self, layout: Layout, *specs: Any) -> _Pair:
+    def _trace_recomputing(self, layout: Layout, *specs: Any) -> FunctionPair:
         """A forward that keeps arguments and states, and a backward that runs it again from them."""
         states = CallState(self.part.model)
 
@@ -296,10 +276,10 @@ class CompiledTapes(Tapes):
             lambda *arguments: self._taped(arguments, layout, counts=False)[1], input_signature=specs, autograph=False
         )
         outputs = scratch.get_concrete_function().structured_outputs
-        seeds = [tf.TensorSpec(t.shape, t.dtype) for t in outputs] + [_SCALAR] * _scalars(layout)
+        seeds = [tf.TensorSpec(t.shape, t.dtype) for t in outputs] + [SCALAR] * scalar_seeds(layout)
         kept = [tf.TensorSpec(spec.shape, portable_dtype(spec.dtype)) for spec in specs]
         kept += [tf.TensorSpec(value.shape, portable_dtype(value.dtype)) for value in states.read()]
-        return _Pair(direct(forward, specs), direct(backward, [*kept, *seeds]), layout)
+        return FunctionPair(direct(forward, specs), direct(backward, [*kept, *seeds]), layout)
 
     def _taped(
         self, arguments: Sequence[Any], layout: Layout, counts: bool = True
@@ -376,7 +356,7 @@ class CompiledTapes(Tapes):
             total = [tf.add_n(own) * share] if own else []
             return [*total, *values, *self._finish(layout.flat(found, sum(layout.wanted)), layout)]
 
-        return direct(fused, [*specs, _SCALAR, _SCALAR]), layout
+        return direct(fused, [*specs, SCALAR, SCALAR]), layout
 
     def _trace_inference(self, layout: Layout, *specs: Any) -> tuple[Callable[..., list[Any]], Layout]:
         def infer(*arguments: Any) -> list[Any]:
@@ -391,7 +371,7 @@ class CompiledTapes(Tapes):
                 self._count(outputs, objective)
             return results
 
-        return direct(infer, [*specs, _SCALAR]), layout
+        return direct(infer, [*specs, SCALAR]), layout
 
     def _trace_apply(
         self, optimizer: Any, order: Sequence[int], with_rows: Sequence[int], scaled: bool, divided: bool
@@ -411,21 +391,3 @@ class CompiledTapes(Tapes):
             return [tf.constant(True)]
 
         return apply
-
-
-def _spec(tensor: Any) -> Any:
-    """The signature of tensors like this one: any batch size."""
-    if tensor.shape.rank:
-        return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype)
-    return tf.TensorSpec(tensor.shape, tensor.dtype)
-
-
-def _arguments(inputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
-    if objective is None:
-        return tuple(inputs)
-    return (*inputs, *objective.tensors(), *(_scalar(weight) for weight in objective.weights))
-
-
-def _scalars(layout: Layout) -> int:
-    """How many seeds are scalars: one for own losses, one for the heads' losses."""
-    return layout.own + (layout.weighted is not None)

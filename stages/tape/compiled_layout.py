@@ -6,15 +6,26 @@ backward   what is kept, seeds  ──► dL/dinputs, then values (n, ...) and p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
+
+import tensorflow as tf
 
 from stages.loss.heads import Objective
 from stages.tape.accumulate import dense
 from stages.tape.direct_calls import unportable
 from stages.tape.embedding_rows import parts_of
+
+SCALAR = tf.TensorSpec((), tf.float32)
+
+
+@lru_cache(maxsize=256)
+def scalar(value: float) -> Any:
+    """A float32 tensor of rank 0."""
+    return tf.constant(value, tf.float32)
 
 
 @dataclass
@@ -79,3 +90,43 @@ class Layout:
     def reached(self, alive: frozenset[int]) -> tuple[bool, ...]:
         """For each wanted input and variable, whether its gradient depends on one of these seeds."""
         return tuple(seeds is not None and not seeds.isdisjoint(alive) for seeds in self.depends)
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionPair:
+    """Forward and backward of one signature; `source` is what they need to live (`stages.tape.graph_split`)."""
+
+    forward: Callable[..., list[Any]]
+    backward: Callable[..., list[Any]]
+    layout: Layout
+    source: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPass:
+    """A finished forward whose backward is still to come."""
+
+    pair: FunctionPair | None
+    kept: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    share: float
+    input_gradients: tuple[Any | None, ...] | None = None
+
+
+def signature_of(tensor: Any) -> Any:
+    """The signature of tensors like this one: any batch size."""
+    if tensor.shape.rank:
+        return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype)
+    return tf.TensorSpec(tensor.shape, tensor.dtype)
+
+
+def flat_arguments(inputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
+    """What a compiled forward is called with: inputs, then what the objective needs; `Layout.unpack` is the inverse."""
+    if objective is None:
+        return tuple(inputs)
+    return (*inputs, *objective.tensors(), *(scalar(weight) for weight in objective.weights))
+
+
+def scalar_seeds(layout: Layout) -> int:
+    """How many seeds are scalars: one for own losses, one for the heads' losses."""
+    return layout.own + (layout.weighted is not None)

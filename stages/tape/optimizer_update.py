@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from stages.keras_internals import update_nothing
+from stages.keras_training_internals import update_nothing
 from stages.tape.accumulate import dense
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from stages.errors import HandoffError
+from stages.tape.contract import Opened, PassKey
 from stages.tape.tensors import describe_tensor, is_differentiable
 
 StateTensors = tuple[Any, ...]
@@ -135,6 +136,21 @@ class Carried:
                 "be made for it; give the initial state"
             )
         return sizes
+
+    def taken_from(self, opened: Opened, key: PassKey, entered: StateTensors, training: bool) -> Opened:
+        """Keep the states that a window gives for the next one; what it gives to others.
+
+        Args:
+            opened: What the window gives: outputs, and the states behind them.
+            key: The microbatch and window.
+            entered: The states in front of it.
+            training: Whether gradients will come back.
+        """
+        values = opened.values
+        count = len(values) - len(self)
+        self.leave(key.microbatch, key.window, entered, values[count:], training)
+        masks = {place: mask for place, mask in opened.masks.items() if place < count}
+        return opened._replace(structure=None, outputs=(*values[:count], *masks.values()), masked=tuple(masks))
 
     def leave(self, microbatch: int, window: int, before: StateTensors, states: StateTensors, training: bool) -> None:
         """Keep the states behind a window for the next one.

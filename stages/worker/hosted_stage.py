@@ -14,7 +14,8 @@ import numpy as np
 
 from stages.errors import SegmentError
 from stages.grid import is_over_time
-from stages.keras_internals import layers_of, names_excluded_from_decay
+from stages.keras_internals import layers_of
+from stages.keras_training_internals import names_excluded_from_decay
 from stages.loss.head import Head
 from stages.loss.heads import Heads
 from stages.loss.ways import Ways

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stages.errors import HandoffError
-from stages.keras_internals import slots_of
+from stages.keras_training_internals import slots_of
 
 
 class OptimizerSlot(NamedTuple):

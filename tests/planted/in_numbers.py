@@ -51,8 +51,8 @@ TAPES = (
     Planted(
         "compiled, own losses of a stage that others follow weigh the same in unequal microbatches",
         _COMPILED,
-        "[_scalar(opened.share * self.loss_scale)] * layout.own",
-        "[_scalar(self.loss_scale)] * layout.own",
+        "[scalar(opened.share * self.loss_scale)] * layout.own",
+        "[scalar(self.loss_scale)] * layout.own",
         _OWN,
     ),
     Planted(

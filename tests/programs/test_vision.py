@@ -259,51 +259,6 @@ def fit_small_and_large():
     return {"x": halved(images), "y": images, "batch_size": 8, "epochs": 2, "callbacks": [PSNRCallback()]}
 
 
-# -- text recognition: CTC by add_loss in a layer that takes the labels --------------------------------------------
-
-
-class CTCLayer(layers.Layer):
-    def __init__(self, name=None):
-        super().__init__(name=name)
-
-    def call(self, y_true, y_pred):
-        n, steps, letters = ops.shape(y_pred)[0], ops.shape(y_pred)[1], ops.shape(y_true)[1]
-        lengths = ops.ones((n,), "int32")
-        loss = ops.ctc_loss(ops.cast(y_true, "int32"), ops.log(y_pred + 1e-7), lengths * letters, lengths * steps, 10)
-        self.add_loss(ops.mean(loss))
-        return y_pred
-
-
-def text_recognition():
-    image = keras.Input(shape=(3 * SIZE, SIZE, 1), name="image")
-    labels = layers.Input(name="label", shape=(3,))
-    x = layers.Conv2D(4, 3, activation="relu", kernel_initializer="he_normal", padding="same", name="Conv1")(image)
-    x = layers.MaxPooling2D((2, 2), name="pool1")(x)
-    x = layers.Reshape(target_shape=(12, 16), name="reshape")(x)
-    x = layers.Dense(8, activation="relu", name="dense1")(x)
-    x = layers.Bidirectional(layers.LSTM(4, return_sequences=True, dropout=0.0))(x)
-    x = layers.Dense(11, activation="softmax", name="dense2")(x)
-    return keras.Model(inputs=[image, labels], outputs=CTCLayer(name="ctc_loss")(labels, x), name="ocr")
-
-
-def only_an_optimizer():
-    return {"optimizer": keras.optimizers.Adam()}
-
-
-def fit_strips():
-    """Three digits beside each other, time along the strip; the label is an input."""
-    images, classes = digits()
-    strips = np.concatenate([np.transpose(images[k::3], (0, 2, 1, 3)) for k in range(3)], axis=1) / 16
-    labels = np.stack([classes[k::3] for k in range(3)], axis=1)
-    data = tf.data.Dataset.from_tensor_slices({"image": strips, "label": labels.astype("float32")})
-    return {"x": data.batch(4), "shuffle": False}
-
-
-def strips_to_read():
-    x = next(iter(fit_strips()["x"]))
-    return {"image": x["image"], "label": x["label"]}
-
-
 # -- fine-tuning: a frozen base in inference mode, augmentation in front ------------------------------------------
 
 
@@ -413,7 +368,6 @@ PROGRAMS = {
     "mlp mixer": Program(mlp_mixer, sgd_with_logits, fit_digits, cuts={"stages": 3}, microbatches=1),
     "u-net": Program(unet, segmentation, fit_masks, cuts={"stages": 3}, microbatches=1),
     "super-resolution": Program(super_resolution, super_resolving, fit_small_and_large, cuts={"stages": 3}),
-    "text recognition": Program(text_recognition, only_an_optimizer, fit_strips, inputs=strips_to_read, rounding=5e-5),
     "fine-tuning": Program(fine_tuning, even_or_odd, fit_parity, cuts={"at": ["base"]}, microbatches=1),
     "bags of images": Program(bags_of_images, bags, fit_bags, sums_apart=True),
 }

@@ -121,3 +121,24 @@ def assert_same_arrays(ours: list[Any], theirs: list[Any]) -> None:
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype, i
         np.testing.assert_array_equal(a, b, err_msg=str(i))
+
+
+def crossentropy() -> dict[str, Any]:
+    """Adam on class numbers, with a metric."""
+    return {
+        "optimizer": keras.optimizers.Adam(0.02),
+        "loss": "sparse_categorical_crossentropy",
+        "metrics": ["accuracy"],
+    }
+
+
+def squares() -> dict[str, Any]:
+    """SGD with momentum on a mean of squares."""
+    return {"optimizer": keras.optimizers.SGD(0.05, momentum=0.9), "loss": "mse"}
+
+
+def callback_model(twin: Any) -> Any:
+    """What a callback of this twin knows as self.model."""
+    holder = keras.callbacks.Callback()
+    twin.predict(numbers(1)[0], verbose=0, callbacks=[holder])
+    return holder.model

@@ -13,9 +13,8 @@ import pytest
 
 from pipeline import Pipeline
 from tests.levels import in_turn
-from tests.pipeline.reference.twins import assert_same_arrays, numbers, twins
+from tests.pipeline.reference.twins import assert_same_arrays, callback_model, numbers, twins
 from tests.pipeline.training.same_models import chain
-from tests.pipeline.training.test_callbacks import callback_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

@@ -12,9 +12,8 @@ from pipeline import CheckpointError, CompileError, Pipeline
 from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import difference
-from tests.pipeline.reference.twins import SEED, assert_same_arrays, numbers
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, callback_model, numbers
 from tests.pipeline.training.same_models import chain
-from tests.pipeline.training.test_callbacks import callback_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

@@ -12,9 +12,8 @@ from pipeline import CompileError, Pipeline
 from tests.levels import in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
-from tests.pipeline.reference.twins import SEED, assert_same_arrays, numbers, twins
+from tests.pipeline.reference.twins import SEED, assert_same_arrays, callback_model, numbers, twins
 from tests.pipeline.training.same_models import Counting, chain
-from tests.pipeline.training.test_callbacks import callback_model
 
 layers = keras.layers
 optimizers = keras.optimizers
