@@ -27,6 +27,7 @@ ORDER = {
             "keras_internals",
             "keras_training_internals",
             "tensorflow_internals",
+            "put_back",
             "masks",
         ),
         *(

@@ -36,9 +36,9 @@ from pipeline.cutting.cores import few_cores
 from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph
+from stages.put_back import values_put_back
 from stages.tape.accumulate import dense
 from stages.tape.graph_split import depending_on
-from stages.tape.model_call import values_put_back
 from stages.tape.tensors import flatten, is_differentiable
 
 __all__ = ["measure", "weigh"]

@@ -36,6 +36,7 @@ from pipeline.model.random_inputs import SIZE, random_input
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
 from stages.masks import mask_of, with_mask
+from stages.put_back import values_put_back
 from stages.tape.eagerly import eagerly
 from stages.tape.tensors import is_differentiable
 
@@ -174,7 +175,7 @@ class _Trial:
         largest = max(map(largest_value, self.gradients.values()), default=0.0) or 1.0
         for name, gradient in self.gradients.items():
             other = self.cut_gradients[name]
-            by = largest_value(gradient - other) / largest if gradient.shape == other.shape else float("inf")
+            by = distance(other, gradient, largest)
             if by > ALLOWED and self._roundings() is not None and by > self._gradient_rounding:
                 raise SplitError(
                     f"in windows the gradient of {name!r} would be another than over the whole length, though outputs "
@@ -261,21 +262,19 @@ class _Trial:
         """How far tensors may be apart, where rounding grows on its way: measured with weights changed by little."""
         if self._rounding is None:
             weights = [v.value for v in self.whole.trainable_variables if v.value.dtype.is_floating]
-            before = [weight.read_value() for weight in weights]
-            for weight, value in zip(weights, before, strict=True):
-                noise = self.random.uniform(1 - 1e-6, 1 + 1e-6, tuple(value.shape))
-                weight.assign(value * tf.cast(noise, value.dtype))
-            self._anew()
-            found, gradients, _ = self._under_a_tape(lambda tensors: self._whole(tensors))
-            for weight, value in zip(weights, before, strict=True):
-                weight.assign(value)
+            with values_put_back(weights) as before:
+                for weight, value in before:
+                    noise = self.random.uniform(1 - 1e-6, 1 + 1e-6, tuple(value.shape))
+                    weight.assign(value * tf.cast(noise, value.dtype))
+                self._anew()
+                found, gradients, _ = self._under_a_tape(lambda tensors: self._whole(tensors))
             self._rounding = {
                 tensor: _MARGIN * distance(found[tensor], value)
                 for tensor, value in self.found.items()
                 if value.dtype.is_floating
             }
             largest = max(map(largest_value, self.gradients.values()), default=0.0) or 1.0
-            changes = [np.abs(gradients[name] - g).max(initial=0.0) / largest for name, g in self.gradients.items()]
+            changes = [distance(gradients[name], gradient, largest) for name, gradient in self.gradients.items()]
             self._gradient_rounding = _MARGIN * max(changes, default=0.0)
         return self._rounding
 
@@ -362,9 +361,8 @@ class _Trial:
     def random_weights(self) -> Iterator[None]:
         """Random values for all that is or could be trained; afterwards all variables are as they were."""
         variables = {id(v): v for model in (self.whole, self.windowed) for v in model.variables}
-        before = [(variable, variable.value.read_value()) for variable in variables.values()]
         trained = {id(v) for layer in layers_of(self.graph.model) for v in own_trainable_variables(layer)}
-        try:
+        with values_put_back(variables.values()) as before:
             for variable, value in before:
                 if id(variable) in trained and value.dtype.is_floating:
                     scale = 0.4 / np.sqrt(value.shape[0] if value.shape.rank > 1 else 1.0)
@@ -377,9 +375,6 @@ class _Trial:
             kept = [v for model in (self.whole, self.windowed) for v in model.non_trainable_variables]
             self._begin = [(variable, variable.value.read_value()) for variable in kept]
             yield
-        finally:
-            for variable, value in before:
-                variable.value.assign(value)
 
     def _drawn(self, tensor: int) -> Any:
         """Random numbers for an input, padded where something masks."""

@@ -6,15 +6,14 @@ for draws without a seed, and the seeds that TensorFlow gives to random operatio
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import keras
 import numpy as np
 
 from stages.keras_internals import keeping_the_global_seed
+from stages.put_back import held_by, random_numbers_put_back, values_put_back
 from stages.tensorflow_internals import drawing_seeds_from
 from stages.worker.snapshot import path_of
 
@@ -37,23 +36,17 @@ def lent(variables: Iterable[Any]) -> Iterator[Lent]:
     Args:
         variables: Keras's or TensorFlow's, all that may be changed meanwhile.
     """
-    loan = Lent()
-    before = [(variable, _held(variable).read_value()) for variable in variables]
-    drawn, numpy_drawn = random.getstate(), np.random.get_state()
+    loan, before = Lent(), []
     try:
-        with keeping_the_global_seed(), drawing_seeds_from("the user's own model"):
+        with (
+            random_numbers_put_back(),
+            values_put_back(variables) as before,
+            keeping_the_global_seed(),
+            drawing_seeds_from("the user's own model"),
+        ):
             yield loan
     finally:
-        random.setstate(drawn)
-        np.random.set_state(numpy_drawn)
-        for variable, value in before:
-            _held(variable).assign(value)
-        loan.changed += [path_of(v) for v, value in before if _bits(_held(v)) != _bits(value)]
-
-
-def _held(variable: Any) -> Any:
-    """The TensorFlow variable in a Keras one."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+        loan.changed += [path_of(v) for v, value in before if _bits(held_by(v)) != _bits(value)]
 
 
 def _bits(value: Any) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.compare.tolerance import TRIES, eps, magnifies
+from pipeline.distance import distance
 from pipeline.reference.explain import explain_joined
 from pipeline.reference.one_tape.batch import Whole
 from pipeline.reference.one_tape.optimizer import ReferenceOptimizer, reference_optimizers, share_values
@@ -267,15 +268,14 @@ def _put_back(kept: Sequence[Kept]) -> None:
 
 
 def largest_difference(pairs: Sequence[tuple[Any, Any]]) -> float:
-    """The largest difference of pairs of arrays, as a part of the largest |value|; of finite entries only."""
-    arrays = [
-        (np.asarray(dense(a), np.float64), np.asarray(dense(b), np.float64))
-        for a, b in pairs
-        if a is not None and b is not None
-    ]
-    largest = max((float(np.max(np.abs(b), initial=0.0)) for _, b in arrays), default=0.0)
-    apart = max((float(np.nanmax(np.abs(a - b), initial=0.0)) for a, b in arrays), default=0.0)
-    return apart / largest if largest and np.isfinite(apart) and np.isfinite(largest) else 0.0
+    """The largest `distance` of pairs, as a part of the largest |value| in any; 0 where it tells nothing.
+
+    That is where nothing is different from zero, or an entry is finite in one of two alone.
+    """
+    arrays = [(dense(a), np.asarray(dense(b), np.float64)) for a, b in pairs if a is not None and b is not None]
+    largest = max((float(np.abs(b[np.isfinite(b)]).max(initial=0.0)) for _, b in arrays), default=0.0)
+    apart = max((distance(a, b, largest) for a, b in arrays), default=0.0)
+    return apart if largest and np.isfinite(apart) else 0.0
 
 
 __all__ = ["ReferenceWorker", "main"]

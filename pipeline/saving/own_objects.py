@@ -7,10 +7,8 @@ load: Pipeline.load(path, model=my_model, loss=my_loss) ── values go into th
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from pipeline.cutting.splitter import Split, split_model
 from pipeline.errors import CheckpointError
 from stages.errors import HandoffError
+from stages.put_back import random_numbers_put_back
 from stages.recipe.describe import Recipe, create, described, why_own
 from stages.recipe.differences import lost
 from stages.recipe.segment import Segment
@@ -54,7 +53,7 @@ def model_recipe(model: Any) -> Recipe:
     recipe = described(model, f"the model {model.name!r}")
     if why_own(recipe) is not None:
         return recipe
-    with _chance_as_before():
+    with random_numbers_put_back():
         try:
             copy = create(json.loads(json.dumps(recipe)))  # as it comes out of the file; Keras empties what it is given
         except Exception as error:  # whatever a constructor makes of its configuration
@@ -148,17 +147,6 @@ def write_values(segments: Sequence[Segment], values: Mapping[int, Sequence[np.n
                 raise CheckpointError(
                     f"the given model {segment.model.name!r} is not the one that was saved: {error}"
                 ) from error
-
-
-@contextmanager
-def _chance_as_before() -> Iterator[None]:
-    """New layers draw seeds; the user's random numbers stay what they would have been."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 __all__ = ["COMPILE", "Own", "check_brought", "model_recipe", "own_parts", "warn_of_what_is_not_in_it", "write_values"]

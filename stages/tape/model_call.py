@@ -9,8 +9,7 @@ values followed by the masks of those values that have one, and `masked` says wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -195,21 +194,6 @@ def changed_by_calls(model: Any) -> list[Any]:
         if isinstance(layer, keras.layers.SpectralNormalization):
             found.setdefault(id(layer.kernel), layer.kernel)
     return list(found.values())
-
-
-@contextmanager
-def values_put_back(variables: Iterable[Any]) -> Iterator[None]:
-    """Give Keras variables, at the end of a block, the values back that they have now, bit for bit.
-
-    Args:
-        variables: Each once or several times.
-    """
-    before = [(variable, variable.value.read_value()) for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in before:
-            variable.value.assign(value)
 
 
 class CallState:

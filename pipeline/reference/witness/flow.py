@@ -7,7 +7,6 @@ pass changes by itself is put back.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +21,10 @@ from stages.keras_internals import layers_of, logits_of, set_logits, set_mask
 from stages.loss.head import Head
 from stages.loss.heads import Heads
 from stages.masks import mask_of, with_mask
+from stages.put_back import random_numbers_put_back, values_put_back
 from stages.recipe.by_value import copied
 from stages.tape.accumulate import plus
-from stages.tape.model_call import changed_by_calls, packer, values_put_back
+from stages.tape.model_call import changed_by_calls, packer
 from stages.tape.tensors import flatten
 from stages.worker.hosted_stage import HostedStage
 from transport.message import DRIVER
@@ -40,13 +40,10 @@ class WitnessRefusedError(Exception):
 
 @contextmanager
 def undisturbed(hosted: Sequence[HostedStage]) -> Iterator[None]:
-    """Put back what forward passes and the making of models change: statistics, seeds, Python's random numbers."""
-    drawn = random.getstate()
-    try:
-        with values_put_back(variable for stage in hosted for variable in changed_by_calls(stage.stage.model)):
-            yield
-    finally:
-        random.setstate(drawn)
+    """Put back what forward passes and the making of models change: statistics, seeds, random numbers."""
+    changed = [variable for stage in hosted for variable in changed_by_calls(stage.stage.model)]
+    with random_numbers_put_back(), values_put_back(changed):
+        yield
 
 
 @contextmanager

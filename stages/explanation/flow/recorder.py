@@ -18,7 +18,6 @@ Rules:
 from __future__ import annotations
 
 import linecache
-import random
 import sys
 import sysconfig
 import threading
@@ -36,6 +35,7 @@ from stages.errors import HandoffError
 from stages.explanation.flow.graph import FlowGraph, Line, Node
 from stages.keras_internals import layer_call
 from stages.origin import ROOT
+from stages.put_back import random_numbers_put_back
 from stages.tape.eagerly import eagerly
 from stages.tensorflow_internals import (
     FAST_PATH,
@@ -252,13 +252,8 @@ def random_states() -> Iterator[None]:
     another generator: those that the user's code would draw next must not have been used. (Operations with a seed of
     their own do go on.)
     """
-    before = (random.getstate(), np.random.get_state())
-    try:
-        with drawing_seeds_from(_OTHER_SEEDS):
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+    with random_numbers_put_back(), drawing_seeds_from(_OTHER_SEEDS):
+        yield
 
 
 def user_line(skip: Callable[[str], bool] | None = None) -> tuple[Line | None, tuple[Any, ...]]:
