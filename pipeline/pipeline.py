@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from pipeline.batch.data import class_weights
+from pipeline.batch.data import sample_or_class_weights
 from pipeline.batch.inputs import check_cuttable
 from pipeline.compiled.arguments import refuse_options
 from pipeline.compiled.compiled import Compiled
 from pipeline.cutting.prediction import Prediction
 from pipeline.cutting.splitter import Cut, Split, cuts, split_model
-from pipeline.errors import CompileError
 from pipeline.model.wiring import wire
 from pipeline.own.changes import Changes
 from pipeline.own.first_batch import FirstBatch
@@ -182,6 +181,9 @@ class Pipeline:
     ) -> None:
         """Set what training does, as `keras.Model.compile`. Weights stay as they are.
 
+        As there, a loss that is left out stays that of the `compile` before, with its weights, and so do metrics where
+        neither kind is given (``metrics=[]`` ends them).
+
         Args:
             optimizer: Name or Keras optimizer; every stage gets one like it for its own variables. Or a list with one
                 per stage, or a dict by the stages' names. One that has trained your model (``model.optimizer``) goes
@@ -205,13 +207,12 @@ class Pipeline:
         refuse_options(steps_per_execution=steps_per_execution, jit_compile=jit_compile)
         setup = self._session.setup
         models = list(setup.models.values()) if setup.original is None else [setup.original]
+        given = {"loss": loss, "loss_weights": loss_weights, "metrics": metrics, "weighted_metrics": weighted_metrics}
+        before = self._session.workers.compiled
         compiled = Compiled(
             optimizer,
-            loss,
-            metrics,
-            weighted_metrics,
-            run_eagerly,
-            loss_weights=loss_weights,
+            run_eagerly=run_eagerly,
+            **(given if before is None else before.left_out(given)),
             outputs=self.wires.labelled,
             stages=self.names,
             mixed_float16=auto_scale_loss and any(model.dtype_policy.name == "mixed_float16" for model in models),
@@ -324,10 +325,7 @@ class Pipeline:
     ) -> Any:
         """One update on one batch, as `train_on_batch` of Keras 3.15: its loss, or [loss, *metrics], as numbers."""
         trainer = self._ready("train_on_batch")
-        if class_weight is not None:
-            if sample_weight is not None or len(self.wires.labels) > 1:
-                raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
-            sample_weight = class_weights(y, class_weight)
+        sample_weight = sample_or_class_weights(y, sample_weight, class_weight, len(self.wires.labels))
         trainer.reset_metrics()
         self.changes.closely = False
         self._session.values.ahead = True

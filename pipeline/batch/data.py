@@ -15,7 +15,7 @@ from pipeline.batch.inputs import InputNames
 from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import Batch
-from pipeline.errors import DataError
+from pipeline.errors import CompileError, DataError
 from stages.grid import is_over_time
 from stages.tape.tensors import compatible
 
@@ -139,6 +139,19 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray[Any, 
     if labels.ndim > 1:
         labels = np.argmax(labels, axis=-1) if labels.shape[-1] != 1 else labels[..., 0]
     return np.array([class_weight.get(int(label), 1.0) for label in np.round(labels)], dtype=keras.config.floatx())
+
+
+def sample_or_class_weights(y: Any, sample_weight: Any, class_weight: Mapping[int, float] | None, outputs: int) -> Any:
+    """The weights of a batch's samples, given one by one or by their classes; None: neither.
+
+    Raises:
+        CompileError: They are given both, or by classes for a model with several outputs.
+    """
+    if class_weight is None:
+        return sample_weight
+    if sample_weight is not None or outputs > 1:
+        raise CompileError("class_weight is for one output, without sample_weight; give sample_weight alone")
+    return class_weights(y, class_weight)
 
 
 def to_numpy(value: Any, what: str) -> np.ndarray[Any, Any]:

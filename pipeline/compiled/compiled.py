@@ -98,6 +98,20 @@ class Compiled:
         """The loss as it was given."""
         return self._given["loss"]
 
+    def left_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a later `compile`; what it leaves out is as it was here, as in Keras.
+
+        Args:
+            given: ``loss``, ``loss_weights``, ``metrics`` and ``weighted_metrics``. Without a loss both of the first
+                stay, with neither kind of metrics both of the last; ``metrics=[]`` ends them.
+        """
+        found = dict(given)
+        if given["loss"] is None:
+            found |= {"loss": self._given["loss"], "loss_weights": self._loss_weights}
+        if given["metrics"] is None and given["weighted_metrics"] is None:
+            found |= {name: self._given[name] for name in ("metrics", "weighted_metrics")}
+        return found
+
     @property
     def updating(self) -> tuple[Any, ...]:
         """The optimizers without loss scaling around them: one for all stages, or one each; some may be None."""

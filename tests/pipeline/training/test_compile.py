@@ -293,3 +293,21 @@ def test_metrics_of_layers_are_in_the_logs_as_in_keras(run_eagerly, recompute):
         assert list(ours) == list(theirs) == ["loss", "sizes"]
         for name, values in theirs.items():
             np.testing.assert_allclose(ours[name], values, rtol=0 if run_eagerly else 1e-5)
+
+
+def test_what_a_later_compile_leaves_out_stays_as_in_keras():
+    """Loss and metrics that are not given are those of the compile before; metrics=[] ends them."""
+    later = [{}, {"loss": "mae"}, {"weighted_metrics": ["mse"]}, {"run_eagerly": True}, {"metrics": []}, {}]
+    x, y = numbers(8)
+    logs = []
+    for one in (regressor(), Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc")):
+        one.set_weights([np.full_like(w, 0.1) for w in one.get_weights()])
+        one.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+        logs.append([])
+        for arguments in later:
+            one.compile("sgd", **{"run_eagerly": True, **arguments})
+            logs[-1].append(one.evaluate(x, y, batch_size=8, verbose=0, return_dict=True))
+    one.close()
+    assert logs[0] == logs[1]
+    assert [sorted(each) for each in logs[1]] == [["loss", "mae"]] * 2 + [["loss", "mse"]] * 2 + [["loss"]] * 2
+    assert logs[1][0]["loss"] != logs[1][1]["loss"] == logs[1][2]["loss"]
