@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import Fault as Fault
     from pipeline.errors import FirstBatchError as FirstBatchError
     from pipeline.errors import MicrobatchError as MicrobatchError
+    from pipeline.errors import NotInPipelineError as NotInPipelineError
     from pipeline.errors import OptionsError as OptionsError
     from pipeline.errors import PipelineClosedError as PipelineClosedError
     from pipeline.errors import PipelineError as PipelineError
@@ -114,6 +115,7 @@ _HOME = {
     "Fault": "pipeline.errors",
     "FirstBatchError": "pipeline.errors",
     "MicrobatchError": "pipeline.errors",
+    "NotInPipelineError": "pipeline.errors",
     "OptionsError": "pipeline.errors",
     "PipelineClosedError": "pipeline.errors",
     "PipelineError": "pipeline.errors",

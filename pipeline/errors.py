@@ -17,6 +17,7 @@ __all__ = [
     "Fault",
     "FirstBatchError",
     "MicrobatchError",
+    "NotInPipelineError",
     "OptionsError",
     "PipelineClosedError",
     "PipelineError",
@@ -121,6 +122,10 @@ class CompileError(PipelineError, MistakeError, ValueError):
 
 class DataError(PipelineError, MistakeError, ValueError):
     """A batch that does not fit the model: wrong shapes, wrong dtypes, different lengths."""
+
+
+class NotInPipelineError(PipelineError, MistakeError, AttributeError):
+    """Something of `keras.Model` that a pipeline does not have, or that setting would not change."""
 
 
 class CheckpointError(PipelineError, MistakeError, ValueError):

@@ -17,6 +17,7 @@ import tensorflow as tf
 from pipeline.batch.data import refuse_text
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
+from pipeline.errors import DataError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
@@ -27,6 +28,9 @@ from pipeline.verify.every import VerifyEvery
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
+
+
+_NO_BATCH = "the data gave no batch: no samples, or a generator or data set that has run out"
 
 
 class Trainer(ModelWithoutLayers):
@@ -44,6 +48,7 @@ class Trainer(ModelWithoutLayers):
         self._logs = RunningLogs()
         self._watchers: tuple[StepWatcher, ...] = ()
         self._metrics_are_read = False
+        self._batches = 0
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
@@ -62,16 +67,23 @@ class Trainer(ModelWithoutLayers):
         callbacks = prepared(callbacks, self.session, finalize, verifying)
         refuse_text(args[0] if args else kwargs.get("x"))
         self._watchers, self._metrics_are_read = watchers_among(callbacks), own_metrics.reads_every_batch(callbacks)
+        self._batches = 0
         try:
-            return super().fit(*args, callbacks=callbacks, **kwargs)
+            history = super().fit(*args, callbacks=callbacks, **kwargs)
         finally:
             self._watchers, self._metrics_are_read = (), False
+        if history.epoch and not self._batches:
+            raise DataError(f"{_NO_BATCH}; nothing was trained")
+        return history
 
     def evaluate(self, *args: Any, callbacks: Any = None, return_dict: bool = False, **kwargs: Any) -> Any:
         """Keras's `evaluate`, its list in Keras's order."""
         callbacks = prepared(callbacks, self.session, finalize=False)
         refuse_text(args[0] if args else kwargs.get("x"))
+        before = self._batches
         logs = super().evaluate(*args, callbacks=callbacks, return_dict=True, **kwargs)
+        if self._batches == before:
+            raise DataError(f"{_NO_BATCH}; there is nothing to evaluate")
         return self.returned(logs, return_dict)
 
     def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
@@ -102,6 +114,7 @@ class Trainer(ModelWithoutLayers):
 
     def _count(self, result: StepResult, size: int) -> dict[str, Any]:
         """The logs after one more batch."""
+        self._batches += 1
         compiled = self.session.workers.compiled
         logs = self._logs.add(result, () if compiled is None else compiled.loss_labels, size)
         if self._metrics_are_read:
@@ -150,7 +163,10 @@ class Trainer(ModelWithoutLayers):
             if label not in compiled.heads or told is None or given is None:
                 continue
             dtype, shape = told
-            one = tf.convert_to_tensor(given[label])[:1]
+            one = tf.convert_to_tensor(given[label])
+            if not one.shape.rank or not one.shape[0]:
+                return  # the step itself says what is wrong with it
+            one = one[:1]
             free = [*one.shape, *(1 for _ in shape)]
             sizes = [free[i] if size is None else size for i, size in enumerate(shape)]
             own_metrics.build(compiled, label, one, tf.zeros([1, *sizes[1:]], dtype))

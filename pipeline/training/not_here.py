@@ -1,0 +1,87 @@
+"""Attributes of `keras.Model` that a pipeline does not have: refused, read or set, with what to do instead.
+
+A name that is set and read by nobody would be silently another training: ``pipe.trainable = False`` freezes nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import keras
+
+from pipeline.errors import CheckpointError, NotInPipelineError
+
+if TYPE_CHECKING:
+    from pipeline.pipeline import Pipeline
+
+_ELSEWHERE = "ask your own model, which has the trained values after fit and close, or pipe.merge(), one Keras model"
+_COMPILED = "it is what compile() is given; compile again"
+_FROZEN = "set it on the layers of your own model, or on the model, and compile again"
+_CALLBACK = "a callback sets self.model.stop_training = True"
+_INSTEAD = {
+    **dict.fromkeys(("trainable",), _FROZEN),
+    **dict.fromkeys(("stop_training",), _CALLBACK),
+    **dict.fromkeys(
+        ("optimizer", "loss", "loss_weights", "metrics", "run_eagerly", "jit_compile", "steps_per_execution"), _COMPILED
+    ),
+    "metrics_names": "it says what evaluate() gives",
+    "export": "pipe.merge().export(...) exports the trained model",
+    "to_json": "pipe.merge().to_json() tells the architecture",
+    "compute_loss": "pipe.evaluate and pipe.test_on_batch give losses",
+}
+_MORE = (
+    *("built", "compiled", "loss", "loss_weights", "name", "optimizer", "stop_training", "steps_per_execution"),
+    *("predict_function", "test_function", "train_function", "unrolled_steps_per_execution", "supports_jit"),
+    *("activity_regularizer", "autocast", "call_signature_parameters"),
+)
+"""Attributes that an instance of `keras.Model` has, and its class does not."""
+GIVEN = ("segments", "wires", "schedule", "microbatches", "recompute", "transport", "threads")
+"""Attributes of a pipeline that say what it was made with."""
+
+
+@cache
+def _names_in_keras() -> frozenset[str]:
+    """Public names of Keras's models."""
+    found = {name for kind in (keras.Model, keras.Sequential) for name in dir(kind)}
+    return frozenset(name for name in {*found, *_MORE} if not name.startswith("_"))
+
+
+def missing(pipe: Pipeline, name: str) -> NoReturn:
+    """``Pipeline.__getattr__``: what is asked for is nowhere.
+
+    Raises:
+        NotInPipelineError: A Keras model has it.
+        AttributeError: It is nothing.
+    """
+    if not name.startswith("_") and name in _names_in_keras():
+        raise NotInPipelineError(
+            f"a Pipeline has no {name!r}, since the model is in its workers: {_INSTEAD.get(name, _ELSEWHERE)}"
+        )
+    raise AttributeError(f"{type(pipe).__name__!r} object has no attribute {name!r}", name=name, obj=pipe)
+
+
+def set_attribute(pipe: Pipeline, name: str, value: Any) -> None:
+    """``Pipeline.__setattr__``.
+
+    Raises:
+        NotInPipelineError: It would change nothing: a name of Keras's models, or what the pipeline was made with.
+    """
+    if not name.startswith("_"):
+        if name in GIVEN and name in vars(pipe):
+            raise NotInPipelineError(f"pipe.{name} says what the pipeline was made with; make another for another one")
+        if name in _names_in_keras():
+            raise NotInPipelineError(f"setting pipe.{name} would change nothing: {_INSTEAD.get(name, _ELSEWHERE)}")
+    object.__setattr__(pipe, name, value)
+
+
+def refuse_copying(pipe: Pipeline, protocol: Any = None) -> NoReturn:
+    """``Pipeline.__reduce_ex__``: it cannot be copied or pickled.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(
+        "a Pipeline is running processes, which cannot be copied or pickled; pipe.save(path) and Pipeline.load(path) "
+        "bring it elsewhere, and pipe.merge() is one ordinary Keras model"
+    )
