@@ -10,7 +10,7 @@ Workers start when they are first needed, after `compile`, and end with `close`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pipeline.batch.data import sample_or_class_weights
 from pipeline.batch.inputs import check_cuttable
@@ -26,14 +26,15 @@ from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
 from pipeline.saving import files
-from pipeline.training import as_keras, not_here
+from pipeline.training import as_keras
+from pipeline.training.not_here import WithoutModelNames
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
 from pipeline.verify.every import VerifyEvery
 from stages.recipe.segment import Segment
 
 
-class Pipeline:
+class Pipeline(WithoutModelNames):
     """A model in segments, each in its own worker process.
 
     Args:
@@ -372,11 +373,6 @@ class Pipeline:
             as_keras.give_back_if_possible(self)
         finally:
             self._session.close()
-
-    if not TYPE_CHECKING:
-        __getattr__ = not_here.missing
-        __setattr__ = not_here.set_attribute
-    __reduce_ex__ = not_here.refuse_copying
 
     def __enter__(self) -> Self:
         return self

@@ -68,7 +68,6 @@ CIRCLES: dict[tuple[str, str], str] = {
     ("saving.files", "pipeline"): "saves a Pipeline that it is handed; named for types only",
     ("training.as_keras", "pipeline"): "its functions are methods of Pipeline; named for types only",
     ("verify.questions", "pipeline"): "its functions are methods of Pipeline; named for types only",
-    ("training.not_here", "pipeline"): "its functions are methods of Pipeline; named for types only",
     ("training.trainer", "pipeline"): "trains a Pipeline that it is handed; named for types only",
 }
 """{(module, higher room that it names): why}."""

@@ -12,9 +12,6 @@ import keras
 
 from pipeline.errors import CheckpointError, NotInPipelineError
 
-if TYPE_CHECKING:
-    from pipeline.pipeline import Pipeline
-
 _ELSEWHERE = "ask your own model, which has the trained values after fit and close, or pipe.merge(), one Keras model"
 _COMPILED = "it is what compile() is given; compile again"
 _FROZEN = "set it on the layers of your own model, or on the model, and compile again"
@@ -47,41 +44,44 @@ def _names_in_keras() -> frozenset[str]:
     return frozenset(name for name in {*found, *_MORE} if not name.startswith("_"))
 
 
-def missing(pipe: Pipeline, name: str) -> NoReturn:
-    """``Pipeline.__getattr__``: what is asked for is nowhere.
+class WithoutModelNames:
+    """An object that is used like a Keras model and refuses the attributes that it does not have."""
 
-    Raises:
-        NotInPipelineError: A Keras model has it.
-        AttributeError: It is nothing.
-    """
-    if not name.startswith("_") and name in _names_in_keras():
-        raise NotInPipelineError(
-            f"a Pipeline has no {name!r}, since the model is in its workers: {_INSTEAD.get(name, _ELSEWHERE)}"
+    if not TYPE_CHECKING:  # type checkers know what is there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Refuse what is nowhere.
+
+            Raises:
+                NotInPipelineError: A Keras model has it.
+                AttributeError: It is nothing.
+            """
+            if not name.startswith("_") and name in _names_in_keras():
+                instead = _INSTEAD.get(name, _ELSEWHERE)
+                raise NotInPipelineError(f"a Pipeline has no {name!r}, since the model is in its workers: {instead}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an attribute that somebody reads.
+
+            Raises:
+                NotInPipelineError: It would change nothing: a name of Keras's models, or what this was made with.
+            """
+            if name in GIVEN and name in self.__dict__:
+                raise NotInPipelineError(
+                    f"pipe.{name} says what the pipeline was made with; make another for another one"
+                )
+            if not name.startswith("_") and name in _names_in_keras():
+                raise NotInPipelineError(f"setting pipe.{name} would change nothing: {_INSTEAD.get(name, _ELSEWHERE)}")
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError(
+            "a Pipeline is running processes, which cannot be copied or pickled; pipe.save(path) and "
+            "Pipeline.load(path) bring it elsewhere, and pipe.merge() is one ordinary Keras model"
         )
-    raise AttributeError(f"{type(pipe).__name__!r} object has no attribute {name!r}", name=name, obj=pipe)
-
-
-def set_attribute(pipe: Pipeline, name: str, value: Any) -> None:
-    """``Pipeline.__setattr__``.
-
-    Raises:
-        NotInPipelineError: It would change nothing: a name of Keras's models, or what the pipeline was made with.
-    """
-    if not name.startswith("_"):
-        if name in GIVEN and name in vars(pipe):
-            raise NotInPipelineError(f"pipe.{name} says what the pipeline was made with; make another for another one")
-        if name in _names_in_keras():
-            raise NotInPipelineError(f"setting pipe.{name} would change nothing: {_INSTEAD.get(name, _ELSEWHERE)}")
-    object.__setattr__(pipe, name, value)
-
-
-def refuse_copying(pipe: Pipeline, protocol: Any = None) -> NoReturn:
-    """``Pipeline.__reduce_ex__``: it cannot be copied or pickled.
-
-    Raises:
-        CheckpointError: Always.
-    """
-    raise CheckpointError(
-        "a Pipeline is running processes, which cannot be copied or pickled; pipe.save(path) and Pipeline.load(path) "
-        "bring it elsewhere, and pipe.merge() is one ordinary Keras model"
-    )
