@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import SplitError as SplitError
     from pipeline.errors import StalledError as StalledError
     from pipeline.errors import TimelineError as TimelineError
+    from pipeline.errors import UsageError as UsageError
     from pipeline.errors import VerificationError as VerificationError
     from pipeline.errors import WiringError as WiringError
     from pipeline.errors import WorkerDiedError as WorkerDiedError
@@ -124,6 +125,7 @@ _HOME = {
     "SplitError": "pipeline.errors",
     "StalledError": "pipeline.errors",
     "TimelineError": "pipeline.errors",
+    "UsageError": "pipeline.errors",
     "VerificationError": "pipeline.errors",
     "WiringError": "pipeline.errors",
     "WorkerDiedError": "pipeline.errors",

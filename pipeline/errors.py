@@ -26,6 +26,7 @@ __all__ = [
     "SplitError",
     "StalledError",
     "TimelineError",
+    "UsageError",
     "VerificationError",
     "WiringError",
     "WorkerDiedError",
@@ -130,6 +131,10 @@ class NotInPipelineError(PipelineError, MistakeError, AttributeError):
 
 class CheckpointError(PipelineError, MistakeError, ValueError):
     """A checkpoint that is not there, is not whole, or belongs to another model."""
+
+
+class UsageError(PipelineError, MistakeError, RuntimeError):
+    """A pipeline is used as it cannot be: in a forked process, as a copy, or counted in by two threads at once."""
 
 
 class VerificationError(PipelineError, PeerError, AssertionError):

@@ -25,6 +25,7 @@ from pipeline.plan.plan import Plan
 from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
 from pipeline.runtime.session import Session
+from pipeline.runtime.turns import counting, no_copy, one_turn
 from pipeline.saving import files
 from pipeline.training import as_keras
 from pipeline.training.not_here import WithoutModelNames
@@ -165,6 +166,7 @@ class Pipeline(WithoutModelNames):
         compiled = self._session.workers.compiled
         return None if compiled is None else compiled.optimizer
 
+    @counting()
     def compile(
         self,
         optimizer: Any = "rmsprop",
@@ -220,6 +222,7 @@ class Pipeline(WithoutModelNames):
         self._session.recompile(compiled)
         self._trainer = None
 
+    @counting(whole=True)
     def fit(
         self,
         x: Any = None,
@@ -277,6 +280,7 @@ class Pipeline(WithoutModelNames):
         as_keras.give_back(self)
         return self.history
 
+    @counting(whole=True)
     def evaluate(
         self,
         x: Any = None,
@@ -309,10 +313,10 @@ class Pipeline(WithoutModelNames):
         callbacks: Any = None,
     ) -> Any:
         """Outputs for all samples, as `keras.Model.predict`."""
-        trainer = self._trained_by()
-        self.changes.look(closely=True)
+        trainer = self._ready("predict")
         return trainer.predict(x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks)
 
+    @counting()
     def train_on_batch(
         self,
         x: Any,
@@ -330,6 +334,7 @@ class Pipeline(WithoutModelNames):
         logs = trainer.train_step((x, y, sample_weight))
         return trainer.returned(logs, return_dict)
 
+    @counting()
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Loss and metrics of one batch, as `keras.Model.test_on_batch`."""
         trainer = self._ready("test_on_batch")
@@ -338,18 +343,19 @@ class Pipeline(WithoutModelNames):
         logs = trainer.test_step((x, y, sample_weight))
         return trainer.returned(logs, return_dict)
 
-    gradients = questions.gradients
-    verify = questions.verify
-    explain = questions.explain
-    timeline = questions.timeline
+    gradients = one_turn(questions.gradients)
+    verify = one_turn(questions.verify)
+    explain = one_turn(questions.explain)
+    timeline = one_turn(questions.timeline)
     summary = as_keras.summary
     count_params = as_keras.count_params
     __call__ = as_keras.call
-    get_weights = as_keras.get_weights
-    set_weights = as_keras.set_weights
+    get_weights = one_turn(as_keras.get_weights)
+    set_weights = one_turn(as_keras.set_weights)
     predict_on_batch = as_keras.predict_on_batch
-    reset_metrics = as_keras.reset_metrics
-    reset_state = as_keras.reset_state
+    reset_metrics = one_turn(as_keras.reset_metrics)
+    reset_state = one_turn(as_keras.reset_state)
+    __reduce_ex__ = no_copy
 
     @property
     def metrics_names(self) -> list[str]:
@@ -361,18 +367,13 @@ class Pipeline(WithoutModelNames):
             return []
         return self._trainer.log_names if self._trainer is not None else ["loss"]
 
-    save = files.save
-    save_weights = files.save_weights
-    load_weights = files.load_weights
+    save = one_turn(files.save)
+    save_weights = one_turn(files.save_weights)
+    load_weights = one_turn(files.load_weights)
     load = classmethod(files.load)
-    merge = files.merge_trained
+    merge = one_turn(files.merge_trained)
 
-    def close(self) -> None:
-        """End the workers; your own model gets the trained values that it has not yet. Idempotent."""
-        try:
-            as_keras.give_back_if_possible(self)
-        finally:
-            self._session.close()
+    close = as_keras.close
 
     def __enter__(self) -> Self:
         return self
@@ -381,16 +382,14 @@ class Pipeline(WithoutModelNames):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_session"):
+        if hasattr(self, "_session") and self._session.ours:
             self._session.close()
 
+    @one_turn
     def _ready(self, what: str) -> Trainer:
-        self._session.workers.needs_compile(what)
-        trainer = self._trained_by()
-        self.changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
-        return trainer
-
-    def _trained_by(self) -> Trainer:
+        if what != "predict":
+            self._session.workers.needs_compile(what)
         self._trainer = self._trainer or Trainer(self, self._session)
         self._session.workers.driver()
+        self.changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
         return self._trainer

@@ -10,6 +10,8 @@ Rules:
    one error names the stage, the step and the action.
 2. After `close`, whatever the reason, no process, socket file or shared memory of the run remains.
 3. A crew belongs to the process that started it; a forked copy of that process does not touch it.
+4. A crew that runs is held here, so that the cyclic garbage collector, which finalises in no order, never meets its
+   sockets: a ZeroMQ context that goes first waits for them for ever. A dropped `Driver` closes its crew.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import atexit
 import os
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,6 @@ class Crew:
         self._directory: SocketDirectory | None = None
         self._launcher: Launcher | None = None
         self._transport: Transport | None = None
-        _crews.add(self)
 
     @property
     def pids(self) -> list[int | None]:
@@ -90,6 +90,7 @@ class Crew:
             threads: Size of TensorFlow's thread pools in each worker.
             entry: What a worker runs, ``"module:function"``.
         """
+        _crews.add(self)
         scheme = transport.partition("://")[0]
         self._directory = SocketDirectory() if scheme == "ipc" else None
         self._launcher = ThreadLauncher() if scheme == "inproc" else LocalLauncher()
@@ -214,6 +215,7 @@ class Crew:
         if self.closed_because is not None or self._owner != os.getpid():
             return
         self.closed_because = because
+        _crews.discard(self)
         with deferred_interrupts():
             try:
                 self._let_leave(leave_seconds)
@@ -303,7 +305,8 @@ def check_transport(transport: str) -> None:
         tcp_host_port(transport)
 
 
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_crews: set[Crew] = set()
+"""Those that run (rule 4)."""
 
 
 @atexit.register

@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +25,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import Batch, StepResult, losses_of
-from pipeline.errors import StalledError, WorkerError
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
+from pipeline.runtime.batch_messages import batch_messages, joined_outputs
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.neighbours import neighbours, unmasked_pairs
+from pipeline.runtime.post_mortem import can_be_taken_back
+from pipeline.runtime.turns import Turns
 from stages.actions import actions_to_array
 from stages.grid import Grid, is_over_time
 from stages.worker.description import StageDescription, TensorInfo
@@ -54,8 +58,8 @@ from stages.worker.orders import (
     Unmask,
 )
 from stages.worker.reply import Reply, StepReply
-from transport.errors import ClosedError, PeerLost, TransportError, Unsendable, Watched
-from transport.message import DRIVER, Key, Message
+from transport.errors import PeerLost, TransportError, Watched
+from transport.message import Message
 
 Array = np.ndarray[Any, Any]
 
@@ -70,6 +74,7 @@ class Driver:
         entry: What a worker runs, ``"module:function"``.
         incarnation: Stamped on every message.
         look_seconds: How often a long wait looks whether anybody still runs.
+        turns: Whose turn it is, of several threads.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Driver:
         entry: str = "stages.worker.worker:main",
         incarnation: int = 0,
         look_seconds: float = LOOK_SECONDS,
+        turns: Turns | None = None,
     ) -> None:
         self.incarnation = incarnation
+        self._turns = turns or Turns()
         self.scheme = transport.partition("://")[0]
         self.descriptions: dict[int, StageDescription] = {}
         self._number = 0
@@ -92,6 +99,7 @@ class Driver:
         self._crew = Crew(placement, incarnation, look_seconds)
         self.placement = self._crew.placement
         self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
+        weakref.finalize(self, self._crew.close, "their pipeline was dropped").atexit = False
         with self._crew.ending_on_failure():
             self._crew.start(transport, threads, entry)
             self._connect_and_build()
@@ -113,7 +121,7 @@ class Driver:
 
     def _connect_and_build(self) -> None:
         addresses = {stage: self._crew.addresses[w] for stage, w in self._worker_of.items()}
-        connected = self._order(lambda w: Connect({stage: addresses[stage] for stage in self._neighbours(w)}))
+        connected = self._order(lambda w: Connect({stage: addresses[stage] for stage in neighbours(self.placement[w])}))
         built = self._order(Build())
         self._replies(connected)
         self._crew.all_connected()
@@ -132,25 +140,8 @@ class Driver:
         connection for instance, finds none.
         """
         strips = {int(i): names for reply in self._replies(self._order(Strips())) for i, names in reply.value.items()}
-        pairs = {
-            index: [
-                (name, consumer)
-                for name, consumers in spec.outputs
-                for consumer in consumers
-                if any(name in strips[earlier] for earlier in consumers if earlier < consumer)
-            ]
-            for index, spec in self.specs.items()
-        }
+        pairs = unmasked_pairs(self.specs, strips)
         self._order(lambda w: Unmask({spec.index: pairs[spec.index] for spec in self.placement[w]}))
-
-    def _neighbours(self, worker: int) -> set[int]:
-        """Stages in other workers that this worker sends to: consumers downstream, producers upstream."""
-        found: set[int] = set()
-        for spec in self.placement[worker]:
-            found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
-            found |= {source for _, source in spec.inputs if source != DRIVER}
-            found |= {stage for tie in spec.ties for stage in tie.stages if stage != spec.index}
-        return found
 
     def run(
         self,
@@ -206,7 +197,8 @@ class Driver:
         self._step += 1
         self._undecided = order.mode.training
         number = self._order(replace(order, step=self._step, plan=identity))
-        self._feed(order.mode, batch)
+        for worker, message in batch_messages(self.placement, order.mode, batch, self.incarnation, self._step):
+            self._crew.send(worker, message)
         return [StepReply.from_plain(reply.value) for reply in self._replies(number)]
 
     def _masked(self, batch: Batch) -> bool:
@@ -232,14 +224,14 @@ class Driver:
             divisor: What they are divided by first, for loss scaling.
             attributes: {stage: {name: value}} of its optimizer that are set before, from now on.
         """
-        with self._crew.ending_on_failure():
+        with self._turns, self._crew.ending_on_failure():
             self._order(Apply(self._step, learning_rates, scale, divisor, attributes or {}))
             self._undecided = False
 
     def discard(self) -> None:
         """Forget the gradients of the step just run; nothing is done where there are none."""
         if self._undecided:
-            with self._crew.ending_on_failure():
+            with self._turns, self._crew.ending_on_failure():
                 self._order(Discard())
                 self._undecided = False
 
@@ -283,13 +275,14 @@ class Driver:
         Yields:
             A dict, filled at the end: {stage: paths of variables whose bits are not as they were}, as `put_back` says.
         """
-        self.keep()
-        changed: dict[int, list[str]] = {}
-        try:
-            yield changed
-        finally:
-            if not self.closed:
-                changed |= self.put_back()
+        with self._turns:  # no other thread's step may come in between
+            self.keep()
+            changed: dict[int, list[str]] = {}
+            try:
+                yield changed
+            finally:
+                if not self.closed:
+                    changed |= self.put_back()
 
     def seen(self) -> dict[Sight, Array | None]:
         """What a step that ran with ``observe="values"`` saw at the cuts; it is forgotten there."""
@@ -314,19 +307,20 @@ class Driver:
 
     def abandon_step(self) -> None:
         """Undo, in every stage, the step just run, which will not be followed by its update."""
-        with deferred_interrupts(), self._crew.ending_on_failure():
+        with self._turns, deferred_interrupts(), self._crew.ending_on_failure():
             self._abandon(self._step)
 
     @contextmanager
     def _going_on(self) -> Iterator[None]:
         """Take back what was ordered where it fails, so that the workers go on; else end them (rule 2)."""
-        first, taken_back = self._step + 1, None
-        with deferred_interrupts():
+        taken_back = None
+        with self._turns, deferred_interrupts():
+            first = self._step + 1
             with self._crew.ending_on_failure():
                 try:
                     yield
                 except BaseException as error:
-                    if not _can_be_taken_back(error):
+                    if not can_be_taken_back(error):
                         raise
                     try:
                         self._abandon(first)
@@ -363,37 +357,12 @@ class Driver:
             self._crew.send(worker, message)
         return identity
 
-    def _feed(self, mode: Mode, batch: Batch) -> None:
-        """Send the batch to the stages that take it: inputs where they enter, targets to the loss."""
-        for worker, specs in enumerate(self.placement):
-            for spec in specs:
-                for name, source in spec.inputs:
-                    if source == DRIVER:
-                        self._send_data(worker, spec.index, "activation", name, batch.inputs[name])
-                for head in spec.heads if mode.with_loss else ():
-                    label = head.label
-                    self._send_data(worker, spec.index, "target", label, batch.targets[label])
-                    if label in batch.sample_weights:
-                        self._send_data(worker, spec.index, "sample_weight", label, batch.sample_weights[label])
-
-    def _send_data(self, worker: int, stage: int, kind: str, name: str, array: Array) -> None:
-        self._crew.send(worker, Message(kind, self.incarnation, self._step, stage, DRIVER, name, array=array))
-
     def _outputs(self, batch: Batch) -> dict[str, Array]:
-        found = {}
-        for spec in self.specs.values():
-            for name in dict.fromkeys(spec.finals):
-                windows = len(batch.lengths) if batch.lengths else 1
-                told = self.output_spec(spec.index, name)
-                over_time = told is not None and is_over_time(told.shape)
-                first = 0 if over_time else windows - 1  # what is not over time comes from the last window
-                rows = []
-                for k in range(len(batch.sizes)):
-                    keys = [Key("output", self._step, DRIVER, spec.index, name, k, w) for w in range(first, windows)]
-                    parts = [part for key in keys if (part := self._crew.wait(key).array) is not None]
-                    rows.append(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
-                found[name] = np.concatenate(rows)
-        return found
+        def over_time(stage: int, name: str) -> bool:
+            told = self.output_spec(stage, name)
+            return told is not None and is_over_time(told.shape)
+
+        return joined_outputs(self._crew.wait, list(self.specs.values()), batch, self._step, over_time)
 
     def output_spec(self, stage: int, name: str) -> TensorInfo | None:
         """Dtype and shape of a stage's output, where its model tells."""
@@ -414,13 +383,6 @@ class Driver:
     def _replies(self, number: int) -> list[Reply]:
         """The workers' answers to an order, in the order of the workers."""
         return [Reply.receive(self._crew.wait, number, self._crew.place(w)) for w in range(len(self.placement))]
-
-
-def _can_be_taken_back(error: BaseException) -> bool:
-    """Whether all workers are there, none is half way through an update, and each hears what it is told."""
-    if isinstance(error, WorkerError):
-        return error.undone
-    return isinstance(error, Unsendable) or not isinstance(error, TransportError | StalledError | ClosedError)
 
 
 def _order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:

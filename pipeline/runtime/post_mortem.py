@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import WorkerDiedError, WorkerError
+from pipeline.errors import StalledError, WorkerDiedError, WorkerError
 from pipeline.runtime.launch import WorkerHandle
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.status import Phase, Status
+from transport.errors import ClosedError, TransportError, Unsendable
 from transport.message import DRIVER
 
 _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."
+
+
+def can_be_taken_back(error: BaseException) -> bool:
+    """Whether after this all workers are there, none is half way through an update, and each hears what it is told."""
+    if isinstance(error, WorkerError):
+        return error.undone
+    return isinstance(error, Unsendable) or not isinstance(error, TransportError | StalledError | ClosedError)
 
 
 def stalled(boards: Sequence[Sequence[int]]) -> bool:

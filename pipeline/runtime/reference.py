@@ -76,6 +76,7 @@ class Reference:
                     threads=options.threads,
                     transport=options.scheme,
                     entry="pipeline.reference.worker:main",
+                    turns=self._workers.turns,
                 )
             finally:
                 random.setstate(drawn)

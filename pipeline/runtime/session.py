@@ -51,6 +51,11 @@ class Session:
         values = Values(setup, workers.driver)
         return cls(setup, workers, steps, values, Reference(setup, workers, values))
 
+    @property
+    def ours(self) -> bool:
+        """Whether this is the process that made it, and no forked copy."""
+        return self.workers.turns.ours
+
     def recompile(self, compiled: Compiled) -> None:
         """Go on under other rules; the workers keep their values, the reference is started anew when needed."""
         self.workers.recompile(compiled)

@@ -57,9 +57,10 @@ class StepRunner:
         """Forward, backward and update of one batch, `observe` as for `step`; the result and the number of samples."""
         compiled = self._workers.needs_compile("training")
         compiled.needs_optimizer()
-        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
-        self.look(Mode.TRAIN, batch)
-        return self.step(batch, observe=observe), sum(batch.sizes)
+        with self._workers.turns:
+            batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+            self.look(Mode.TRAIN, batch)
+            return self.step(batch, observe=observe), sum(batch.sizes)
 
     def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
         """Forward, backward and update.
@@ -72,7 +73,7 @@ class StepRunner:
         compiled = self._workers.needs_compile("training")
         driver, scaling = self._workers.driver(), compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
-        with deferred_interrupts():
+        with self._workers.turns, deferred_interrupts():
             plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
             result = driver.run(plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe)
@@ -114,16 +115,18 @@ class StepRunner:
     def test(self, x: Any, y: Any, sample_weight: Any) -> tuple[StepResult, int]:
         """Loss and metrics of one batch; the result and the number of samples."""
         compiled = self._workers.needs_compile("evaluation")
-        batch = self.batch(x, y, sample_weight, judged=compiled.judged)
-        self.look(Mode.TEST, batch)
-        plan = self.plan(batch, training=False)
-        return self._workers.driver().run(plan, Mode.TEST, batch), sum(batch.sizes)
+        with self._workers.turns:
+            batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+            self.look(Mode.TEST, batch)
+            plan = self.plan(batch, training=False)
+            return self._workers.driver().run(plan, Mode.TEST, batch), sum(batch.sizes)
 
     def predict(self, x: Any) -> list[Array]:
         """The outputs (n, ...) of one batch, in the pipeline's order."""
-        batch = self.batch(x, None, None, judged=())
-        self.look(Mode.PREDICT, batch)
-        found = self._workers.driver().run(self.plan(batch, training=False), Mode.PREDICT, batch).outputs
+        with self._workers.turns:
+            batch = self.batch(x, None, None, judged=())
+            self.look(Mode.PREDICT, batch)
+            found = self._workers.driver().run(self.plan(batch, training=False), Mode.PREDICT, batch).outputs
         return [found[name] for name, _ in self._setup.wires.outputs]
 
     def differentiate(
@@ -139,7 +142,7 @@ class StepRunner:
         compiled = self._workers.compiled
         scaling = None if compiled is None else compiled.loss_scaling
         loss_scale = None if scaling is None else scaling.scale
-        with deferred_interrupts():  # or the next update would count these gradients too
+        with self._workers.turns, deferred_interrupts():  # or the next update would count these gradients too
             plan = self.plan(batch, training=True)
             result = driver.run(plan, Mode.GRADIENTS, batch, loss_scale=loss_scale, observe=observe, trace=trace)
             gradients = driver.get("gradients")

@@ -20,6 +20,7 @@ from pipeline.model.wiring import check_shapes
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.setup import Setup
 from pipeline.runtime.stage_specs import SpecOptions, stage_specs
+from pipeline.runtime.turns import Turns
 from pipeline.runtime.values import optimizer_slots_of, values_of
 from stages.worker import snapshot
 from stages.worker.hosted_stage import StageSpec
@@ -35,11 +36,13 @@ class Workers:
         compiled: What `compile` was given; None before.
         loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
         filled: Is called when workers have just got copies of the user's objects and their values.
+        turns: Who may use the workers when.
         given: {stage: the user's own variables that its losses and layers use beside those of its model}.
     """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        self.turns = Turns()
         self.compiled: Compiled | None = None
         self.loaded_from = ""
         self._start: StartValues | None = None
@@ -56,21 +59,28 @@ class Workers:
 
         Raises:
             PipelineClosedError: `close` was called.
+            UsageError: This is a forked copy of the process that made the pipeline.
         """
-        if self._closed:
-            raise PipelineClosedError("this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint")
-        if self._driver is None:
-            specs, options = [[spec] for spec in self.specs()], self._setup.options
-            driver = Driver(specs, threads=options.threads, transport=options.transport)
-            try:
-                check_shapes(self._setup.wires, driver.descriptions)
-                self._fill(driver)
-            except BaseException:  # Ctrl-C too: workers with some of their values are no workers
-                driver.close("they could not be given their values")
-                raise
-            self._driver, self._start = driver, None
-            self.filled()
-        return self._driver
+        with self.turns:
+            if self._closed:
+                raise PipelineClosedError(
+                    "this pipeline was closed; make a new one, or Pipeline.load(...) a checkpoint"
+                )
+            if self._driver is None:
+                self._driver, self._start = self._started(), None
+                self.filled()
+            return self._driver
+
+    def _started(self) -> Driver:
+        specs, options = [[spec] for spec in self.specs()], self._setup.options
+        driver = Driver(specs, threads=options.threads, transport=options.transport, turns=self.turns)
+        try:
+            check_shapes(self._setup.wires, driver.descriptions)
+            self._fill(driver)
+        except BaseException:  # Ctrl-C too: workers with some of their values are no workers
+            driver.close("they could not be given their values")
+            raise
+        return driver
 
     @property
     def are_running(self) -> bool:

@@ -167,6 +167,19 @@ def give_back(pipe: Pipeline) -> None:
     pipe.changes.hold_model()
 
 
+def close(pipe: Pipeline) -> None:
+    """End the workers; your own model gets the trained values that it has not yet. Idempotent.
+
+    In a forked copy of the process nothing is done.
+    """
+    if pipe.session.ours:
+        with pipe.session.workers.turns:
+            try:
+                give_back_if_possible(pipe)
+            finally:
+                pipe.session.close()
+
+
 def give_back_if_possible(pipe: Pipeline) -> None:
     """The same for a pipeline that is being closed: what fails is a warning, since closing must go on."""
     try:

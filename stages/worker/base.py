@@ -8,8 +8,7 @@ Rules:
    answered (`Order.answered`).
 2. An order that is not legal in the worker's state (`stages.worker.states`) is refused, and nothing was done.
 3. An exception is reported once, with its traceback, the stage and the action. It never continues with a half-done
-   step: either the step is undone, to the last bit, and the worker goes on with the next order; or, where that cannot
-   be (an update or a build was under way), it only waits for the end.
+   step: the step is undone, to the last bit; of an update or a build that failed it only waits for the end.
 4. `Apply` updates the variables of all its stages, at most once a step.
 5. The driver may take back what it ordered ("abandon"): whatever the worker waits for, it stops, undoes the step that
    it is in or has just done, forgets what arrived for it, and answers. What was updated stays.
@@ -22,7 +21,6 @@ here; no other one is implemented twice.
 from __future__ import annotations
 
 import gc
-import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +31,7 @@ import numpy as np
 from stages.actions import Action, actions_from_array
 from stages.errors import HandoffError
 from stages.recipe.settings import settle
+from stages.worker.failure_report import failure_report
 from stages.worker.hosted_stage import HostedStage, StageSpec
 from stages.worker.kept_values import EVERYTHING, Kept
 from stages.worker.observers import NormObserver, ValueObserver
@@ -46,7 +45,6 @@ from stages.worker.orders import (
     Keep,
     Order,
     PutBack,
-    Service,
     Set,
     StepOrder,
     Strips,
@@ -56,6 +54,7 @@ from stages.worker.orders import (
     of_wire,
 )
 from stages.worker.reply import Reply, StepReply
+from stages.worker.services import do_service
 from stages.worker.states import WorkerState, after
 from stages.worker.status import StatusBoard
 from stages.worker.told import Abandoned, Stopped, obeyed
@@ -69,7 +68,6 @@ from transport.registry import open_transport
 Array = np.ndarray[Any, Any]
 CONNECT_SECONDS = 30.0
 """How long a neighbour may take to accept a connection."""
-_TRACEBACK_CHARACTERS = 12000
 _NAMED = 20
 """So many variables are named that could not be put back."""
 
@@ -231,11 +229,9 @@ class BaseWorker(ABC):
             lost = isinstance(error, TransportError) and not isinstance(error, Unsendable)
             undone = not lost and order is not None and self.undo(order)
             self._report(error, place, undone)
-            if not undone:
-                if not lost:
-                    self._wait_for_the_end()
-                return False
-            self.board.idle()
+            if not (undone or lost):
+                self._wait_for_the_end()
+            return undone
         return True
 
     def _abandon(self, taken_back: Abandoned) -> None:
@@ -341,13 +337,7 @@ class BaseWorker(ABC):
 
     def _do_call(self, order: CallService) -> Reply:
         for hosted in self.hosted.values():
-            if order.service is Service.RESET_METRICS:
-                hosted.reset_metrics()
-            elif order.service is Service.RESET_STATE:
-                if hosted.stage.carried is not None:
-                    hosted.stage.carried.reset()
-            elif hosted.optimizer is not None:
-                hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)
+            do_service(hosted, order.service)
         return Reply()
 
     def _keep(self, groups: Sequence[str]) -> dict[int, Kept]:
@@ -372,11 +362,8 @@ class BaseWorker(ABC):
         return Reply([list(sight) for sight in seen], list(seen.values()))
 
     def _metrics(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for hosted in self.hosted.values():
-            if any(head.has_metrics for head in hosted.heads):
-                found |= hosted.heads.results()
-        return found
+        counting = [one.heads for one in self.hosted.values() if any(head.has_metrics for head in one.heads)]
+        return {name: value for heads in counting for name, value in heads.results().items()}
 
     def _inner_metrics(self) -> dict[str, Any]:
         """The metrics of layers so far, by name."""
@@ -388,19 +375,7 @@ class BaseWorker(ABC):
         spec = next((s for s in self.specs if action is not None and s.index == action.stage), None)
         if spec is None:
             spec = self.specs[min(len(self.hosted), len(self.specs) - 1)]
-        text = "".join(traceback.format_exception(error))
-        value = {
-            "stage": spec.name,
-            "index": spec.index,
-            "step": step,
-            "action": action.describe() if action is not None else "",
-            "type": type(error).__name__,
-            "message": str(error)[:_TRACEBACK_CHARACTERS],
-            "traceback": text[-_TRACEBACK_CHARACTERS:],
-            "building": self._building,
-            "undone": undone,
-            "time": time.time(),
-        }
+        value = failure_report(error, spec, step, action, building=self._building, undone=undone)
         try:
             self._tell("error", value)
         except TransportError:

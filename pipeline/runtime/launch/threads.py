@@ -105,7 +105,8 @@ class ThreadWorker:
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (None: for ever) for its end and return whether it is gone."""
-        self._thread.join(timeout)
+        if threading.current_thread() is not self._thread:  # the collector may close a dropped pipeline in any thread
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def close(self) -> None:

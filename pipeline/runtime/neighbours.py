@@ -1,0 +1,45 @@
+"""The neighbours of a worker: stages that it sends to, and the masks that some of them do not get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from stages.worker.hosted_stage import StageSpec
+from transport.message import DRIVER
+
+
+def neighbours(placed: Sequence[StageSpec]) -> set[int]:
+    """Stages in other workers that a worker sends to: consumers downstream, producers upstream, sharers of variables.
+
+    Args:
+        placed: The stages that the worker hosts.
+    """
+    found: set[int] = set()
+    for spec in placed:
+        found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
+        found |= {source for _, source in spec.inputs if source != DRIVER}
+        found |= {stage for tie in spec.ties for stage in tie.stages if stage != spec.index}
+    return found
+
+
+def unmasked_pairs(
+    specs: Mapping[int, StageSpec], strips: Mapping[int, Sequence[str]]
+) -> dict[int, list[tuple[str, int]]]:
+    """{stage: [(tensor, consumer that gets it without its mask)]}, since an earlier consumer takes the mask off.
+
+    Args:
+        specs: The stages by number.
+        strips: {stage: names of inputs that lose their mask there}.
+    """
+    return {
+        index: [
+            (name, consumer)
+            for name, consumers in spec.outputs
+            for consumer in consumers
+            if any(name in strips[earlier] for earlier in consumers if earlier < consumer)
+        ]
+        for index, spec in specs.items()
+    }
+
+
+__all__ = ["neighbours", "unmasked_pairs"]
