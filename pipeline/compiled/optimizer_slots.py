@@ -121,11 +121,13 @@ class StartValues:
         model: For each stage the values of its model's variables, in order.
         slots: The optimizer's; None: what the user's own optimizers know, else as new.
         anew: The stages that are not to take them over, since they have another optimizer now.
+        layer_states: For each stage the states of its stateful layers; empty: those of the user's own layers.
     """
 
     model: dict[int, list[Array]] = field(default_factory=dict)
     slots: OptimizerSlots | None = None
     anew: frozenset[int] = frozenset()
+    layer_states: dict[int, list[Array]] = field(default_factory=dict)
 
 
 def described_slots(descriptions: Mapping[int, StageDescription]) -> Described:

@@ -24,7 +24,7 @@ from pipeline.cutting.prediction import Prediction
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import CallGraph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
-from pipeline.model.stateful import converted, refuse_what_mixes_time
+from pipeline.model.stateful import converted, refuse_states_kept_by_some, refuse_what_mixes_time
 from pipeline.saying import is_whole, not_whole
 from stages.keras_internals import graph_model, output_structure
 from stages.recipe.overrides import why_training_would_differ
@@ -112,8 +112,10 @@ def split_model(
     names = graph.tensor_names()
     carries = options.get("windows", 1) > 1 or bool(options.get("keep_state"))
     segments = _segments(graph, stage_of, carries)
-    if carries:
+    if carries and (options.get("windows", 1) > 1 or any(segment.states for segment in segments)):
         refuse_what_mixes_time(graph)
+    if options.get("keep_state"):
+        refuse_states_kept_by_some(graph)
     return Split(
         model,
         tuple(segments),

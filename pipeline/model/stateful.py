@@ -222,7 +222,7 @@ def giving_its_state(layer: Any) -> Any:
     if layer.stateful:
         warnings.warn(
             f"the layer {layer.name!r} is stateful: its state is a variable, which no gradient passes; here it is "
-            "handed from window to window instead",
+            "handed from window to window instead, and from batch to batch with keep_state=True only",
             stacklevel=2,
         )
     inner = layers_of(layer)
@@ -297,6 +297,21 @@ def _refuse_initial_state_of_a_sequence(call: Call, graph: CallGraph) -> None:
             )
         if not isinstance(one.operation, LearnedState):  # which reads the batch size only
             waiting += [makers[tensor] for tensor in one.reads if tensor in makers]
+
+
+def refuse_states_kept_by_some(graph: CallGraph) -> None:
+    """Refuse ``keep_state=True``, which is about all recurrent layers, where only some say ``stateful=True``.
+
+    Raises:
+        SplitError: Names a layer of either kind.
+    """
+    layers = {call.operation.name: call.operation.stateful for call in graph.calls if isinstance(call.operation, RNN)}
+    kept, anew = ([name for name, keeps in layers.items() if keeps is kind] for kind in (True, False))
+    if kept and anew:
+        raise SplitError(
+            f"keep_state=True keeps the states of all recurrent layers from batch to batch, and {anew[0]!r} is not "
+            f"stateful while {kept[0]!r} is; make all of them stateful=True or none, or leave keep_state out"
+        )
 
 
 def warn_of_stateful_layers(models: Iterable[Any]) -> None:

@@ -25,6 +25,7 @@ from pipeline.own.held import Held
 from pipeline.runtime.values import digest
 from stages.keras_internals import layers_of, own_other_variables, own_seed_generators
 from stages.recipe.optimizer_state import rate_of
+from stages.tape.model_call import states_of_layers
 from stages.worker import snapshot
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Changes:
         own = {id(v): v for m in session.setup.models.values() for v in m.variables if id(v) not in quiet}
         self._model, self._quiet = Held(list(own.values())), Held(by_hand)
         self._besides = {i: Held(some) for i, some in session.workers.given.items() if some}
+        self._hold_states()
         self._attributes = Attributes(_objects(session))
         self._optimizers = [] if compiled is None else [one for one in compiled.updating if one is not None]
         self._numbers = [_numbers(one) for one in self._optimizers]
@@ -66,6 +68,11 @@ class Changes:
         """Keep the values that the own model was just given by the workers."""
         if self._filled:
             self._model, self._quiet = Held(self._model.variables), Held(self._quiet.variables)
+            self._hold_states()
+
+    def _hold_states(self) -> None:
+        found = {i: states_of_layers(model) for i, model in self._session.setup.models.items()}
+        self._states = {i: Held(states) for i, states in found.items() if states}
 
     def hold_attributes(self) -> None:
         """Keep what the own model's layers became by being called in this process: counters, for instance."""
@@ -99,15 +106,33 @@ class Changes:
         """
         if self._filled:
             self._take_besides()
+            self._take_states()
             self._take_quiet()
 
     def _take_besides(self) -> None:
         """Give the workers new values of variables of losses and loss weights, and of layers' untracked ones."""
-        found = {i: held for i, held in self._besides.items() if held.changed()}
-        if found:
-            driver = self._session.workers.driver()
-            driver.set("besides", {i: snapshot.read(held.variables) for i, held in found.items()})
-            self._session.reference.close("a variable of a loss was changed")
+        states = {id(state) for held in self._states.values() for state in held.variables}
+        for i, held in self._besides.items():
+            if places := [k for k in held.changed() if id(held.variables[k]) not in states]:
+                self._set_some("besides", i, held, places)
+                self._session.reference.close("a variable of a loss was changed")
+
+    def _take_states(self) -> None:
+        """Give the workers states that the user gave stateful layers, ``layer.reset_state()`` among them.
+
+        That assigns zeros, which an own layer may have had all the time, while the workers' went on.
+        """
+        for i, held in self._states.items():
+            if places := held.assigned():
+                self._set_some("layer states", i, held, places)
+
+    def _set_some(self, group: str, stage: int, held: Held, places: Sequence[int]) -> None:
+        """Give a worker these of a group's variables; the others keep what they have there."""
+        driver = self._session.workers.driver()
+        values = list(driver.get(group)[stage])
+        for k in places:
+            (values[k],) = snapshot.read([held.variables[k]])
+        driver.set(group, {stage: values})
 
     def _take_quiet(self) -> None:
         """Give the workers new values of variables of layers that training leaves as they are.

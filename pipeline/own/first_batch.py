@@ -22,6 +22,7 @@ from pipeline.batch.step import Batch, StepResult
 from pipeline.compare.tolerance import TRIES, Tolerance
 from pipeline.distance import distance
 from pipeline.errors import FirstBatchError
+from pipeline.model.merge import StageValues
 from pipeline.own.chance import layers_that_draw, told
 from pipeline.own.lent import lent
 from pipeline.own.model import OwnModel, OwnResult
@@ -75,6 +76,7 @@ class FirstBatch:
         self._seen[mode] = compiled
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
         few, training, values = self._few(batch), mode.training, self._session.values.read("model")
+        own.begin_with(self._session.values.read("layer states"))
 
         def run(seed: int | None = None) -> OwnResult:
             own.assign(values)
@@ -89,6 +91,9 @@ class FirstBatch:
             except Exception as error:
                 self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
                 return
+            if training and few.lengths and _differ(own.values(), values):
+                mode, training = Mode.TEST, False  # random numbers, which are drawn once a window there
+                theirs = run()
             self._after()
             ours = self._through_the_pipeline(mode, few)
             plain = Tolerance.elsewhere(own.precision).relative
@@ -187,6 +192,12 @@ class FirstBatch:
                 return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."
         last = self._session.setup.wires.names[-1]
         return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
+
+
+def _differ(ours: StageValues, theirs: StageValues) -> bool:
+    """Whether any bit of the stages' variables does."""
+    pairs = (pair for i in ours for pair in zip(ours[i], theirs[i], strict=True))
+    return any(a.tobytes() != b.tobytes() for a, b in pairs)
 
 
 def _apart(ours: OwnResult, theirs: OwnResult) -> dict[str, float]:

@@ -34,6 +34,13 @@ class Held:
         """The values that are held."""
         return self._read
 
+    def assigned(self) -> list[int]:
+        """Which variables (by place) were assigned, also their own value, since they were held; these are held now."""
+        before = list(self._places)
+        changed = self.changed()
+        pairs = enumerate(zip(before, self._places, strict=True))
+        return [k for k, (then, now) in pairs if k in changed or (then is not None and now != then)]
+
     def changed(self) -> list[int]:
         """Which variables (by place) have another value than when they were held; from now on these are held."""
         found = []

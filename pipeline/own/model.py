@@ -32,7 +32,7 @@ from stages.masks import joined_with_masks
 from stages.recipe.segment import Segment
 from stages.tape.accumulate import dense
 from stages.tape.eagerly import eagerly
-from stages.tape.model_call import packer
+from stages.tape.model_call import packer, states_of_layers
 from stages.worker import snapshot
 from transport.dtypes import DTYPES
 
@@ -82,6 +82,7 @@ class OwnModel:
     def __init__(self, segments: Sequence[Segment], wires: Wires, original: Any | None, compiled: Compiled | None):
         self._parts = [segment.model for segment in segments]
         self.wires, self._original, self._compiled = wires, original, compiled
+        self._layer_states: StageValues = {}
         self._judge: Any = None
         self._judges: dict[str, Any] = {}
 
@@ -89,7 +90,7 @@ class OwnModel:
     def variables(self) -> list[Any]:
         """All variables that a run may change, each once: weights, statistics, seeds, metrics of layers."""
         models = self._parts if self._original is None else [self._original, *self._parts]
-        found = [v for model in models for v in (*model.variables, *model.metrics_variables)]
+        found = [v for m in models for v in (*m.variables, *m.metrics_variables, *states_of_layers(m))]
         return list({id(variable): variable for variable in found}.values())
 
     @property
@@ -115,10 +116,16 @@ class OwnModel:
         """For each stage its trainable variables, in order: the user's own objects."""
         return [list(part.trainable_variables) for part in self._parts]
 
+    def begin_with(self, layer_states: StageValues) -> None:
+        """From now on let `assign` give stateful layers these states."""
+        self._layer_states = layer_states
+
     def assign(self, values: StageValues) -> None:
         """Give the user's variables the values of the stages; see `pipeline.own.lent`."""
         for stage, part in enumerate(self._parts):
             snapshot.write(part.variables, values[stage], f"stage {self.wires.names[stage]!r}")
+            if self._layer_states:
+                snapshot.write(states_of_layers(part), self._layer_states[stage], f"states of {part.name!r}")
 
     def values(self) -> dict[int, list[Array]]:
         """What the user's variables have now, by stage."""

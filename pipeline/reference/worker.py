@@ -36,6 +36,8 @@ from stages.worker.reply import Reply, StepReply
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
+_FORWARD = ("model", "metrics", "layer states")
+"""The variables that a forward pass may change."""
 
 
 class ReferenceWorker(BaseWorker):
@@ -123,7 +125,7 @@ class ReferenceWorker(BaseWorker):
             return losses, seen.seen
 
         compiled = not tape.hosted[0].spec.run_eagerly and not tape.couples
-        before = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted] if compiled else []
+        before = [Kept(hosted, _FORWARD) for hosted in tape.hosted] if compiled else []
         losses, seen = run(compiled=False)
         roundings: dict[str, float] = {}
         if compiled:
@@ -133,7 +135,7 @@ class ReferenceWorker(BaseWorker):
             found = self._found
             roundings = _roundings(eager, (found, seen))
             if magnifies(roundings):
-                after = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted]
+                after = [Kept(hosted, _FORWARD) for hosted in tape.hosted]
                 for seed in range(TRIES):
                     both: list[TapeRun] = []
                     for compile_it in (False, True):
@@ -178,7 +180,7 @@ class ReferenceWorker(BaseWorker):
             return {}
         roundings = {"prediction": largest_difference(list(zip(*found, strict=True)))}
         if magnifies(roundings):
-            before = [Kept(hosted, ("model", "metrics")) for hosted in tape.hosted]
+            before = [Kept(hosted, _FORWARD) for hosted in tape.hosted]
             for seed in range(TRIES):
                 self._disturb(seed)
                 both = [

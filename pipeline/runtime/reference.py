@@ -38,6 +38,7 @@ class Reference:
         self._workers.needs_the_trainable_set("verify")
         driver = self._running()
         driver.set("model", self._values.read("model"))
+        driver.set("layer states", self._values.read("layer states"))
         if self._setup.options.keep_state:
             driver.set("kept states", self._values.read("kept states"))
         return driver

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pipeline.compiled.compiled import Compiled
@@ -109,10 +110,11 @@ class Workers:
         if self._driver is not None and not self._driver.closed:
             kept = {i: numbers for i, numbers in self._trained_now().items() if i not in anew}
             slots = optimizer_slots_of(self._driver).among(self._trained_before(), kept) if kept else None
-            self._start = StartValues(values_of(self._driver, "model"), slots, anew)
+            values, states = values_of(self._driver, "model"), values_of(self._driver, "layer states")
+            self._start = StartValues(values, slots, anew, states)
             self.stop("compile() was called")
         elif self._start is not None:
-            self._start = StartValues(self._start.model, self._start.slots, self._start.anew | anew)
+            self._start = replace(self._start, anew=self._start.anew | anew)
         self.compiled = compiled
 
     def start_from(self, state: StartValues) -> None:
@@ -183,6 +185,8 @@ class Workers:
         if start is None:
             start = StartValues({i: snapshot.read(model.variables) for i, model in self._setup.models.items()})
         driver.set("model", start.model)
+        if start.layer_states:
+            driver.set("layer states", start.layer_states)
         described = described_slots(driver.descriptions)
         slots = {}
         if start.slots is not None:

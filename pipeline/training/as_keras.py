@@ -18,6 +18,7 @@ import tensorflow as tf
 from pipeline.errors import DataError
 from pipeline.model.summary import TensorSpec, summary_text
 from pipeline.training import own_metrics
+from stages.tape.model_call import states_of_layers
 from stages.worker import snapshot
 from stages.worker.orders import Service
 from transport.errors import TapelineError
@@ -144,7 +145,7 @@ def reset_metrics(pipe: Pipeline) -> None:
 
 
 def reset_state(pipe: Pipeline) -> None:
-    """Let the next batch begin with the initial states; for `keep_state`."""
+    """Let the next batch begin with the initial states, under `keep_state` and in layers with ``stateful=True``."""
     pipe.session.workers.driver().call(Service.RESET_STATE)
 
 
@@ -158,10 +159,11 @@ def give_back(pipe: Pipeline) -> None:
     if not pipe.session.values.ahead or not pipe.session.workers.are_running:
         return
     pipe.changes.take_variables()
-    values = pipe.session.values.read("model")
+    values, states = pipe.session.values.read("model"), pipe.session.values.read("layer states")
     for i, segment in enumerate(pipe.segments):
         if segment.model is not None:
             snapshot.write(segment.model.variables, values[i], f"the user's own model of stage {pipe.names[i]!r}")
+            snapshot.write(states_of_layers(segment.model), states[i], f"the states of stage {pipe.names[i]!r}")
     pipe.session.workers.give_back_slots()
     pipe.session.values.ahead = False
     pipe.changes.hold_model()

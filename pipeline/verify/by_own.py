@@ -98,8 +98,11 @@ class ByOwn:
         Raises:
             CannotJudgeError: The own objects cannot say what is right.
         """
-        values, predicted = self.session.values.read("model"), self._predicted()
+        values, states = self.session.values.read("model"), self.session.values.read("layer states")
+        predicted = self._predicted()
+        self.session.workers.driver().set("layer states", states)  # a prediction moves them on as well
         with self._lent() as loan:
+            self.model.begin_with(states)
             self._loan = loan
             try:
                 found = self._step(values, ours, predicted)
@@ -116,6 +119,7 @@ class ByOwn:
     def chance(self) -> str:
         """Which layers draw random numbers that are not Keras's, in words; "" if none does. All is put back."""
         with self._lent():
+            self.model.begin_with(self.session.values.read("layer states"))
             return self._drawing(self.session.values.read("model"))
 
     def _drawing(self, values: StageValues) -> str:

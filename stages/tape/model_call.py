@@ -183,13 +183,23 @@ def metrics_of_layers(model: Any) -> list[Any]:
     return list({id(metric): metric for layer in layers for metric in layer.metrics}.values())
 
 
+def states_of_layers(model: Any) -> list[Any]:
+    """The variables in which recurrent layers with ``stateful=True`` keep their states; no model counts them as its."""
+    layers = [layer for layer in layers_of(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    found = [state for layer in layers for state in keras.tree.flatten(layer.states)]
+    return list({id(state): state for state in found if isinstance(state, keras.Variable)}.values())
+
+
 def changed_by_calls(model: Any) -> list[Any]:
     """The Keras variables that a forward pass may change by itself: statistics, seed generators, metrics of layers.
+
+    The states of stateful layers too.
 
     Among them trainable ones: SpectralNormalization divides its kernel by its norm on the spot, in every call.
     """
     found = {id(variable): variable for variable in model.non_trainable_variables}
     found |= {id(variable): variable for metric in metrics_of_layers(model) for variable in metric.variables}
+    found |= {id(variable): variable for variable in states_of_layers(model)}
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.SpectralNormalization):
             found.setdefault(id(layer.kernel), layer.kernel)

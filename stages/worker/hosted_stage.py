@@ -23,7 +23,7 @@ from stages.recipe.optimizer_state import as_unbuilt, set_attributes
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
 from stages.stage import Stage
-from stages.tape.model_call import changed_by_calls, metrics_of_layers
+from stages.tape.model_call import changed_by_calls, metrics_of_layers, states_of_layers
 from stages.tape.optimizer_update import rescaled
 from stages.variable_names import unique_names
 from stages.worker import snapshot
@@ -223,7 +223,8 @@ class HostedStage:
         Args:
             what: ``model`` (all of the model's, seed states included), ``model 3`` (one of them, by place), ``weights``
                 (what Keras's `get_weights` gives), ``optimizer``, ``metrics``, ``states`` (what a forward pass changes
-                by itself), or ``besides`` (what came along with losses and layers and is none of these).
+                by itself), ``layer states`` (of stateful layers), or ``besides`` (what came along with losses and
+                layers and is none of the model's).
         """
         model = self.stage.model
         if what.startswith("model "):
@@ -234,6 +235,7 @@ class HostedStage:
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
             "metrics": lambda: [*self.heads.variables, *(v for m in self.inner_metrics for v in m.variables)],
             "states": lambda: changed_by_calls(model),
+            "layer states": lambda: states_of_layers(model),
             "besides": lambda: self.objects.variables,
         }
         return list(found[what]())
@@ -248,6 +250,13 @@ class HostedStage:
         if what in ("model", "weights") and self.optimizer is not None and not self._has_stepped():
             self.optimizer = as_unbuilt(self.optimizer)
             self._build_optimizer()  # some slots (ScheduleFreeAdamW) begin as copies of the weights
+
+    def reset_state(self) -> None:
+        """Forget the states that the last batch left: those handed on, and those in variables of stateful layers."""
+        if self.stage.carried is not None:
+            self.stage.carried.reset()
+        for state in states_of_layers(self.stage.model):
+            state.assign(keras.ops.zeros_like(state.value))
 
     def adjust_optimizer(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes of the optimizer, which the next update reads."""

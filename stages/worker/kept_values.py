@@ -9,7 +9,7 @@ from stages.tape.tensors import to_array
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
 
-EVERYTHING = ("model", "optimizer", "metrics", "besides")
+EVERYTHING = ("model", "optimizer", "metrics", "besides", "layer states")
 """All of a stage's variables, as `HostedStage.variables` calls them."""
 
 

@@ -11,8 +11,7 @@ def do_service(hosted: HostedStage, service: Service) -> None:
     if service is Service.RESET_METRICS:
         hosted.reset_metrics()
     elif service is Service.RESET_STATE:
-        if hosted.stage.carried is not None:
-            hosted.stage.carried.reset()
+        hosted.reset_state()
     elif hosted.optimizer is not None:
         hosted.optimizer.finalize_variable_values(hosted.stage.trainable_variables)
 

@@ -68,7 +68,7 @@ class Live:
     def __init__(self, case: Case, schedule: str, eager: bool = True, quiet: bool = False) -> None:
         self.case, self.schedule, self.eager = case, schedule, eager
         self.pipe = case.pipeline(schedule, eager, quiet=quiet)
-        with _recorded() as self._workers:
+        with recorded_workers() as self._workers:
             self.train()
         self.pipe.optimizer.learning_rate = RATE
         self.hosted = {i: hosted for worker in self._workers for i, hosted in sorted(worker.hosted.items())}
@@ -135,7 +135,7 @@ class Live:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[Worker]]:
+def recorded_workers() -> Iterator[list[Worker]]:
     """The workers that start meanwhile."""
     found: list[Worker] = []
 

@@ -47,7 +47,7 @@ from pipeline.reference.witness.flow import (
 from pipeline.reference.witness.results import Size, WitnessGradients
 from stages.keras_internals import layers_of, own_added_losses, own_seed_generators, wrap_call
 from stages.tape.accumulate import dense
-from stages.tape.model_call import changed_by_calls
+from stages.tape.model_call import changed_by_calls, states_of_layers
 from stages.tape.tensors import flatten, is_differentiable
 from stages.worker.hosted_stage import HostedStage
 
@@ -115,12 +115,13 @@ def _all_states(hosted: Sequence[HostedStage], batch: Whole) -> Tensors:
 def _nothing_changes(stage: HostedStage) -> Iterator[None]:
     """Refuse a forward pass that changes variables: it draws numbers, or keeps statistics of its batch."""
     model = stage.stage.model
-    variables = changed_by_calls(model)
+    variables, states = changed_by_calls(model), {id(state) for state in states_of_layers(model)}
     before = [np.array(variable.value.read_value()) for variable in variables]
     yield
     for variable, value in zip(variables, before, strict=True):
         if np.asarray(variable.value.read_value()).tobytes() != value.tobytes():
             kind = "draws numbers" if "seed" in variable.path.rsplit("/", 1)[-1] else "keeps statistics of its batch"
+            kind = "keeps its state for the next batch" if id(variable) in states else kind
             raise WitnessRefusedError(
                 f"stage {stage.spec.name!r}, layer {_layer_of(model, variable)!r} {kind} in training (its call changes "
                 f"{variable.path!r}), so microbatches are not the whole batch"
@@ -132,7 +133,7 @@ def _layer_of(model: Any, variable: Any) -> str:
     having = [
         layer
         for layer in layers_of(model)
-        if any(v is variable for v in layer.variables) or any(v is variable for v in _seeds(layer))
+        if any(v is variable for v in (*layer.variables, *_seeds(layer), *states_of_layers(layer)))
     ]
     return str(having[-1].name) if having else str(model.name)
 

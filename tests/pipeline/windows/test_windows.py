@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import CompileError, DataError, Pipeline, SplitError
+from pipeline import CompileError, DataError, Pipeline, ScheduleError, SplitError
 from pipeline.model import stateful
 from stages.layers.initial_states import LearnedState
 from tests.levels import in_turn
@@ -296,6 +296,26 @@ def test_a_stateful_keras_layer_is_handed_over_and_says_so():
         Pipeline([model], microbatches=1, transport="inproc").close()
     with pytest.raises(SplitError, match="no recurrent layer"):
         stateful.stateful(keras.Sequential([keras.Input((6, 3)), layers.Dense(2)]))
+
+
+def test_states_kept_for_some_layers_only_or_for_none_are_refused():
+    keeps = layers.GRU(2, stateful=True, return_sequences=True, name="keeps")
+    mixed = keras.Sequential([keras.Input((6, 3), batch_size=2), keeps, layers.GRU(2, name="plain")])
+    with (
+        pytest.warns(UserWarning, match="from batch to batch with keep_state=True only"),
+        pytest.raises(SplitError, match="'plain' is not stateful while 'keeps' is"),
+    ):
+        Pipeline.split(mixed, stages=1, keep_state=True)
+    with pytest.raises(ScheduleError, match="no recurrent layer"):
+        Pipeline.split(keras.Sequential([keras.Input((3,)), layers.Dense(2)]), stages=1, keep_state=True)
+
+
+def test_dropout_which_is_drawn_once_a_window_does_not_stop_the_first_batch():
+    x, y = np.ones((2, 4, 3), "float32"), np.ones((2, 4, 2), "float32")
+    rows = [keras.Input((4, 3)), layers.Dropout(0.5, seed=1), layers.GRU(2, return_sequences=True)]
+    with Pipeline.split(keras.Sequential(rows), stages=1, windows=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        assert np.isfinite(pipe.train_on_batch(x, y))
 
 
 def given_start():
