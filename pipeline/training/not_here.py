@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import keras
 
-from pipeline.errors import CheckpointError, NotInPipelineError
+from pipeline.errors import NotInPipelineError
 
 _ELSEWHERE = "ask your own model, which has the trained values after fit and close, or pipe.merge(), one Keras model"
 _COMPILED = "it is what compile() is given; compile again"
@@ -74,14 +74,3 @@ class WithoutModelNames:
             if not name.startswith("_") and name in _names_in_keras():
                 raise NotInPipelineError(f"setting pipe.{name} would change nothing: {_INSTEAD.get(name, _ELSEWHERE)}")
             super().__setattr__(name, value)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse to be copied or pickled.
-
-        Raises:
-            CheckpointError: Always.
-        """
-        raise CheckpointError(
-            "a Pipeline is running processes, which cannot be copied or pickled; pipe.save(path) and "
-            "Pipeline.load(path) bring it elsewhere, and pipe.merge() is one ordinary Keras model"
-        )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import CheckpointError, DataError, NotInPipelineError, Pipeline
+from pipeline import DataError, NotInPipelineError, Pipeline
 from tests.pipeline.reference.twins import assert_same_arrays, classes, classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras says so as well
@@ -52,12 +49,6 @@ def test_what_it_was_made_with_stays(pipe, name: str) -> None:
     assert getattr(pipe, name) is before
     pipe.remark = "one's own"
     assert pipe.remark == "one's own"
-
-
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_running_processes_are_not_copied(pipe, way) -> None:
-    with pytest.raises(CheckpointError, match=r"pipe.save\(path\)"):
-        way(pipe)
 
 
 @pytest.mark.parametrize(
