@@ -42,8 +42,8 @@ class Pipeline(WithoutModelNames):
         segments: Built Keras models or `Segment`s, in the order of the data flow.
         microbatches: Into how many parts a batch is cut; a batch with fewer samples is cut into as many as it has.
         schedule: ``"gpipe"``, ``"1f1b"``, or a function (stages, microbatches) -> Plan.
-        transport: ``"auto"`` (ipc), ``"ipc"``, ``"tcp"``, a loopback address ``"tcp://127.0.0.1:5555"`` for the driver,
-            or ``"inproc"``: threads in this process, for tests.
+        transport: ``"auto"`` or ``"local"``: Unix sockets and shared memory; ``"ipc"``, ``"tcp"`` or a loopback address
+            ``"tcp://127.0.0.1:5555"`` for the driver: ZeroMQ; ``"inproc"``: threads in this process, for tests.
         recompute: Keep only inputs between forward and backward and compute the forward pass again: less memory, more
             time. True, False, or one value per stage.
         threads: TensorFlow's threads per worker; default: the cores shared evenly.

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Final
 
 from transport.channel import Transport
 from transport.errors import BadAddress
 from transport.inproc import InprocTransport
 from transport.limits import DEFAULT_LIMITS, Limits
+from transport.local import LocalTransport
 from transport.saying import did_you_mean
 from transport.zeromq import IpcTransport, TcpTransport
 
+AUTO: Final = "local"
+"""The scheme for processes of one host where nobody asks for another."""
+
 TRANSPORTS: dict[str, Callable[[Path | None, Limits], Transport]] = {
     "inproc": InprocTransport,
+    "local": LocalTransport,
     "ipc": IpcTransport,
     "tcp": TcpTransport,
 }
@@ -29,7 +35,7 @@ def open_transport(
     """Opens the transport of a scheme ("ipc") or of an address ("ipc:///run/x/stage0").
 
     Args:
-        scheme_or_address: "inproc", "ipc", "tcp", or an address that begins with one of them.
+        scheme_or_address: "inproc", "local", "ipc", "tcp", or an address that begins with one of them.
         directory: where ipc puts its socket files; by default a private temporary one, removed on close.
         limits: the largest message, the same on both sides.
 

@@ -17,6 +17,7 @@ from pipeline.cutting.transfer import measure_transfer
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import CallGraph
 from pipeline.plan.plan import Plan
+from transport.registry import AUTO
 
 __all__ = ["Balanced", "balance"]
 
@@ -42,7 +43,7 @@ def balance(
     *,
     microbatches: int = 8,
     schedule: str | Callable[..., Plan] = "1f1b",
-    transport: str = "ipc",
+    transport: str = AUTO,
     threads: int | None = None,
     recompute: bool | Sequence[bool] = False,
     allowed: Sequence[bool] | None = None,

@@ -30,6 +30,7 @@ from stages.keras_internals import graph_model, output_structure
 from stages.recipe.overrides import why_training_would_differ
 from stages.recipe.segment import Segment
 from stages.recipe.unbuilt import build_rest
+from transport.registry import AUTO
 
 _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
@@ -221,7 +222,7 @@ def _balanced(
         stages,
         by,
         sample,
-        transport="ipc" if transport == "auto" else transport,
+        transport=AUTO if transport == "auto" else transport,
         threads=options.get("threads") or default_threads(stages),
         allowed=can_cut(graph),
         **given,

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cutting.costs import Transfer
 from transport.message import Message
-from transport.registry import open_transport
+from transport.registry import AUTO, open_transport
 
 __all__ = ["measure_transfer"]
 
@@ -24,15 +24,17 @@ _SECONDS = 30.0
 
 
 @lru_cache(maxsize=8)
-def measure_transfer(scheme: str = "ipc", repeats: int = 9) -> Transfer:
+def measure_transfer(scheme: str = AUTO, repeats: int = 9) -> Transfer:
     """What a message costs, measured once per process (some 50 ms).
 
     Args:
-        scheme: ``"ipc"``, ``"tcp"`` or ``"inproc"``.
+        scheme: ``"local"``, ``"ipc"``, ``"tcp"`` or ``"inproc"``.
         repeats: How many messages of each size to take the median of, after two that are not counted.
     """
     taken = []
-    with open_transport(scheme) as way, way.bind(None) as inbox, way.connect(inbox.address, _SECONDS) as outbox:
+    with open_transport(scheme) as there, open_transport(scheme) as here:  # within one, a message may go no way at all
+        inbox = there.bind(None)
+        outbox = here.connect(inbox.address, _SECONDS)
         for size in (_SMALL, _LARGE):
             array = np.zeros(size, np.uint8)
             array.setflags(write=False)  # as a tensor's memory is: sent in place

@@ -86,7 +86,7 @@ class Crew:
         """Start the workers and open a way to each.
 
         Args:
-            transport: ``"inproc"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
+            transport: ``"inproc"``, ``"local"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
             threads: Size of TensorFlow's thread pools in each worker.
             entry: What a worker runs, ``"module:function"``.
         """

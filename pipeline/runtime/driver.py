@@ -60,6 +60,7 @@ from stages.worker.orders import (
 from stages.worker.reply import Reply, StepReply
 from transport.errors import PeerLost, TransportError, Watched
 from transport.message import Message
+from transport.registry import AUTO
 
 Array = np.ndarray[Any, Any]
 
@@ -70,7 +71,7 @@ class Driver:
     Args:
         placement: For each worker the stages it hosts.
         threads: Size of TensorFlow's thread pools in each worker.
-        transport: ``"inproc"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
+        transport: ``"inproc"``, ``"local"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
         entry: What a worker runs, ``"module:function"``.
         incarnation: Stamped on every message.
         look_seconds: How often a long wait looks whether anybody still runs.
@@ -82,7 +83,7 @@ class Driver:
         placement: Sequence[Sequence[StageSpec]],
         *,
         threads: int,
-        transport: str = "ipc",
+        transport: str = AUTO,
         entry: str = "stages.worker.worker:main",
         incarnation: int = 0,
         look_seconds: float = LOOK_SECONDS,

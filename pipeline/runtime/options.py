@@ -13,6 +13,7 @@ from pipeline.plan.schedules import schedule_named
 from pipeline.runtime.crew import check_transport
 from pipeline.saying import is_whole, not_whole
 from transport.errors import BadAddress
+from transport.registry import AUTO
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
     Attributes:
         microbatches: Into how many parts a batch is cut, at least 1.
         schedule: Its name, or the function that makes its plans.
-        transport: As `Driver` takes it: ``"ipc"``, ``"tcp"``, an address, or ``"inproc"``.
+        transport: As `Driver` takes it: ``"local"``, ``"ipc"``, ``"tcp"``, an address, or ``"inproc"``.
         recompute: One value per stage.
         threads: TensorFlow's threads per worker, at least 1.
         windows: Into how many windows the time axis is cut, at least 1.
@@ -51,7 +52,7 @@ class Options:
         each = (recompute,) * stages if isinstance(recompute, bool) else tuple(recompute)
         size = default_threads(stages) if threads is None else threads
         found = cls(recompute=each, threads=size, **others)
-        found = replace(found, transport="ipc" if found.transport == "auto" else found.transport)
+        found = replace(found, transport=AUTO if found.transport == "auto" else found.transport)
         faults = list(found._faults(stages))
         if len(faults) == 1:
             raise faults[0]

@@ -17,7 +17,7 @@ def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
     driver = partial(workers.Driver, entry=f"tests.faults.workers:{entry}")
     monkeypatch.setattr(workers, "Driver", driver)
     case = CASES["convolutional"]
-    with case.pipeline("1f1b", eager, transport="ipc") as pipe:
+    with case.pipeline("1f1b", eager, transport="auto") as pipe:
         report = pipe.verify(*case.data(0))
         row = report.first.row
         assert (row.check, row.kind, row.name) == ("hand-off", "received output gradient", "low_norm")
@@ -29,5 +29,5 @@ def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
 
 def test_the_same_pipeline_without_damage_verifies():
     case = CASES["convolutional"]
-    with case.pipeline("1f1b", transport="ipc") as pipe:
+    with case.pipeline("1f1b", transport="auto") as pipe:
         pipe.verify(*case.data(0)).raise_if_failed()

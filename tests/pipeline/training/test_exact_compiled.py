@@ -90,7 +90,7 @@ def test_processes_equal_one_tape() -> None:
     """In processes of their own, with another batch size after some updates: `verify` accepts 1e-6."""
     chosen = stack("attention")
     x, y = chosen.data(13)
-    with Pipeline(grouped(chosen.build(), 3), 4, "1f1b", "ipc", recompute=[False, True, False]) as pipe:
+    with Pipeline(grouped(chosen.build(), 3), 4, "1f1b", "auto", recompute=[False, True, False]) as pipe:
         pipe.compile(keras.optimizers.SGD(0.1), cross_entropy())
         for samples in (8, 13):
             pipe.train_on_batch(x[:samples], y[:samples])

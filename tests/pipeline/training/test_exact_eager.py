@@ -109,7 +109,7 @@ def test_processes_equal_one_tape_bit_for_bit(
     """In processes of their own, after some updates: `verify`, whose one tape is a process too, finds equal bits."""
     chosen = stack(name)
     x, y = chosen.data(samples)
-    with Pipeline(grouped(chosen.build(), stages), microbatches, schedule, "ipc") as pipe:
+    with Pipeline(grouped(chosen.build(), stages), microbatches, schedule, "auto") as pipe:
         pipe.compile(keras.optimizers.Adam(0.01), cross_entropy(), run_eagerly=True)
         for _ in range(2):
             pipe.train_on_batch(x, y)

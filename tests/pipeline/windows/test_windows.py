@@ -212,7 +212,7 @@ def test_checkpoints_keep_windows_and_go_on_in_other_cuts(tmp_path):
 
 def test_windows_over_processes():
     x, y = tags()
-    with split(tagger, stages=2, windows=3, transport="ipc") as pipe:
+    with split(tagger, stages=2, windows=3, transport="auto") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         pipe.verify(x, y).raise_if_failed()
         steps = [str(span.action) for span in pipe.timeline(x, y, repeats=1).spans if span.worker == 1]

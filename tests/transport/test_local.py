@@ -1,0 +1,446 @@
+"""The lane of one host: what the contract does not say of Unix sockets and shared segments."""
+
+import array
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transport import (
+    BadAddress,
+    ChannelClosed,
+    Limits,
+    MalformedMessage,
+    Message,
+    PeerLost,
+    TransportTimeout,
+    Watched,
+    codec,
+    local,
+    open_transport,
+    segments,
+)
+
+PATIENCE = 20.0
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = np.arange(1 << 18, dtype=np.float32)
+"""An array that goes through a segment."""
+SMALL = np.arange(6, dtype=np.float32)
+
+
+@pytest.fixture
+def pair():
+    """Two transports, as of two processes."""
+    with open_transport("local") as here, open_transport("local") as there:
+        yield here, there
+
+
+@pytest.fixture
+def way(pair):
+    """An inbox and an outbox that leads to it."""
+    here, there = pair
+    inbox = here.bind()
+    yield inbox, there.connect(inbox.address, PATIENCE)
+
+
+def activation(number, content=SMALL):
+    return Message("activation", step=3, tensor="x", microbatch=number, array=content)
+
+
+def open_descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def mapped_segments():
+    return Path("/proc/self/maps").read_text().count("tapeline-segment")
+
+
+def test_segments_are_used_again_and_leave_no_descriptor_open(way):
+    inbox, outbox = way
+    outbox.send(activation(0, LARGE))
+    inbox.receive(PATIENCE)
+    descriptors = open_descriptors()
+    for number in range(20):
+        outbox.send(activation(number, LARGE + number))
+        assert np.array_equal(inbox.receive(PATIENCE).array, LARGE + number)
+    assert mapped_segments() == 2  # one, seen from both ends
+    assert open_descriptors() == descriptors
+
+
+def test_messages_in_flight_have_segments_of_their_own(way):
+    inbox, outbox = way
+    sizes = [1 << 20, 1 << 18, 1 << 19, 1 << 20]
+    for number, size in enumerate(sizes * 3):
+        outbox.send(activation(number, np.full(size, number, np.uint8)))
+    for number, size in enumerate(sizes * 3):
+        received = inbox.receive(PATIENCE).array
+        assert received.shape == (size,) and (received == number).all()
+
+
+def test_segments_that_are_too_small_by_now_are_given_up(way, monkeypatch):
+    monkeypatch.setattr(segments, "KEPT_BYTES", 1 << 19)
+    inbox, outbox = way
+    for size in (1 << 20, 1 << 21, 1 << 22):
+        for number in range(2):
+            outbox.send(activation(number, np.full(size, number, np.uint8)))
+            assert (inbox.receive(PATIENCE).array == number).all()
+    with pytest.raises(TransportTimeout):
+        inbox.receive(0)
+    assert mapped_segments() == 2
+
+
+def test_nothing_is_left_when_both_ends_are_closed(monkeypatch):
+    descriptors, mapped = open_descriptors(), mapped_segments()
+    with open_transport("local") as here, open_transport("local") as there:
+        inbox = here.bind()
+        outbox = there.connect(inbox.address, PATIENCE)
+        for number in range(3):
+            outbox.send(activation(number, LARGE))
+        inbox.receive(PATIENCE)
+        monkeypatch.setattr(local, "LINGER_SECONDS", 0.05)
+        for number in range(3000):  # more than the socket takes, and nobody reads it
+            outbox.send(activation(number, SMALL))
+        outbox.send(activation(0, np.ones(1 << 22)))
+    assert (open_descriptors(), mapped_segments()) == (descriptors, mapped)
+
+
+@pytest.mark.parametrize("content", [SMALL, np.arange(2048, dtype=np.float32)], ids=["24 bytes", "8 KiB"])
+def test_two_that_send_before_they_receive_do_not_lock_each_other_up(pair, content):
+    """More than sockets hold, both ways, by one thread: nobody waits for anybody."""
+    inboxes = [transport.bind() for transport in pair]
+    outboxes = [
+        transport.connect(inbox.address, PATIENCE) for transport, inbox in zip(pair, reversed(inboxes), strict=True)
+    ]
+    count = 6000 if content is SMALL else 400
+    for number in range(count):
+        for outbox in outboxes:
+            outbox.send(activation(number, content))
+    assert all(outbox._queue for outbox in outboxes)
+    waiting = [0, 0]
+    deadline = time.monotonic() + PATIENCE
+    while waiting != [count, count] and time.monotonic() < deadline:
+        for side, inbox in enumerate(inboxes):
+            try:
+                message = inbox.receive(0)
+            except TransportTimeout:
+                continue
+            assert message.microbatch == waiting[side] and np.array_equal(message.array, content)
+            waiting[side] += 1
+    assert waiting == [count, count]
+
+
+def test_what_a_socket_did_not_take_is_sent_on_while_the_sender_does_something_else(way):
+    inbox, outbox = way
+    count = 0
+    while not outbox._queue:
+        outbox.send(activation(count))
+        count += 1
+    later = outbox._later
+    assert [inbox.receive(PATIENCE).microbatch for _ in range(count)] == list(range(count))
+    later.join(PATIENCE)
+    assert not later.is_alive() and not outbox._queue  # the thread is there no longer than it is needed
+
+
+def refuse(*arguments):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_without_descriptors_arrays_come_in_pieces(way, monkeypatch):
+    inbox, outbox = way
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    for number in range(3):
+        outbox.send(activation(number, LARGE + number))
+        outbox.send(Message("hello"))
+    for number in range(3):
+        received = inbox.receive(PATIENCE).array
+        assert np.array_equal(received, LARGE + number)
+        assert received.ctypes.data % 64 == 0 and received.flags.writeable
+        assert inbox.receive(PATIENCE).kind == "hello"
+    assert mapped_segments() == 0
+
+
+def test_a_receiver_without_descriptors_says_so(way, monkeypatch):
+    inbox, outbox = way
+    monkeypatch.setattr(local, "_descriptors", lambda ancillary: array.array("i"))
+    outbox.send(activation(0, LARGE))
+    with pytest.raises(OSError, match="ulimit -n"):
+        inbox.receive(PATIENCE)
+
+
+def test_values_of_any_size_within_the_limits_arrive(way):
+    inbox, outbox = way
+    value = ["x" * 900_000, {"rest": list(range(100))}]
+    for content in (None, SMALL, LARGE):
+        outbox.send(Message("command", value=value, array=content))
+        received = inbox.receive(PATIENCE)
+        assert received.same(Message("command", value=value, array=content))
+
+
+def test_what_is_sent_within_a_process_does_not_leave_it():
+    with open_transport("local") as transport:
+        inbox = transport.bind()
+        descriptors = open_descriptors()
+        outbox = transport.connect(inbox.address, PATIENCE)
+        content = LARGE.copy()
+        outbox.send(activation(0, content))
+        content[:] = 0
+        received = inbox.receive(PATIENCE).array
+        assert np.array_equal(received, LARGE) and not np.shares_memory(received, content)
+        assert (open_descriptors(), mapped_segments()) == (descriptors, 0)
+        inbox.close()
+        with pytest.raises(PeerLost):
+            outbox.send(activation(1))
+
+
+def test_only_the_same_user_gets_in(pair, monkeypatch):
+    here, there = pair
+    inbox = here.bind()
+    me = os.geteuid()
+    outbox = there.connect(inbox.address, PATIENCE)  # waits to be let in
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(TransportTimeout):
+        inbox.receive(0)
+    with pytest.raises(BadAddress, match="another user"):
+        there.connect(inbox.address, PATIENCE)
+    with pytest.raises(PeerLost):
+        outbox.send(activation(0))
+    monkeypatch.undo()
+    there.connect(inbox.address, PATIENCE).send(Message("hello"))
+    assert inbox.receive(PATIENCE).kind == "hello"
+
+
+def test_messages_come_before_watched_objects_also_from_whoever_just_connected(pair):
+    here, there = pair
+    inbox = here.bind()
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as source, os.fdopen(writer, "wb", 0) as sink:
+        sink.write(b"!")
+        there.connect(inbox.address, PATIENCE).send(Message("hello"))
+        assert inbox.receive(PATIENCE, (source,)).kind == "hello"
+        with pytest.raises(Watched):
+            inbox.receive(PATIENCE, (source,))
+
+
+@pytest.mark.parametrize("address", ["local://a/b", "local://" + "x" * 81, "local://ä", "local://a b"])
+def test_bad_addresses(address):
+    with open_transport("local") as transport:
+        for action in (transport.bind, transport.connect):
+            with pytest.raises(BadAddress, match="letters, digits"):
+                action(address)
+
+
+@pytest.fixture
+def stranger(pair):
+    """An inbox with limits, and a socket that sends it what it likes."""
+    with open_transport("local", limits=Limits(max_bytes=1 << 20, max_header_bytes=5000)) as transport:
+        inbox = transport.bind()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sender:
+            sender.connect(local._place(inbox.address))
+            yield inbox, sender, transport
+
+
+HEADER, RAW = codec.encode(activation(0))
+FORMS = {
+    "with array": local._WITH_ARRAY,
+    "in segment": local._IN_SEGMENT,
+    "in pieces": local._IN_PIECES,
+    "piece": local._PIECE,
+    "header part": local._HEADER_PART,
+}
+
+
+def datagram(form, *, new=0, length=None, number=0, nbytes=24, header=HEADER, rest=b""):
+    length = len(header) if length is None else length
+    return local._prefix.pack(FORMS.get(form, form), new, length, number, nbytes) + header + rest
+
+
+NONSENSE = {
+    "no prefix": b"x",
+    "an unknown form": datagram(77),
+    "a header that is longer than the datagram": datagram("with array", length=5000, rest=bytes(24)),
+    "a header of nonsense": datagram("with array", header=b"x" * 60, rest=bytes(24)),
+    "too few bytes": datagram("with array", rest=bytes(23)),
+    "too many bytes": datagram("with array", rest=bytes(25)),
+    "another size than the header's": datagram("in segment", nbytes=23),
+    "a segment that nobody sent": datagram("in segment"),
+    "a segment with bytes": datagram("in segment", rest=bytes(24)),
+    "a piece that nobody announced": datagram("piece", header=b"", rest=bytes(24)),
+    "a header above the limit": datagram("header part", header=bytes(5001)),
+    "more than any datagram has": datagram("with array", rest=bytes(1 << 17)),
+}
+
+
+@pytest.mark.parametrize("sent", NONSENSE.values(), ids=NONSENSE.keys())
+def test_nonsense_is_dropped_and_the_inbox_goes_on(stranger, sent):
+    inbox, sender, _ = stranger
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    sender.send(sent)
+    sender.send(datagram("with array", rest=bytes(RAW)))
+    with pytest.raises(MalformedMessage):
+        inbox.receive(PATIENCE)
+    assert np.array_equal(inbox.receive(PATIENCE).array, SMALL)
+
+
+@pytest.mark.parametrize("pieces", [[bytes(25)], [bytes(20), bytes(5)], [bytes(20), None]])
+def test_pieces_that_do_not_fit_are_dropped(stranger, pieces):
+    """Too many bytes, or another message in their midst."""
+    inbox, sender, _ = stranger
+    good = datagram("with array", rest=bytes(RAW))
+    sender.send(datagram("in pieces"))
+    for piece in pieces:
+        sender.send(good if piece is None else datagram("piece", header=b"", rest=piece))
+    sender.send(good)
+    with pytest.raises(MalformedMessage):
+        inbox.receive(PATIENCE)
+    assert np.array_equal(inbox.receive(PATIENCE).array, SMALL)
+
+
+def test_memory_that_could_shrink_is_not_mapped(stranger):
+    """Reading behind its end would kill the receiver. Nor is a descriptor of it left open."""
+    inbox, sender, _ = stranger
+    descriptor = os.memfd_create("a stranger's", os.MFD_ALLOW_SEALING)
+    os.write(descriptor, bytes(RAW))
+    with pytest.raises(TransportTimeout):
+        inbox.receive(0)  # lets the sender in
+    before = open_descriptors()
+    socket.send_fds(sender, [datagram("in segment", new=1)], [descriptor])
+    with pytest.raises(MalformedMessage, match="cannot shrink"):
+        inbox.receive(PATIENCE)
+    assert open_descriptors() == before
+    os.close(descriptor)
+
+
+RECEIVER = """
+import sys
+from transport import open_transport
+with open_transport("local") as transport:
+    inbox = transport.bind(sys.argv[1])
+    print("bound", flush=True)
+    inbox.receive()
+    print("received", flush=True)
+    inbox.receive()
+"""
+
+
+@pytest.fixture
+def receiver():
+    """Another process that receives one message and waits for a second."""
+    address = f"local://test-{os.getpid()}"
+    command = [sys.executable, "-c", RECEIVER, address]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "bound\n"
+        yield process, address
+        process.kill()
+
+
+@pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])
+def test_a_killed_receiver_is_a_lost_peer_at_once_and_for_good(receiver, content):
+    """The kernel reports it: the first message after its death is refused. A successor does not get the rest."""
+    process, address = receiver
+    with open_transport("local") as transport:
+        outbox = transport.connect(address, PATIENCE)
+        outbox.send(activation(0, content))
+        assert process.stdout.readline() == "received\n"
+        process.kill()
+        process.wait()
+        with pytest.raises(PeerLost, match="gone; activation 'x', step 3 microbatch 2"):
+            outbox.send(activation(2, content))
+        successor = transport.bind(address)
+        with pytest.raises(PeerLost):
+            outbox.send(activation(3, content))
+        with pytest.raises(TransportTimeout):
+            successor.receive(0)
+    assert mapped_segments() == 0
+
+
+def test_a_frozen_receiver_holds_up_neither_send_nor_close(receiver, monkeypatch):
+    monkeypatch.setattr(local, "LINGER_SECONDS", 0.05)
+    process, address = receiver
+    transport = open_transport("local")
+    outbox = transport.connect(address, PATIENCE)
+    os.kill(process.pid, signal.SIGSTOP)
+    for number in range(3000):
+        outbox.send(activation(number))
+    outbox.send(activation(0, LARGE))
+    assert outbox._queue
+    closing = threading.Thread(target=transport.close)
+    closing.start()
+    closing.join(PATIENCE)
+    assert not closing.is_alive() and mapped_segments() == 0
+
+
+def test_a_forked_copy_closes_and_sends_nothing_of_its_parents():
+    script = """
+import os
+from transport import ChannelClosed, Message, open_transport
+with open_transport("local") as transport, open_transport("local") as other:
+    inbox = transport.bind()
+    outbox = other.connect(inbox.address, 10)
+    while not outbox._queue:
+        outbox.send(Message("hello"))
+    left = len(outbox._queue)
+    if os.fork() == 0:
+        for action in (lambda: outbox.send(Message("stop")), lambda: inbox.receive(0)):
+            try:
+                action()
+            except ChannelClosed as error:
+                print(error, flush=True)
+        other.close()
+        transport.close()
+        os._exit(0)
+    assert os.wait()[1] == 0
+    outbox.send(Message("hello"))
+    kinds = {inbox.receive(10).kind}
+    other.connect(inbox.address, 10).send(Message("stop"))
+    while "stop" not in kinds:
+        kinds.add(inbox.receive(10).kind)
+    print(sorted(kinds))
+"""
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert [line.split(" ")[-1] for line in done.stdout.splitlines()] == ["it", "it", "'stop']"]
+
+
+def test_few_descriptors_are_enough():
+    """With no descriptor free, connected processes go on sending large arrays both ways."""
+    script = """
+import os, resource
+import numpy as np
+from transport import Message, open_transport
+with open_transport("local") as here, open_transport("local") as there:
+    inboxes = [here.bind(), there.bind()]
+    outboxes = [here.connect(inboxes[1].address, 10), there.connect(inboxes[0].address, 10)]
+    for outbox, inbox in zip(outboxes, reversed(inboxes)):
+        outbox.send(Message("hello"))
+        inbox.receive(10)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1,) * 2)
+    for number in range(3):
+        for outbox, inbox in zip(outboxes, reversed(inboxes)):
+            outbox.send(Message("activation", array=np.full(1 << 18, number)))
+            assert (inbox.receive(10).array == number).all()
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_a_closed_outbox_refuses_and_its_name_is_free(pair):
+    here, there = pair
+    inbox = here.bind("local://a-name")
+    outbox = there.connect("local://a-name", PATIENCE)
+    outbox.close()
+    with pytest.raises(ChannelClosed):
+        outbox.send(activation(0))
+    inbox.close()
+    assert here.bind("local://a-name").address == "local://a-name"
