@@ -25,9 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from transport.message import Message
+
+LINGER_SECONDS: Final = 2.0
+"""How long a closed outbox goes on delivering, in the background."""
 
 
 class HasFileno(Protocol):

@@ -11,7 +11,7 @@ from transport.channel import Transport
 from transport.errors import BadAddress
 from transport.inproc import InprocTransport
 from transport.limits import DEFAULT_LIMITS, Limits
-from transport.local import LocalTransport
+from transport.one_host.local import LocalTransport
 from transport.saying import did_you_mean
 from transport.zeromq import IpcTransport, TcpTransport
 

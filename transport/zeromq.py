@@ -26,7 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from transport import codec, endpoints
 from transport.buffers import aligned_empty
-from transport.channel import Inbox, Outbox, Transport, Watchable
+from transport.channel import LINGER_SECONDS, Inbox, Outbox, Transport, Watchable
 from transport.errors import (
     BadAddress,
     ChannelClosed,
@@ -40,9 +40,6 @@ from transport.message import Message
 
 SEND_IN_PLACE: Final = 256 * 1024
 """Bytes from which a read-only array is sent without a copy; below, the copy is cheaper than the bookkeeping."""
-
-LINGER_SECONDS: Final = 2.0
-"""How long a closed outbox goes on delivering, in the background."""
 
 _RETRY_SECONDS: Final = 0.01
 _NOBLOCK: Final = int(zmq.NOBLOCK)

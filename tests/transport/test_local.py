@@ -1,4 +1,4 @@
-"""The lane of one host: what the contract does not say of Unix sockets and shared segments."""
+"""The lane of one host: what the contract does not say of Unix sockets and shared regions."""
 
 import array
 import errno
@@ -24,15 +24,16 @@ from transport import (
     TransportTimeout,
     Watched,
     codec,
-    local,
     open_transport,
-    segments,
 )
+from transport.one_host import datagrams, local, regions
+from transport.one_host import inbox as receiving
+from transport.one_host import outbox as sending
 
 PATIENCE = 20.0
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = np.arange(1 << 18, dtype=np.float32)
-"""An array that goes through a segment."""
+"""An array that goes through a region."""
 SMALL = np.arange(6, dtype=np.float32)
 
 
@@ -59,11 +60,11 @@ def open_descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def mapped_segments():
-    return Path("/proc/self/maps").read_text().count("tapeline-segment")
+def mapped_regions():
+    return Path("/proc/self/maps").read_text().count("tapeline-region")
 
 
-def test_segments_are_used_again_and_leave_no_descriptor_open(way):
+def test_regions_are_used_again_and_leave_no_descriptor_open(way):
     inbox, outbox = way
     outbox.send(activation(0, LARGE))
     inbox.receive(PATIENCE)
@@ -71,11 +72,11 @@ def test_segments_are_used_again_and_leave_no_descriptor_open(way):
     for number in range(20):
         outbox.send(activation(number, LARGE + number))
         assert np.array_equal(inbox.receive(PATIENCE).array, LARGE + number)
-    assert mapped_segments() == 2  # one, seen from both ends
+    assert mapped_regions() == 2  # one, seen from both ends
     assert open_descriptors() == descriptors
 
 
-def test_messages_in_flight_have_segments_of_their_own(way):
+def test_messages_in_flight_have_regions_of_their_own(way):
     inbox, outbox = way
     sizes = [1 << 20, 1 << 18, 1 << 19, 1 << 20]
     for number, size in enumerate(sizes * 3):
@@ -85,8 +86,8 @@ def test_messages_in_flight_have_segments_of_their_own(way):
         assert received.shape == (size,) and (received == number).all()
 
 
-def test_segments_that_are_too_small_by_now_are_given_up(way, monkeypatch):
-    monkeypatch.setattr(segments, "KEPT_BYTES", 1 << 19)
+def test_regions_that_are_too_small_by_now_are_given_up(way, monkeypatch):
+    monkeypatch.setattr(regions, "KEPT_BYTES", 1 << 19)
     inbox, outbox = way
     for size in (1 << 20, 1 << 21, 1 << 22):
         for number in range(2):
@@ -94,22 +95,22 @@ def test_segments_that_are_too_small_by_now_are_given_up(way, monkeypatch):
             assert (inbox.receive(PATIENCE).array == number).all()
     with pytest.raises(TransportTimeout):
         inbox.receive(0)
-    assert mapped_segments() == 2
+    assert mapped_regions() == 2
 
 
 def test_nothing_is_left_when_both_ends_are_closed(monkeypatch):
-    descriptors, mapped = open_descriptors(), mapped_segments()
+    descriptors, mapped = open_descriptors(), mapped_regions()
     with open_transport("local") as here, open_transport("local") as there:
         inbox = here.bind()
         outbox = there.connect(inbox.address, PATIENCE)
         for number in range(3):
             outbox.send(activation(number, LARGE))
         inbox.receive(PATIENCE)
-        monkeypatch.setattr(local, "LINGER_SECONDS", 0.05)
+        monkeypatch.setattr(sending, "LINGER_SECONDS", 0.05)
         for number in range(3000):  # more than the socket takes, and nobody reads it
             outbox.send(activation(number, SMALL))
         outbox.send(activation(0, np.ones(1 << 22)))
-    assert (open_descriptors(), mapped_segments()) == (descriptors, mapped)
+    assert (open_descriptors(), mapped_regions()) == (descriptors, mapped)
 
 
 @pytest.mark.parametrize("content", [SMALL, np.arange(2048, dtype=np.float32)], ids=["24 bytes", "8 KiB"])
@@ -164,12 +165,12 @@ def test_without_descriptors_arrays_come_in_pieces(way, monkeypatch):
         assert np.array_equal(received, LARGE + number)
         assert received.ctypes.data % 64 == 0 and received.flags.writeable
         assert inbox.receive(PATIENCE).kind == "hello"
-    assert mapped_segments() == 0
+    assert mapped_regions() == 0
 
 
 def test_a_receiver_without_descriptors_says_so(way, monkeypatch):
     inbox, outbox = way
-    monkeypatch.setattr(local, "_descriptors", lambda ancillary: array.array("i"))
+    monkeypatch.setattr(receiving, "descriptors_in", lambda ancillary: array.array("i"))
     outbox.send(activation(0, LARGE))
     with pytest.raises(OSError, match="ulimit -n"):
         inbox.receive(PATIENCE)
@@ -194,7 +195,7 @@ def test_what_is_sent_within_a_process_does_not_leave_it():
         content[:] = 0
         received = inbox.receive(PATIENCE).array
         assert np.array_equal(received, LARGE) and not np.shares_memory(received, content)
-        assert (open_descriptors(), mapped_segments()) == (descriptors, 0)
+        assert (open_descriptors(), mapped_regions()) == (descriptors, 0)
         inbox.close()
         with pytest.raises(PeerLost):
             outbox.send(activation(1))
@@ -248,18 +249,12 @@ def stranger(pair):
 
 
 HEADER, RAW = codec.encode(activation(0))
-FORMS = {
-    "with array": local._WITH_ARRAY,
-    "in segment": local._IN_SEGMENT,
-    "in pieces": local._IN_PIECES,
-    "piece": local._PIECE,
-    "header part": local._HEADER_PART,
-}
+FORMS = {form.name.lower().replace("_", " "): form for form in datagrams.Form}
 
 
 def datagram(form, *, new=0, length=None, number=0, nbytes=24, header=HEADER, rest=b""):
     length = len(header) if length is None else length
-    return local._prefix.pack(FORMS.get(form, form), new, length, number, nbytes) + header + rest
+    return datagrams.PREFIX.pack(FORMS.get(form, form), new, length, number, nbytes) + header + rest
 
 
 NONSENSE = {
@@ -269,9 +264,9 @@ NONSENSE = {
     "a header of nonsense": datagram("with array", header=b"x" * 60, rest=bytes(24)),
     "too few bytes": datagram("with array", rest=bytes(23)),
     "too many bytes": datagram("with array", rest=bytes(25)),
-    "another size than the header's": datagram("in segment", nbytes=23),
-    "a segment that nobody sent": datagram("in segment"),
-    "a segment with bytes": datagram("in segment", rest=bytes(24)),
+    "another size than the header's": datagram("in region", nbytes=23),
+    "a region that nobody sent": datagram("in region"),
+    "a region with bytes": datagram("in region", rest=bytes(24)),
     "a piece that nobody announced": datagram("piece", header=b"", rest=bytes(24)),
     "a header above the limit": datagram("header part", header=bytes(5001)),
     "more than any datagram has": datagram("with array", rest=bytes(1 << 17)),
@@ -311,7 +306,7 @@ def test_memory_that_could_shrink_is_not_mapped(stranger):
     with pytest.raises(TransportTimeout):
         inbox.receive(0)  # lets the sender in
     before = open_descriptors()
-    socket.send_fds(sender, [datagram("in segment", new=1)], [descriptor])
+    socket.send_fds(sender, [datagram("in region", new=1)], [descriptor])
     with pytest.raises(MalformedMessage, match="cannot shrink"):
         inbox.receive(PATIENCE)
     assert open_descriptors() == before
@@ -358,11 +353,11 @@ def test_a_killed_receiver_is_a_lost_peer_at_once_and_for_good(receiver, content
             outbox.send(activation(3, content))
         with pytest.raises(TransportTimeout):
             successor.receive(0)
-    assert mapped_segments() == 0
+    assert mapped_regions() == 0
 
 
 def test_a_frozen_receiver_holds_up_neither_send_nor_close(receiver, monkeypatch):
-    monkeypatch.setattr(local, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(sending, "LINGER_SECONDS", 0.05)
     process, address = receiver
     transport = open_transport("local")
     outbox = transport.connect(address, PATIENCE)
@@ -374,7 +369,7 @@ def test_a_frozen_receiver_holds_up_neither_send_nor_close(receiver, monkeypatch
     closing = threading.Thread(target=transport.close)
     closing.start()
     closing.join(PATIENCE)
-    assert not closing.is_alive() and mapped_segments() == 0
+    assert not closing.is_alive() and mapped_regions() == 0
 
 
 def test_a_forked_copy_closes_and_sends_nothing_of_its_parents():

@@ -82,7 +82,8 @@ def test_a_message_describes_itself():
 
 
 @pytest.mark.parametrize(
-    ("asked", "scheme"), [("ipc", "ipc"), ("tcp", "tcp"), ("inproc", "inproc"), ("tcp://127.0.0.1:1", "tcp")]
+    ("asked", "scheme"),
+    [("local", "local"), ("ipc", "ipc"), ("tcp", "tcp"), ("inproc", "inproc"), ("tcp://127.0.0.1:1", "tcp")],
 )
 def test_the_registry_knows_schemes_and_addresses(asked, scheme):
     with open_transport(asked) as transport:
@@ -90,7 +91,9 @@ def test_the_registry_knows_schemes_and_addresses(asked, scheme):
 
 
 def test_an_unknown_scheme_lists_the_known_and_the_nearest():
-    with pytest.raises(BadAddress, match="unknown transport 'ipcs', known are inproc, ipc, tcp; did you mean 'ipc'"):
+    with pytest.raises(
+        BadAddress, match="unknown transport 'ipcs', known are inproc, local, ipc, tcp; did you mean 'ipc'"
+    ):
         open_transport("ipcs")
 
 
