@@ -79,7 +79,7 @@ def page(
         _copies_table(copies),
         "\n## Over processes\n",
         "A bit flipped and a cast to bfloat16 are also made in the frames that worker processes send each other over",
-        "`ipc`, and found (`tests/faults/test_processes.py`).",
+        "`local` and `ipc`, and found (`tests/faults/test_processes.py`).",
         "\n## Nothing wrong\n",
         _health(healthy),
     ]

@@ -11,13 +11,20 @@ from tests.faults.cases import CASES
 pytestmark = pytest.mark.gate
 
 
-@pytest.mark.parametrize("entry", ["flipping", "narrowing"])
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_a_damaged_frame_is_found_on_its_edge(entry, eager, monkeypatch):
+@pytest.mark.parametrize(
+    ("transport", "entry", "eager"),
+    [
+        ("auto", "flipping", True),
+        ("auto", "narrowing", False),
+        ("ipc", "flipping", False),
+        ("ipc", "narrowing", True),
+    ],
+)
+def test_a_damaged_frame_is_found_on_its_edge(transport, entry, eager, monkeypatch):
     driver = partial(workers.Driver, entry=f"tests.faults.workers:{entry}")
     monkeypatch.setattr(workers, "Driver", driver)
     case = CASES["convolutional"]
-    with case.pipeline("1f1b", eager, transport="auto") as pipe:
+    with case.pipeline("1f1b", eager, transport=transport) as pipe:
         report = pipe.verify(*case.data(0))
         row = report.first.row
         assert (row.check, row.kind, row.name) == ("hand-off", "received output gradient", "low_norm")

@@ -8,7 +8,8 @@ from typing import Any
 from stages.worker.orders import Connect
 from stages.worker.reply import Reply
 from stages.worker.worker import Worker, serve
-from tests.faults.frames import DamagedSocket, Envelope, cast_to_bfloat16, flip_a_bit
+from tests.faults.frames import DamagedDatagrams, DamagedSocket, Envelope, cast_to_bfloat16, flip_a_bit
+from transport.one_host.outbox import LocalOutbox
 
 SENDER, KIND, MICROBATCH = 1, "gradient", 1
 """What is damaged: what stage 1 hands back of one microbatch, or of all."""
@@ -31,7 +32,10 @@ class _Damaging(Worker):
     def _do_connect(self, order: Connect) -> Reply:
         found = super()._do_connect(order)
         for outbox in {id(outbox): outbox for outbox in self._outboxes.values() if outbox is not self.driver}.values():
-            outbox._socket = DamagedSocket(outbox._socket, self._change)
+            if isinstance(outbox, LocalOutbox):
+                outbox._datagrams = DamagedDatagrams(outbox._datagrams, self._change)  # type: ignore[method-assign]
+            else:
+                outbox._socket = DamagedSocket(outbox._socket, self._change)
         return found
 
     def _change(self, envelope: Envelope, raw: Any) -> None:

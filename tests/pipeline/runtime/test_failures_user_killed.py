@@ -24,7 +24,7 @@ elif moment == "connecting":
     late = functools.partial(workers.Driver, entry="tests.failing_parts:late")
     workers.Driver = late
     os.environ |= {"LINE": line, "GATE": gate}
-    pipe = tripping({}, {})
+    pipe = tripping({}, {}, transport="ipc")
 elif moment == "building":
     builder = Segment(waiting_builder, kwargs={"line": line, "gate": gate})
     pipe = Pipeline([Segment(part), builder, Segment(part)])
