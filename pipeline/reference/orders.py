@@ -38,7 +38,7 @@ class Explain(Order):
     """Say why the gradients of the last batch are what they are; the reply is `Explanation.plain`.
 
     Attributes:
-        target: What is differentiated: the loss, or the name of an output or state.
+        target: The loss, or the name of an output or state, to be differentiated.
         statuses: {"<stage>/<variable path>": what the pipeline's own gradient is}.
     """
 

@@ -1,7 +1,7 @@
 """The report of a verification as plain data: rows, the checks that made them, the first deviation, the flow.
 
-Nothing here computes: `pipeline.verify.verification` fills a report in, `pipeline.report.text`, `report_html` and
-`report_figure` show it.
+Nothing here computes: `pipeline.verify.verification` fills a report in; `pipeline.report.text`, `pipeline.report.html`
+and `pipeline.report.figure` show it.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def jacobian_bytes(
     independent_samples: bool | Sequence[bool | None] | None = None,
     input_gradient: bool = False,
 ) -> JacobianEstimate:
-    """Say what `chain_rule_gradients` would take, without running a segment.
+    """Say what `chain_rule` would take, without running a segment.
 
     The segments are traced for their shapes; no operation of theirs is executed and no state changes. Unbuilt Keras
     layers are built by it, and Python code in a callable runs once, with symbolic tensors.
@@ -140,7 +140,7 @@ def jacobian_bytes(
         segments: Keras models or layers, or callables of tensors, bottom first.
         inputs: the first segment's input: a tensor, array, `tf.TensorSpec`, or a structure of these.
         training: passed to Keras segments.
-        independent_samples: as in `chain_rule_gradients`; None leaves a range from `least_needed` to `needed`.
+        independent_samples: as in `chain_rule`; None leaves a range from `least_needed` to `needed`.
         input_gradient: whether dL/dInput of the first segment is wanted too.
 
     Returns:

@@ -23,7 +23,7 @@ class Sight(NamedTuple):
 
     Attributes:
         what: `ACTIVATION`, its `MASK`, `GRADIENT` (dL/dOut), or `SHARED` (of a tied variable).
-        sent: Whether where it came from; else where it arrived.
+        sent: True is the sender's copy, False the receiver's.
         producer: The stage whose output the tensor is; of `SHARED` the sender.
         consumer: The stage that takes it; of `SHARED` the receiver.
         tensor: Its name.

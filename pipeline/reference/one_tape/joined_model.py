@@ -31,7 +31,7 @@ class Pass:
 
     Attributes:
         tensors: {tensor name: its value}.
-        targets: What is differentiated, with `seeds`.
+        targets: Scalar loss terms to be differentiated, with `seeds`.
         seeds: As many.
         losses: {stage: [{head: its value}, own loss or None]}.
         states: {state name: its value behind the window}.

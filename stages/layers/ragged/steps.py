@@ -70,8 +70,8 @@ class RaggedSteps(keras.layers.Layer):  # type: ignore[misc]
 
     Called with the series (batch, elements, features), or with ``[series, steps]`` where `steps` is an integer tensor
     (elements,) for all samples or (batch, elements) for each. What a pipeline cuts into microbatches must have the
-    batch in front: see `ragged_layout.steps_per_sample`. A mask (batch, elements) on the series gives the elements that
-    are masked out no steps.
+    batch in front: see `stages.layers.ragged.layout.steps_per_sample`. A mask (batch, elements) on the
+    series gives the elements that are masked out no steps.
 
     Args:
         cell: A Keras RNN cell, or any layer with ``call(inputs, states)`` and `state_size`.
