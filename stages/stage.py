@@ -31,6 +31,7 @@ from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.eager import EagerTapes
 from stages.tape.misfit_message import named_misfit
 from stages.tape.model_call import Part
+from stages.tape.open_passes import OpenPasses
 from stages.tape.output_gradients import check_gradients, flat_gradients
 from stages.tape.window_states import Carried
 from stages.variable_names import unique_names
@@ -99,8 +100,7 @@ class Stage:
             only_losses = self.carried is None and not any(self._consumed or ())  # come back to the stage
             self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=only_losses)
         self._by_hand = ByHand(self._part, self.name, recompute, 0 if self.carried is None else len(self.carried))
-        self._opened: dict[PassKey, Opened] = {}
-        self._inputs: dict[PassKey, int] = {}
+        self._passes = OpenPasses(self.name)
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -221,9 +221,9 @@ class Stage:
         """
         key = PassKey(microbatch, window)
         self._by_hand.outside_functions(key, "backward")
-        values = self._values_of(key)
+        values = self._passes.of(key).values
         given = self._flat_gradients(output_gradients, values, key)
-        self._by_hand.closing(key, self._opened[key], output_gradients is not None or self.carried is not None)
+        self._by_hand.closing(key, self._passes.of(key), output_gradients is not None or self.carried is not None)
         found = self.backward_flat(given, key, state_gradient)
         return found[0] if len(found) == 1 else list(found)
 
@@ -273,16 +273,11 @@ class Stage:
             with named_misfit(where, self.model, values, training):
                 opened = self._tapes.infer(given, key.window)
             return self._left(key, opened, entered, training)
-        if key in self._opened:
-            raise HandoffError(
-                f"stage {self.name!r}: microbatch {key.microbatch} was forwarded already and waits for its backward; "
-                "call backward first, give the new one another number, or forget it with zero_gradients()"
-            )
+        self._passes.check_new(key)
         with named_misfit(where, self.model, values, training):
             opened = self._tapes.forward(key, given)
         opened = self._left(key, opened, entered, training)
-        self._opened[key] = opened
-        self._inputs[key] = count
+        self._passes.open(key, opened, count)
         return opened
 
     def _left(self, key: PassKey, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
@@ -296,19 +291,42 @@ class Stage:
         state_gradient: Sequence[Any | None] | None = None,
     ) -> tuple[Any | None, ...]:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
-        values = self._values_of(key)
+        found = self.backward_input_flat(output_gradients, key, state_gradient)
+        self.backward_weight_flat(key)
+        return found
+
+    def backward_input_flat(
+        self,
+        output_gradients: Sequence[Any | None],
+        key: PassKey,
+        state_gradient: Sequence[Any | None] | None = None,
+    ) -> tuple[Any | None, ...]:
+        """The half of `backward_flat` that gives dL/dinputs; `backward_weight_flat` adds up dL/dvariables later."""
+        values = self._passes.of(key).values
         check_gradients(output_gradients, values, self._at(key))
         states: Sequence[Any | None] = ()
         if self.carried is not None:
-            waiting = PassKey(key.microbatch, key.window + 1) in self._opened
+            waiting = PassKey(key.microbatch, key.window + 1) in self._passes
             states = self.carried.gradients(key.microbatch, key.window, waiting, state_gradient)
-        inputs = self._inputs.pop(key)
+        inputs = self._passes.go_halfway(key)
         self._by_hand.forget(key)
-        del self._opened[key]
-        found = self._tapes.backward(key, [*output_gradients, *states])
+        found = self._tapes.backward_input(key, [*output_gradients, *states])
         if self.carried is not None:
             self.carried.hand_back(key.microbatch, key.window, found[inputs:])
         return found[:inputs]
+
+    def backward_weight_flat(self, key: PassKey) -> None:
+        """The half of a backward that others do not wait for: add up dL/dvariables; microbatches ascending.
+
+        Raises:
+            HandoffError: There was no `backward_input_flat` before, or this came after it already.
+        """
+        self._passes.close(key)
+        self._tapes.backward_weight(key)
+
+    def go_in_halves(self, value: bool) -> None:
+        """Say whether backwards will come in halves, so that compiled functions are cut so; before a forward."""
+        self._tapes.halves = value
 
     def gradients(self) -> dict[str, np.ndarray[Any, Any] | None]:
         """Accumulated dL/dvariables.
@@ -366,8 +384,7 @@ class Stage:
         self._tapes.clear(failed)
 
     def _forget_open(self) -> None:
-        self._opened.clear()
-        self._inputs.clear()
+        self._passes.forget()
         self._by_hand.forget()
         if self.carried is not None:
             self.carried.forget()
@@ -378,21 +395,12 @@ class Stage:
 
     def open_microbatches(self) -> tuple[int, ...]:
         """Microbatches whose backward is still to come."""
-        return tuple(key.microbatch for key in self._opened)
-
-    def _values_of(self, key: PassKey) -> tuple[Any, ...]:
-        if key not in self._opened:
-            waiting = sorted(self.open_microbatches())
-            raise HandoffError(
-                f"stage {self.name!r}: no forward of microbatch {key.microbatch} is waiting for its backward (waiting: "
-                f"{waiting or 'none'}); forward it in training first, and go backward once for each"
-            )
-        return self._opened[key].values
+        return self._passes.microbatches()
 
     def _flat_gradients(self, given: Any, outputs: Sequence[Any], key: PassKey) -> list[Any | None]:
-        if given is None and self._opened[key].losses:
+        if given is None and self._passes.of(key).losses:
             return [None] * len(outputs)
-        if self._opened[key].losses and not any(self._consumed or ()):
+        if self._passes.of(key).losses and not any(self._consumed or ()):
             raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
         return flat_gradients(given, outputs, self._at(key))
 

@@ -9,6 +9,8 @@ from pipeline.plan.schedules import SCHEDULES, forward_only
 from pipeline.plan.simulator import Cost
 from stages.actions import Action, Kind, Wiring, dependencies
 
+WINDOWED = {name: SCHEDULES[name] for name in ("gpipe", "1f1b")}
+"""The schedules that know windows of time; their backwards are whole."""
 MILLISECONDS = st.integers(0, 50).map(lambda number: number / 1000)
 
 
@@ -27,10 +29,11 @@ def wirings(draw, most=6):
 
 @st.composite
 def wired_plans(draw):
-    """(plan, wiring): the plan of a built-in schedule over some wiring, windows included."""
+    """(plan, wiring): the plan of a built-in schedule over some wiring, windows included where it knows them."""
     wiring = draw(wirings())
     schedule = draw(st.sampled_from([*SCHEDULES.values(), forward_only]))
-    return schedule(len(wiring), draw(st.integers(1, 6)), windows=draw(st.integers(1, 3))), wiring
+    windows = draw(st.integers(1, 3)) if schedule in (*WINDOWED.values(), forward_only) else 1
+    return schedule(len(wiring), draw(st.integers(1, 6)), windows=windows), wiring
 
 
 def costs(stages):

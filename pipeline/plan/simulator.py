@@ -17,7 +17,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Action, Kind, Wiring, chain
 
-__all__ = ["Cost", "simulate"]
+__all__ = ["Cost", "costs_of_stages", "simulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,18 @@ class Cost:
         }[kind]
 
 
+def costs_of_stages(stages: int, costs: Cost | Sequence[Cost]) -> tuple[Cost, ...]:
+    """One cost for each stage, from such or from one for all.
+
+    Raises:
+        TimelineError: there is not one for each.
+    """
+    each = (costs,) * stages if isinstance(costs, Cost) else tuple(costs)
+    if len(each) != stages:
+        raise TimelineError(f"`costs` must have one entry for each of {stages} stages, received {len(each)}")
+    return each
+
+
 def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iterable[int]] | None = None) -> Timeline:
     """Predict the timeline of one step.
 
@@ -76,9 +88,7 @@ def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iter
         PlanError: the plan cannot run.
         TimelineError: there is not one cost for each stage.
     """
-    each = (costs,) * plan.stages if isinstance(costs, Cost) else tuple(costs)
-    if len(each) != plan.stages:
-        raise TimelineError(f"`costs` must have one entry for each of {plan.stages} stages, received {len(each)}")
+    each = costs_of_stages(plan.stages, costs)
     wiring = Wiring.of(chain(plan.stages) if wiring is None else wiring)
 
     def delay(needed: Action, action: Action) -> float:

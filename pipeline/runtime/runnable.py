@@ -1,8 +1,9 @@
 """The check that workers can carry out a plan; not every plan that keeps all rules can run as yet.
 
 `pipeline.plan.rules` says what a plan may mean at all; simulation, drawings and comparisons of schedules need no more.
-The workers know less: every stage has a worker of its own, of the same number, and a backward is whole. Whatever else a
-plan asks for is refused here, in words and before anything is started. Who teaches the workers more takes a rule away.
+The workers know less: every stage has a worker of its own, of the same number, and with windows of time a backward is
+whole. Whatever else a plan asks for is refused here, in words and before anything is started. Who teaches the workers
+more takes a rule away.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def _reasons(plan: Plan, training: bool) -> Iterator[str]:
     if training and not plan.training:
         yield "training needs the backward of every forward, this plan has forwards only; make it with training=True"
     halves = [action for _, action in plan.actions() if action.kind in HALVES]
-    if halves:
+    if halves and plan.windows > 1:
         yield (
-            f"workers run whole backwards only, this plan has {len(halves)} half one(s), the first {halves[0]} "
-            f"({halves[0].describe()} of stage {halves[0].stage}); put one BACKWARD in place of each pair of halves"
+            f"with windows workers run whole backwards only, this plan has {plan.windows} windows and {len(halves)} "
+            f"half backward(s), the first {halves[0]} ({halves[0].describe()} of stage {halves[0].stage}); put one "
+            "BACKWARD in place of each pair of halves"
         )
     if plan.placement != tuple(range(plan.stages)):
         yield (

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from stages.loss.heads import Objective
 from stages.tape.accumulate import dense
+from stages.tape.backward_halves import Halves
 from stages.tape.direct_calls import unportable
 from stages.tape.embedding_rows import parts_of
 
@@ -94,12 +95,37 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class FunctionPair:
-    """Forward and backward of one signature; `source` is what they need to live (`stages.tape.graph_split`)."""
+    """Forward and backward of one signature.
+
+    Attributes:
+        forward: Arguments → outputs, losses, what is kept.
+        backward: Its values are what is kept, then the seeds; its results the dL/dinputs that exist.
+        layout: Of both.
+        halved: Whether dL/dvariables are added up by the backward's second function, or by its only one, which leaves
+            values and places of embeddings' rows.
+    """
 
     forward: Callable[..., list[Any]]
-    backward: Callable[..., list[Any]]
+    backward: Halves
     layout: Layout
-    source: Any = None
+    halved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HalfPass:
+    """A backward whose input half is done: what the weight half takes.
+
+    Attributes:
+        functions: Both halves.
+        layout: Theirs.
+        left: What the first half left for the second.
+        reached: For each variable, whether its gradient depends on a seed that was given.
+    """
+
+    functions: Halves
+    layout: Layout
+    left: Sequence[Any]
+    reached: Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +137,7 @@ class OpenPass:
     outputs: tuple[Any, ...]
     share: float
     input_gradients: tuple[Any | None, ...] | None = None
+    half: HalfPass | None = None
 
 
 def signature_of(tensor: Any) -> Any:

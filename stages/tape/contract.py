@@ -3,6 +3,7 @@
     forward(key, given)              → outputs and losses; the tape stays open under `key`
     infer(given, window)             → the same for evaluation: no tape
     backward(key, output_gradients)  → input gradients; variable gradients are accumulated
+    backward_input(key, output_gradients), later backward_weight(key)   → the same in two halves
     gradients()                      → per variable the sum over microbatches, or None
     apply(optimizer, scale, divisor) → one update from those sums, which are cleared
 
@@ -97,10 +98,12 @@ class Tapes(ABC):
     Attributes:
         loss_scale: Factor on every loss while it is differentiated; accumulated gradients are this much too large.
         blocks: How windows are grouped when gradients are added.
+        halves: Whether backwards will come in halves; set before forward.
     """
 
     loss_scale: float
     blocks: Blocks
+    halves: bool
 
     @abstractmethod
     def forward(self, key: PassKey, given: PassInputs) -> Opened:
@@ -110,9 +113,19 @@ class Tapes(ABC):
     def infer(self, given: PassInputs, window: int = 0) -> Opened:
         """Run the part for evaluation: no tape, `training=False`."""
 
-    @abstractmethod
     def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Close the tape: accumulate dL/dvariables, return dL/dinputs. An output without a gradient is no target."""
+        found = self.backward_input(key, output_gradients)
+        self.backward_weight(key)
+        return found
+
+    @abstractmethod
+    def backward_input(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+        """Return dL/dinputs; what dL/dvariables need is kept until `backward_weight`, which accumulates them."""
+
+    @abstractmethod
+    def backward_weight(self, key: PassKey) -> None:
+        """Accumulate dL/dvariables of a microbatch whose `backward_input` is done. Ascending, as backwards are."""
 
     def gradients(self) -> list[Any | None]:
         """Accumulated dL/dvariables, dense, in the order of the trainable variables; None where none exists."""

@@ -72,8 +72,10 @@ class EagerTapes(Tapes):
         self._trained.places(part.trainable_variables)
         self._sum = OrderedSum(kept_apart)
         self._fixed_rows: dict[Any, frozenset[int]] = {}
+        self._found: dict[PassKey, tuple[list[Any], list[Any | None]]] = {}
         self.loss_scale = 1.0
         self.blocks = Blocks()
+        self.halves = False
 
     def forward(self, key: PassKey, given: PassInputs) -> Opened:
         """Run the part under a tape that stays open (or, recomputing, without one)."""
@@ -116,8 +118,8 @@ class EagerTapes(Tapes):
     def _losses(self, outputs: Sequence[Any], objective: Objective | None) -> tuple[Any, ...]:
         return () if objective is None else tuple(self._heads.values(outputs, objective))
 
-    def backward(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
-        """Close the tape, accumulate dL/dvariables in microbatch order, return dL/dinputs."""
+    def backward_input(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
+        """Close the tape and return dL/dinputs; dL/dvariables, which the tape gives in the same walk, wait."""
         record = self._record(key)
         pairs = [
             (output, gradient)
@@ -133,11 +135,15 @@ class EagerTapes(Tapes):
         inputs = sum(record.wanted)
         if key.microbatch and any(map(is_sparse, found[inputs:])):
             self._sum.fixed_rows = self._rows_for_all_samples(record)
-        if record.variables:  # a part that is frozen at present adds nothing
-            places = self._places(record.variables)
-            gradients = self._trained.spread(places, found[inputs:])
-            self._sum.add(self.blocks.of(key), gradients, self.blocks.completes(key))
+        self._found[key] = record.variables, found[inputs:]
         return spread(record.wanted, [dense(gradient) for gradient in found[:inputs]])
+
+    def backward_weight(self, key: PassKey) -> None:
+        """Add up dL/dvariables in microbatch order."""
+        variables, found = self._found.pop(key)
+        if variables:  # a part that is frozen at present adds nothing
+            gradients = self._trained.spread(self._places(variables), found)
+            self._sum.add(self.blocks.of(key), gradients, self.blocks.completes(key))
 
     def _rows_for_all_samples(self, record: _Record) -> frozenset[int]:
         """Which embeddings this pass looked up once for all samples; found out once for inputs of these shapes."""
@@ -192,6 +198,7 @@ class EagerTapes(Tapes):
     def clear(self, failed: bool = False) -> None:
         """Drop all open tapes and sums."""
         self._open.clear()
+        self._found.clear()
         self._sum.clear()
 
 

@@ -102,11 +102,18 @@ class Program:
             {stage: (each head's loss, own losses or None)}, float32 sums in microbatch order.
         """
         board = self.links.board
-        for hosted in self.hosted.values():
+        halved = {action.stage for action in self.actions if action.kind is Kind.BACKWARD_INPUT}
+        for index, hosted in self.hosted.items():
             hosted.go(self.order.ways)
+            hosted.stage.go_in_halves(index in halved)
             hosted.stage.loss_scale = self.order.scale
             hosted.stage.truncate(self.grid.windows, self.order.truncate)
-        do = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward}
+        do = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward_input,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+        }
         for done, action in enumerate(self.actions):
             self.current = action
             board.begin(self.order.step, action, done)
@@ -288,10 +295,20 @@ class Program:
         return self.grid.is_last(unit[1]) or hosted.gives_over_time(place)
 
     def _backward(self, action: Action) -> None:
+        self._go_backward(action, self.hosted[action.stage].stage.backward_flat)
+
+    def _backward_input(self, action: Action) -> None:
+        self._go_backward(action, self.hosted[action.stage].stage.backward_input_flat)
+
+    def _backward_weight(self, action: Action) -> None:
+        self._begin()
+        self.hosted[action.stage].stage.backward_weight_flat(PassKey(action.microbatch, action.window))
+
+    def _go_backward(self, action: Action, backward: Callable[..., Sequence[Any | None]]) -> None:
         hosted, index = self.hosted[action.stage], action.stage
         gradients = self._output_gradients(hosted, action)
         self._begin()
-        found = hosted.stage.backward_flat(gradients, PassKey(action.microbatch, action.window))
+        found = backward(gradients, PassKey(action.microbatch, action.window))
         for gradient, (name, source) in zip(found, hosted.spec.inputs, strict=True):
             if source != DRIVER:
                 self._send("gradient", source, index, name, action, gradient)

@@ -7,6 +7,7 @@ from tests.planted.planting import Planted
 
 FAULTS: dict[str, tuple[Planted, ...]] = {
     "Tapes": in_numbers.TAPES,
+    "Backwards in halves": in_numbers.HALVES,
     "Sums of gradients": in_numbers.SUMS,
     "What a microbatch weighs": in_numbers.WEIGHTS,
     "Wiring and masks": in_flow.WIRING,

@@ -6,6 +6,7 @@ from tests.planted.planting import Planted
 
 _PROGRAM, _CALL = "stages/worker/step_program.py", "stages/tape/model_call.py"
 _STATES, _RULES = "stages/tape/window_states.py", "pipeline/plan/rules.py"
+_ZERO_BUBBLE = "pipeline/plan/schedules/zero_bubble.py"
 _MASKS = ("test_masks",)
 _WINDOWS = ("test_carried", "test_windows")
 _PLAN_RULES = ("test_plan_rules",)
@@ -108,6 +109,20 @@ WINDOWS = (
 )
 
 PLANS = (
+    Planted(
+        "a worker takes weight halves before what others wait for",
+        _ZERO_BUBBLE,
+        "((_FORWARD, _INPUT, _WEIGHT),",
+        "((_WEIGHT, _FORWARD, _INPUT),",
+        ("test_zero_bubble",),
+    ),
+    Planted(
+        "zero bubble counts a tape as closed once its input half is done",
+        _ZERO_BUBBLE,
+        "forwards - weights < self._held",
+        "forwards - inputs < self._held",
+        ("test_zero_bubble",),
+    ),
     Planted(
         "1F1B holds one tape more than it says",
         "pipeline/plan/schedules/one_f_one_b.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.planted.planting import Planted
 
 _EAGER, _COMPILED = "stages/tape/eager.py", "stages/tape/compiled.py"
+_TRACES, _HALVES = "stages/tape/traces.py", "stages/tape/backward_halves.py"
 _ACCUMULATE, _PROGRAM = "stages/tape/accumulate.py", "stages/worker/step_program.py"
 _STAGE = ("test_stage", "test_compiled")
 _EXACT = ("test_exact_eager", "test_exact_compiled")
@@ -43,7 +44,7 @@ TAPES = (
     ),
     Planted(
         "compiled, metrics count a recomputed pass twice",
-        _COMPILED,
+        _TRACES,
         "self._taped(arguments, layout, counts=False)\n            found",
         "self._taped(arguments, layout, counts=True)\n            found",
         ("test_several_outputs",),
@@ -57,7 +58,7 @@ TAPES = (
     ),
     Planted(
         "compiled, own losses of the last stage weigh the same in unequal microbatches",
-        _COMPILED,
+        _TRACES,
         "[tf.cast(share * scale, term.dtype) for term in own]",
         "[tf.cast(scale, term.dtype) for term in own]",
         _OWN,
@@ -75,6 +76,44 @@ TAPES = (
         "self._accumulators[i].read_value() if self._reached[i] else None",
         "self._accumulators[i].read_value()",
         (*_STAGE, "test_explain"),
+    ),
+)
+
+HALVES = (
+    Planted(
+        "the weight half takes what the input half left in another order",
+        _HALVES,
+        "*found[self.results :]]",
+        "*found[self.results :][::-1]]",
+        ("test_backward_halves",),
+    ),
+    Planted(
+        "the weight half of a microbatch takes the kept tensors of another",
+        _COMPILED,
+        "half = self._halfway.pop(key)",
+        "half = self._halfway.pop(next(iter(self._halfway)))",
+        ("test_backward_halves",),
+    ),
+    Planted(
+        "eager, the weight half of a microbatch adds up the gradients of another",
+        _EAGER,
+        "variables, found = self._found.pop(key)",
+        "variables, found = self._found.pop(next(iter(self._found)))",
+        ("test_backward_halves",),
+    ),
+    Planted(
+        "compiled, the weight half is left out",
+        _COMPILED,
+        "if half is not None:",
+        "if half is not None and not half.left:",
+        ("test_backward_halves",),
+    ),
+    Planted(
+        "what a custom gradient does besides is lost between the halves",
+        _HALVES,
+        ", *(op.name for op in effects)}",
+        "}",
+        ("test_backward_halves",),
     ),
 )
 
@@ -217,9 +256,9 @@ WEIGHTS = (
     ),
     Planted(
         "a metric of a whole batch counts every microbatch in compiled stages",
-        "stages/tape/compiled.py",
-        "        if not self.heads.counts_at_once:\n            self.heads.update(outputs, objective)",
-        "        if self.heads:\n            self.heads.update(outputs, objective)",
+        _TRACES,
+        "        if not self._heads.counts_at_once:\n            self._heads.update(outputs, objective)",
+        "        if self._heads:\n            self._heads.update(outputs, objective)",
         ("test_meaning",),
     ),
     Planted(

@@ -15,9 +15,21 @@ from pipeline.plan.plan import Plan, validate
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.plan.schedules.gpipe import gpipe
 from pipeline.plan.schedules.one_f_one_b import one_f_one_b
+from pipeline.plan.schedules.zero_bubble import zb_h1, zb_h2, zero_bubble
 from pipeline.saying import did_you_mean
 
-__all__ = ["SCHEDULES", "Schedule", "build_plan", "forward_only", "gpipe", "one_f_one_b", "schedule_named"]
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "build_plan",
+    "forward_only",
+    "gpipe",
+    "one_f_one_b",
+    "schedule_named",
+    "zb_h1",
+    "zb_h2",
+    "zero_bubble",
+]
 
 
 class Schedule(Protocol):
@@ -31,6 +43,8 @@ class Schedule(Protocol):
 SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
 }
 
 

@@ -11,7 +11,7 @@ from pipeline.errors import ScheduleError
 from pipeline.saying import is_whole, not_whole
 from stages.actions import Action, Kind
 
-__all__ = ["Block", "backwards", "blocks", "check_numbers", "forwards"]
+__all__ = ["Block", "backwards", "blocks", "check_numbers", "forwards", "refuse_windows"]
 
 Block = tuple[int, range]
 """A microbatch and the windows of it that gradients stay in."""
@@ -26,6 +26,19 @@ def check_numbers(stages: int, microbatches: int, windows: int) -> None:
     for name, value in (("stages", stages), ("microbatches", microbatches), ("windows", windows)):
         if not is_whole(value):
             raise ScheduleError(not_whole(f"`{name}`", value))
+
+
+def refuse_windows(schedule: str, windows: int) -> None:
+    """For a schedule that cannot cut the time axis.
+
+    Raises:
+        ScheduleError: there are windows.
+    """
+    if windows > 1:
+        raise ScheduleError(
+            f"{schedule} has no place for windows of time, whose states and gradients bind a stage's own actions to "
+            f"each other; windows={windows} goes with '1f1b' and 'gpipe'"
+        )
 
 
 def blocks(microbatches: int, windows: int, truncate: int | None = None) -> list[Block]:

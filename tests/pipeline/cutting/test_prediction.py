@@ -18,9 +18,9 @@ from pipeline.cutting.splitter import split_model
 from pipeline.errors import SplitError, TimelineError
 from pipeline.model.call_graph import read_graph
 from pipeline.pipeline import Pipeline
-from pipeline.plan.schedules import SCHEDULES
 from pipeline.plan.timeline import Timeline
 from tests.strategies_costs import graphs_of_calls
+from tests.strategies_plans import WINDOWED
 
 FREE = Transfer(0.0, 0.0)
 
@@ -40,7 +40,7 @@ def slower(timeline, factor):
     return Timeline(tuple(spans), timeline.workers, "measured")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", WINDOWED)
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_equal_stages_take_what_the_closed_form_says(schedule, stages):
     prediction = predict(
@@ -49,6 +49,13 @@ def test_equal_stages_take_what_the_closed_form_says(schedule, stages):
     each = 3.0 * 6 / stages
     assert prediction.step_time == pytest.approx((4 + stages - 1) * each)
     assert prediction.bubble == pytest.approx((stages - 1) / (4 + stages - 1))
+
+
+def test_a_backward_in_halves_is_predicted_to_be_two_equal_ones():
+    """Three equal stages F = 1, B = 2: zero bubble takes m(F+B) + (p-1)F, and 1F1B (m+p-1)(F+B)."""
+    prediction = predict(chain(3), assignment([1, 2], 3), schedule="zb-h1", microbatches=4, transfer=FREE)
+    assert prediction.step_time == pytest.approx(4 * 3.0 + 2 * 1.0)
+    assert prediction.peak_memory() == tuple(s.memory + 3 * s.activations for s in prediction.stages)
 
 
 @given(data=st.data())

@@ -42,12 +42,16 @@ def test_every_drawing_is_what_the_code_prints(tmp_path, monkeypatch):
 
 
 def test_the_drawings_in_the_schedules_own_modules_are_their_text():
-    from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
+    from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b, zb_h1
 
-    for name, schedule in {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "forward_only": forward_only}.items():
+    drawings = {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "forward_only": forward_only, "zero_bubble": zb_h1}
+    for name, schedule in drawings.items():
         source = (ROOT / "pipeline" / "plan" / "schedules" / f"{name}.py").read_text()
         drawn = [line.strip() for line in source.splitlines() if line.startswith("    worker ")]
-        printed = [line.rpartition("│")[0].rstrip() for line in schedule(3, 4).text().splitlines()[1:]]
+        printed = [
+            line.rpartition("│")[0].rstrip()
+            for line in schedule(3, 4).text(backward=2 if schedule is zb_h1 else 1).splitlines()[1:]
+        ]
         assert drawn == printed
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline import Pipeline
 from pipeline.errors import PlanError
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b
+from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b, zb_h1
 from pipeline.runtime.runnable import runnable
 from stages.actions import Action, Kind
 from tests.models import part
@@ -18,9 +18,9 @@ from tests.models import part
 F, B, I, W = Kind  # noqa: E741
 
 
-def halved(stages, microbatches, **_):
+def halved(stages, microbatches, **options):
     """GPipe with every backward in two halves."""
-    plan = gpipe(stages, microbatches)
+    plan = gpipe(stages, microbatches, **options)
     programs = [
         [a for action in program for a in (_halves(action) if action.kind is B else [action])]
         for program in plan.programs
@@ -29,7 +29,7 @@ def halved(stages, microbatches, **_):
 
 
 def _halves(action):
-    return [Action(kind, action.stage, action.microbatch) for kind in (I, W)]
+    return [replace(action, kind=kind) for kind in (I, W)]
 
 
 def on(*placement):
@@ -53,7 +53,6 @@ def idle(stages, microbatches, **_):
 
 
 REFUSED = {
-    "halves": (halved, r"whole backwards only, this plan has 8 half one\(s\), the first I0.0 \(input gradient of"),
     "swapped": (
         on(1, 0),
         r"worker of its own number, this plan places stages 0 to 1 on workers 1, 0; leave `placement`",
@@ -84,9 +83,16 @@ def test_a_plan_that_workers_cannot_carry_out_is_refused_before_launch(name):
 
 
 def test_all_reasons_are_given_together():
-    plan = replace(halved(2, 1), placement=(1, 0), programs=halved(2, 1).programs[::-1])
+    """Halves with windows, and another placement."""
+    plan = halved(2, 1, windows=2)
+    plan = replace(plan, placement=(1, 0), programs=plan.programs[::-1])
     assert plan.validate() is plan
-    assert len(runnable(plan)) == 2
+    halves, placed = runnable(plan)
+    assert halves.message == (
+        "with windows workers run whole backwards only, this plan has 2 windows and 8 half backward(s), the first "
+        "I1.0/1 (input gradient of microbatch 0, window 1 of stage 1); put one BACKWARD in place of each pair of halves"
+    )
+    assert "worker of its own number" in placed.message
 
 
 def test_plans_without_backwards_run_where_none_is_needed():
@@ -108,6 +114,7 @@ def hand_made():
 def test_every_hand_made_plan_that_is_accepted_runs_and_gives_the_same_gradients():
     plans = list(hand_made())
     assert len(plans) == 3  # F F B B and F B F B, but not a last stage that holds what the first one waits for
+    plans += [halved(2, 2), zb_h1(2, 2)]
     assert all(runnable(plan) == () for plan in [*plans, one_f_one_b(3, 4)])
     x, y = np.random.default_rng(0).normal(size=(4, 3)).astype("float32"), np.ones((4, 1), "float32")
     found = []
