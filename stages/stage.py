@@ -24,7 +24,7 @@ import numpy as np
 from stages.errors import HandoffError
 from stages.loss.head import Head
 from stages.loss.heads import Heads, Objective
-from stages.tape.accumulate import Contribution
+from stages.tape.accumulate import Contribution, Gradients
 from stages.tape.by_hand import ByHand, nested
 from stages.tape.compiled import CompiledTapes
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
@@ -285,22 +285,16 @@ class Stage:
         return opened if self.carried is None else self.carried.taken_from(opened, key, tuple(entered), training)
 
     def backward_flat(
-        self,
-        output_gradients: Sequence[Any | None],
-        key: PassKey,
-        state_gradient: Sequence[Any | None] | None = None,
-    ) -> tuple[Any | None, ...]:
+        self, output_gradients: Gradients, key: PassKey, state_gradient: Gradients | None = None
+    ) -> Gradients:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
         found = self.backward_input_flat(output_gradients, key, state_gradient)
         self.backward_weight_flat(key)
         return found
 
     def backward_input_flat(
-        self,
-        output_gradients: Sequence[Any | None],
-        key: PassKey,
-        state_gradient: Sequence[Any | None] | None = None,
-    ) -> tuple[Any | None, ...]:
+        self, output_gradients: Gradients, key: PassKey, state_gradient: Gradients | None = None
+    ) -> Gradients:
         """The half of `backward_flat` that gives dL/dinputs; `backward_weight_flat` adds up dL/dvariables later."""
         values = self._passes.of(key).values
         check_gradients(output_gradients, values, self._at(key))
@@ -316,11 +310,7 @@ class Stage:
         return found[:inputs]
 
     def backward_weight_flat(self, key: PassKey) -> None:
-        """The half of a backward that others do not wait for: add up dL/dvariables; microbatches ascending.
-
-        Raises:
-            HandoffError: There was no `backward_input_flat` before, or this came after it already.
-        """
+        """The half that others do not wait for: add up dL/dvariables; once, and microbatches ascending."""
         self._passes.close(key)
         self._tapes.backward_weight(key)
 
