@@ -5,7 +5,7 @@ import pytest
 from tests.faults.healthy import verify_many
 from tests.levels import examples, in_turn
 
-COUNT = examples(6, 6, 20)
+COUNT = examples(3, 3, 20)
 
 
 @pytest.mark.parametrize("part", in_turn(range(10), 0, 2))

@@ -7,18 +7,22 @@ import pytest
 from pipeline import VerificationError
 from pipeline.runtime import workers
 from tests.faults.cases import CASES
-
-pytestmark = pytest.mark.gate
+from tests.levels import in_turn
 
 
 @pytest.mark.parametrize(
     ("transport", "entry", "eager"),
-    [
-        ("auto", "flipping", True),
-        ("auto", "narrowing", False),
-        ("ipc", "flipping", False),
-        ("ipc", "narrowing", True),
-    ],
+    in_turn(
+        [
+            ("auto", "flipping", True),
+            ("ipc", "narrowing", True),
+            ("auto", "narrowing", False),
+            ("ipc", "flipping", False),
+        ],
+        0,
+        2,
+        several=True,
+    ),
 )
 def test_a_damaged_frame_is_found_on_its_edge(transport, entry, eager, monkeypatch):
     driver = partial(workers.Driver, entry=f"tests.faults.workers:{entry}")
@@ -34,6 +38,7 @@ def test_a_damaged_frame_is_found_on_its_edge(transport, entry, eager, monkeypat
             report.raise_if_failed()
 
 
+@pytest.mark.gate
 def test_the_same_pipeline_without_damage_verifies():
     case = CASES["convolutional"]
     with case.pipeline("1f1b", transport="auto") as pipe:

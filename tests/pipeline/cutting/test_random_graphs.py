@@ -26,7 +26,7 @@ from tests.random_graphs import LOSSES, OUTPUTS, REGULARISED, Node, Sketch
 from tests.strategies_graphs import sketches
 
 RATE = 0.01
-EXAMPLES = examples(5, 12, 100)
+EXAMPLES = examples(5, 7, 100)
 
 
 @dataclass(frozen=True)

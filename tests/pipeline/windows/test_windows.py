@@ -12,7 +12,7 @@ from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays
 
 layers = keras.layers
-STEPS = 12
+STEPS = 8
 
 
 def tagger(steps=STEPS):
@@ -49,7 +49,7 @@ def tags(samples=7, steps=STEPS):
 def classes(samples=7):
     random = np.random.default_rng(0)
     words = random.integers(1, 7, (samples, STEPS))
-    for row, length in zip(words, random.integers(4, STEPS + 1, samples), strict=True):
+    for row, length in zip(words, random.integers(3, STEPS + 1, samples), strict=True):
         row[length:] = 0  # padding, masked
     return words, random.integers(0, 3, samples)
 
@@ -84,13 +84,13 @@ COMPILED = [
 
 def split(build, **options):
     keras.utils.set_random_seed(SEED)
-    return Pipeline.split(build(), **{"microbatches": 3, "transport": "inproc", **options})
+    return Pipeline.split(build(), **{"microbatches": 2, "transport": "inproc", **options})
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("windows", "truncate", "stages"),
-    in_turn(CUTS, 2, 6, several=True),
+    in_turn(CUTS, 2, 4, several=True),
 )
 def test_eager_windows_are_one_tape_bit_for_bit(case, stages, windows, truncate):
     build, data, loss = CASES[case]
@@ -104,7 +104,7 @@ def test_eager_windows_are_one_tape_bit_for_bit(case, stages, windows, truncate)
 
 @pytest.mark.parametrize(
     ("stages", "windows", "truncate", "recompute", "case"),
-    in_turn(COMPILED, 1, 4, several=True),
+    in_turn(COMPILED, 1, 2, several=True),
 )
 def test_compiled_windows_are_one_tape(case, stages, windows, truncate, recompute):
     build, data, loss = CASES[case]
@@ -115,7 +115,7 @@ def test_compiled_windows_are_one_tape(case, stages, windows, truncate, recomput
 
 @pytest.mark.parametrize(
     ("case", "run_eagerly"),
-    in_turn([("tagger", False), ("classifier", True), ("tagger", True), ("classifier", False)], 1, 4, several=True),
+    in_turn([("tagger", False), ("classifier", True), ("tagger", True), ("classifier", False)], 1, 2, several=True),
 )
 def test_windows_are_the_full_length_of_the_uncut_model(case, run_eagerly):
     """Loss, metrics, gradients, predictions and an update are those of Keras on the whole sequences, within 1e-6."""
@@ -163,8 +163,8 @@ def test_training_over_windows_with_fit_and_another_length():
         pipe.compile(keras.optimizers.Adam(0.02), "mse")
         history = pipe.fit(x, y, batch_size=8, epochs=8, verbose=0).history["loss"]
         assert history[-1] < 0.95 * history[0]
-        longer, target = tags(4, steps=17)
-        assert pipe.predict(longer, verbose=0).shape == (4, 17, 2)
+        longer, target = tags(4, steps=11)
+        assert pipe.predict(longer, verbose=0).shape == (4, 11, 2)
         pipe.verify(longer, target).raise_if_failed()
 
 
@@ -186,13 +186,14 @@ def test_states_kept_over_batches_are_values_only():
     with split(tagger, stages=2, windows=2, keep_state=True, microbatches=2) as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         whole = pipe.merge().predict(x, verbose=0)
-        first, second = pipe.predict_on_batch(x[:, :6]), pipe.predict_on_batch(x[:, 6:])
+        half = STEPS // 2
+        first, second = pipe.predict_on_batch(x[:, :half]), pipe.predict_on_batch(x[:, half:])
         np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, rtol=1e-5, atol=1e-6)
-        pipe.verify(x[:, :6], y[:, :6]).raise_if_failed()  # from the kept states, which it leaves as they are
-        again = pipe.predict_on_batch(x[:, 6:])
+        pipe.verify(x[:, :half], y[:, :half]).raise_if_failed()  # from the kept states, which it leaves as they are
+        again = pipe.predict_on_batch(x[:, half:])
         assert not np.allclose(again, second)
         pipe.reset_state()
-        assert_same_arrays([pipe.predict_on_batch(x[:, :6])], [first])
+        assert_same_arrays([pipe.predict_on_batch(x[:, :half])], [first])
 
 
 @pytest.mark.gate
