@@ -19,6 +19,7 @@ from hypothesis import settings
 LEVEL = settings.get_current_profile_name()
 """The level of this run: "check", "gate" or "soak"."""
 SOAK = LEVEL == "soak"
+Named = type(pytest.param())
 
 
 def examples(check: int, gate: int, soak: int) -> int:
@@ -30,11 +31,16 @@ def in_turn(values: Sequence[Any], check: int, gate: int, *, several: bool = Fal
     """Parameters: the first ``check`` values run at every level, those up to ``gate`` in the gate, all in the soak.
 
     Args:
-        values: One each, or with ``several`` a tuple for several parameters.
+        values: One each, or with ``several`` a tuple for several parameters; or `pytest.param`, with an id of its own.
         check: How many.
         gate: How many, those of ``check`` among them.
         several: Whether they are for several parameters at once.
     """
-    marks = [() if i < check else pytest.mark.gate if i < gate else pytest.mark.soak for i in range(len(values))]
-    each = [value if several else (value,) for value in values]
-    return [pytest.param(*value, marks=mark) for value, mark in zip(each, marks, strict=True)]
+    each = [
+        value if isinstance(value, Named) else pytest.param(*value) if several else pytest.param(value)
+        for value in values
+    ]
+    marks = [() if i < check else (pytest.mark.gate,) if i < gate else (pytest.mark.soak,) for i in range(len(each))]
+    return [
+        pytest.param(*one.values, id=one.id, marks=(*one.marks, *mark)) for one, mark in zip(each, marks, strict=True)
+    ]

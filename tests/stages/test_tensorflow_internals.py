@@ -34,6 +34,7 @@ def test_eager_tensors_and_variables_are_of_these_classes():
     assert found == [False]
 
 
+@pytest.mark.gate
 def test_the_first_operation_is_noticed_and_the_import_is_none():
     code = (
         "import tensorflow as tf, keras\n"
@@ -60,6 +61,7 @@ def test_tapes_follow_floating_and_complex_tensors_only():
     assert internals.is_trainable(tf.constant(1.0)) and not internals.is_trainable(tf.constant(1))
 
 
+@pytest.mark.gate
 def test_settings_of_the_process_are_what_it_was_told():
     code = (
         "import keras, tensorflow as tf\n"

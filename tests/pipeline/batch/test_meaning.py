@@ -17,6 +17,7 @@ from keras import ops
 
 from pipeline import Pipeline
 from pipeline.errors import CompileError
+from tests.levels import in_turn
 from tests.one_tape import difference
 
 L = keras.layers
@@ -144,7 +145,7 @@ LOSSES: dict[str, tuple[Any, str]] = {
 """What is compiled, and the schedule that it needs."""
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_losses_of_a_batch_train_as_in_keras(run_eagerly: bool) -> None:
     """One update with each loss, the next one from where it leads: loss, and how far the weights move."""
     model, plain = dense(), dense()

@@ -146,7 +146,7 @@ def test_backbones_are_dissolved(case: Case) -> None:
     assert not any(isinstance(call.operation, keras.Model) for call in case.graph.calls)
 
 
-@pytest.mark.parametrize(("stages", "schedule"), [(2, "1f1b"), (3, "gpipe"), (4, "1f1b")])
+@pytest.mark.parametrize(("stages", "schedule"), in_turn([(2, "1f1b"), (3, "gpipe"), (4, "1f1b")], 3, 3, several=True))
 def test_automatic_cuts_are_one_tape(case: Case, stages: int, schedule: str) -> None:
     split = split_model(case.model, stages)
     assert len(split.segments) == stages

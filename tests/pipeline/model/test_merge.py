@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline import DataError, Pipeline, Segment
+from tests.levels import in_turn
 from tests.pipeline import parts
 from tests.pipeline.reference.twins import assert_same_arrays, classes, classifier, numbers
 
@@ -24,7 +25,7 @@ def residual():
     return keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="out")(late(y)), name="residual")
 
 
-@pytest.mark.parametrize("transport", ["inproc", "ipc"])
+@pytest.mark.parametrize("transport", in_turn(["inproc", "ipc"], 1, 2))
 @pytest.mark.parametrize("build", [classifier, residual])
 def test_a_split_model_comes_back_with_its_architecture_and_the_trained_weights(build, transport):
     original = build()

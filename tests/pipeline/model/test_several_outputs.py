@@ -78,7 +78,7 @@ def test_training_is_keras_bit_for_bit(cuts):
         assert_same_arrays(ours, theirs)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", in_turn(["gpipe", "1f1b"], 1, 1))
 @pytest.mark.parametrize("run_eagerly", [True, False])
 @pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 def test_microbatches_are_one_tape(schedule, run_eagerly, recompute):
@@ -285,7 +285,7 @@ def test_an_untouched_input_is_no_output():
         Pipeline.split(keras.Model(x, [layers.Dense(2)(x), x]), stages=1)
 
 
-@pytest.mark.parametrize("weights", [None, 0.5])
+@pytest.mark.parametrize("weights", in_turn([None, 0.5], 1, 2))
 @pytest.mark.parametrize("loss", ["mse", keras.losses.MeanAbsoluteError])
 def test_one_loss_is_that_of_every_output(loss, weights):
     """Named and logged for each of them, as in Keras."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline import CompileError, Pipeline
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import (
     callback_model,
     classes,
@@ -169,7 +170,7 @@ class Predicting(keras.callbacks.Callback):
         self.model.predict(XN[:8], verbose=0)
 
 
-@pytest.mark.parametrize("callback", [Evaluating, Predicting])
+@pytest.mark.parametrize("callback", in_turn([Evaluating, Predicting], 1, 2))
 def test_a_callback_that_runs_the_model_leaves_the_logs_of_keras(callback):
     """An evaluation counts in the same metrics, as in Keras, so that an epoch ends with it; a prediction does not."""
     with twins(regressor, lambda: {**squares(), "metrics": ["mae"]}) as pair:
@@ -197,7 +198,7 @@ def test_a_callback_that_asks_for_layers_is_told_where_they_are(ask):
             pipe.fit(XN, YN, verbose=0, callbacks=[asking])
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", in_turn([4, 1], 1, 2))
 def test_metric_objects_have_the_values_of_keras_whenever_they_are_read(microbatches):
     """After every batch in a callback, after `fit`, `evaluate` and `train_on_batch`; of one that builds itself too."""
     made = []

@@ -22,10 +22,10 @@ STEPS = 20
 
 # stack, stages, microbatches, samples, schedule, recompute; every value of each factor beside several of the others
 ROWS = [
-    ("dense", 5, 4, 10, "1f1b", False),
-    ("dense", 1, 7, 9, "gpipe", False),
-    ("convolution", 3, 4, 8, "gpipe", False),
     ("batch-normalization", 3, 4, 10, "1f1b", True),
+    ("dense", 1, 7, 9, "gpipe", False),
+    ("dense", 5, 4, 10, "1f1b", False),
+    ("convolution", 3, 4, 8, "gpipe", False),
     # Not 14: statistics of two samples make training chaotic, and rounding grows by half a decade a step.
     ("batch-normalization", 2, 7, 28, "gpipe", False),
     ("dropout", 5, 4, 10, "1f1b", True),
@@ -43,7 +43,7 @@ def optimizer() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "microbatches", "samples", "schedule", "recompute"), in_turn(ROWS, 4, len(ROWS), several=True)
+    ("name", "stages", "microbatches", "samples", "schedule", "recompute"), in_turn(ROWS, 2, len(ROWS), several=True)
 )
 def test_equals_one_tape_within_rounding(
     name: str, stages: int, microbatches: int, samples: int, schedule: str, recompute: bool
@@ -71,7 +71,7 @@ def test_every_stack_is_there() -> None:
     assert {row[0] for row in ROWS} == {found.name for found in STACKS}
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("name", in_turn(["adam", "adamw"], 1, 2))
 def test_adaptive_optimizers(name: str) -> None:
     """Where no gradient is only noise, optimizers that divide by its size agree too."""
     x, y = stack("dense").data(10)
@@ -99,7 +99,7 @@ def test_processes_equal_one_tape() -> None:
     assert report.tolerance.relative <= 1e-6
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_recomputing_changes_nothing(run_eagerly: bool) -> None:
     """Dropout draws the same masks, statistics move once, seeds end where they would: losses and all variables agree.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.models import Spread, cross_entropy, grouped, part, stack
 from tests.one_tape import OneTape, assert_same_bits, difference
 from tests.pipeline.batch.test_whole_batch import full_batch
@@ -40,16 +41,21 @@ def parts(place: int) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("place", "stages", "run_eagerly", "recompute"),
-    [
-        (0, 5, True, False),
-        (2, 5, True, True),
-        (4, 5, True, False),
-        (1, 2, True, False),
-        (3, 1, True, False),
-        (0, 3, False, False),
-        (2, 5, False, True),
-        (4, 3, False, False),
-    ],
+    in_turn(
+        [
+            (2, 5, True, True),
+            (1, 2, True, False),
+            (0, 3, False, False),
+            (2, 5, False, True),
+            (4, 3, False, False),
+            (0, 5, True, False),
+            (4, 5, True, False),
+            (3, 1, True, False),
+        ],
+        5,
+        8,
+        several=True,
+    ),
 )
 def test_own_losses_count_once_a_batch(place: int, stages: int, run_eagerly: bool, recompute: bool) -> None:
     """Gradients and loss equal the unsplit model's on the whole batch, of unequal microbatches."""

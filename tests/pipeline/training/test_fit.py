@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CompileError, DataError, Pipeline, PipelineClosedError
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import (
     assert_same_arrays,
     assert_same_logs,
@@ -75,50 +76,50 @@ def generator():
         yield X[start : start + 5], Y[start : start + 5]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param({"x": X, "y": Y, "batch_size": 8, "epochs": 2}, id="arrays, shuffled"),
-        pytest.param({"x": X, "y": Y}, id="default batch size"),
-        pytest.param({"x": X, "y": Y, "batch_size": 8, "shuffle": False}, id="in order"),
-        pytest.param({"x": tf.constant(X), "y": tf.constant(Y), "batch_size": 8}, id="tensors"),
-        pytest.param({"x": X.astype("float64"), "y": Y[:, None], "batch_size": 20}, id="float64 and a column"),
-        pytest.param({"x": dataset, "epochs": 2, "shuffle": False}, id="tf.data"),
-        pytest.param({"x": weighted_dataset, "shuffle": False}, id="tf.data with weights"),
-        pytest.param({"x": endless, "steps_per_epoch": 2, "epochs": 2, "shuffle": False}, id="endless tf.data"),
-        pytest.param({"x": Batches, "shuffle": True}, id="PyDataset, shuffled"),
-        pytest.param({"x": lambda: Batches(weighted=True), "shuffle": False}, id="PyDataset with weights"),
-        pytest.param({"x": generator, "shuffle": False, "steps_per_epoch": 4, "epochs": 2}, id="generator"),
-        pytest.param({"x": X, "y": Y, "batch_size": 5, "epochs": 2, "steps_per_epoch": 2}, id="steps_per_epoch"),
-        pytest.param({"x": X, "y": Y, "batch_size": 8, "validation_data": (XV, YV)}, id="validation data"),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 8, "validation_data": (XV, YV, np.linspace(0, 1, 9, dtype="float32"))},
-            id="weighted validation data",
-        ),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 8, "validation_data": dataset, "validation_steps": 2}, id="validation steps"
-        ),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 8, "validation_split": 0.25, "validation_batch_size": 3},
-            id="validation split",
-        ),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 10, "epochs": 3, "validation_data": (XV, YV), "validation_freq": 2},
-            id="validation every second epoch",
-        ),
-        pytest.param({"x": X, "y": Y, "batch_size": 10, "epochs": 4, "initial_epoch": 2}, id="initial epoch"),
-        pytest.param({"x": X, "y": Y, "batch_size": 10, "epochs": 2, "initial_epoch": 2}, id="no epoch at all"),
-        pytest.param({"x": X, "y": Y, "batch_size": 8, "class_weight": {0: 2.0, 2: 0.25}}, id="class weights"),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 8, "sample_weight": np.linspace(0, 2, 20, dtype="float32")},
-            id="sample weights",
-        ),
-        pytest.param(
-            {"x": X, "y": Y, "batch_size": 8, "sample_weight": np.linspace(0, 2, 20), "validation_split": 0.2},
-            id="sample weights and split",
-        ),
-    ],
-)
+ARGUMENTS = [
+    pytest.param({"x": X, "y": Y, "batch_size": 8, "epochs": 2}, id="arrays, shuffled"),
+    pytest.param({"x": weighted_dataset, "shuffle": False}, id="tf.data with weights"),
+    pytest.param({"x": generator, "shuffle": False, "steps_per_epoch": 4, "epochs": 2}, id="generator"),
+    pytest.param({"x": Batches, "shuffle": True}, id="PyDataset, shuffled"),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 8, "validation_split": 0.25, "validation_batch_size": 3},
+        id="validation split",
+    ),
+    pytest.param({"x": X, "y": Y, "batch_size": 8, "class_weight": {0: 2.0, 2: 0.25}}, id="class weights"),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 8, "sample_weight": np.linspace(0, 2, 20, dtype="float32")},
+        id="sample weights",
+    ),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 8, "validation_data": (XV, YV, np.linspace(0, 1, 9, dtype="float32"))},
+        id="weighted validation data",
+    ),
+    pytest.param({"x": X, "y": Y, "batch_size": 10, "epochs": 4, "initial_epoch": 2}, id="initial epoch"),
+    pytest.param({"x": X, "y": Y}, id="default batch size"),
+    pytest.param({"x": X, "y": Y, "batch_size": 8, "shuffle": False}, id="in order"),
+    pytest.param({"x": tf.constant(X), "y": tf.constant(Y), "batch_size": 8}, id="tensors"),
+    pytest.param({"x": X.astype("float64"), "y": Y[:, None], "batch_size": 20}, id="float64 and a column"),
+    pytest.param({"x": dataset, "epochs": 2, "shuffle": False}, id="tf.data"),
+    pytest.param({"x": endless, "steps_per_epoch": 2, "epochs": 2, "shuffle": False}, id="endless tf.data"),
+    pytest.param({"x": lambda: Batches(weighted=True), "shuffle": False}, id="PyDataset with weights"),
+    pytest.param({"x": X, "y": Y, "batch_size": 5, "epochs": 2, "steps_per_epoch": 2}, id="steps_per_epoch"),
+    pytest.param({"x": X, "y": Y, "batch_size": 8, "validation_data": (XV, YV)}, id="validation data"),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 8, "validation_data": dataset, "validation_steps": 2}, id="validation steps"
+    ),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 10, "epochs": 3, "validation_data": (XV, YV), "validation_freq": 2},
+        id="validation every second epoch",
+    ),
+    pytest.param({"x": X, "y": Y, "batch_size": 10, "epochs": 2, "initial_epoch": 2}, id="no epoch at all"),
+    pytest.param(
+        {"x": X, "y": Y, "batch_size": 8, "sample_weight": np.linspace(0, 2, 20), "validation_split": 0.2},
+        id="sample weights and split",
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments", in_turn(ARGUMENTS, 9, len(ARGUMENTS)))
 def test_history_and_weights_are_those_of_keras(pair, arguments):
     pair.assert_fit_alike(**arguments)
 
@@ -152,7 +153,9 @@ def test_history_object_is_keras_own(pair):
     assert history.params["epochs"] == 3 and history.params["steps"] == 2
 
 
-@pytest.mark.parametrize("arguments", [{}, {"batch_size": 7}, {"sample_weight": np.linspace(0, 1, 20)}, {"steps": 1}])
+@pytest.mark.parametrize(
+    "arguments", in_turn([{}, {"batch_size": 7}, {"sample_weight": np.linspace(0, 1, 20)}, {"steps": 1}], 2, 4)
+)
 def test_evaluate_gives_loss_first_or_a_dict(pair, arguments):
     theirs, ours = pair.both(lambda twin: twin.evaluate(X, Y, verbose=0, **arguments))
     assert ours == theirs
@@ -234,7 +237,7 @@ def test_callbacks_of_evaluate_and_predict_are_called(pair):
     ]
 
 
-@pytest.mark.parametrize("verbose", [0, 1, 2, "auto"])
+@pytest.mark.parametrize("verbose", in_turn([0, 1, 2, "auto"], 2, 4))
 def test_verbose_shows_what_keras_shows(pair, capsys, verbose):
     shown = []
 

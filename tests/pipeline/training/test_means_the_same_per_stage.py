@@ -72,8 +72,8 @@ def pipeline(**options: Any) -> Pipeline:
     return Pipeline.split(stack(), at=CUTS, **{"microbatches": 4, "transport": "inproc", **options})
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("schedule", "by_name"), [("gpipe", False), ("1f1b", True)])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
+@pytest.mark.parametrize(("schedule", "by_name"), in_turn([("gpipe", False), ("1f1b", True)], 2, 2, several=True))
 def test_each_optimizer_updates_its_stage(schedule: str, by_name: bool, run_eagerly: bool) -> None:
     """Given as a list or by name; every optimizer's rate may be set, and each counts."""
     reference, mine = ByHand(), different()

@@ -148,7 +148,7 @@ def test_stages_with_nothing_to_train_do_not_stop_the_count(where: dict[str, Any
         assert_same_arrays(again.get_weights(), weights)
 
 
-@pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_steps_that_reach_nothing_in_a_stage_count_there(run_eagerly: bool) -> None:
     """A loss that one stage's variables have no part in, then one that has; averages too begin with the first step."""
 
@@ -175,7 +175,7 @@ def test_steps_that_reach_nothing_in_a_stage_count_there(run_eagerly: bool) -> N
         assert difference(pair.pipe.get_weights(), pair.model.get_weights()) <= 1e-5
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 def test_batches_of_any_size_need_no_new_trace(recompute: bool) -> None:
     """Batches of 7, 5, 8 and 3 samples, cut into unequal microbatches: Python runs for the first one only."""
     model = chain(

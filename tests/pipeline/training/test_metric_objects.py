@@ -10,6 +10,7 @@ import pytest
 from keras import ops
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 
 L = keras.layers
 RNG = np.random.default_rng(4)
@@ -52,7 +53,9 @@ def metrics() -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:the metric 'size' inside of a layer counts every microbatch:UserWarning")
-@pytest.mark.parametrize(("run_eagerly", "recompute"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("run_eagerly", "recompute"), in_turn([(True, True), (False, True), (False, False)], 1, 2, several=True)
+)
 def test_metrics_in_layers_and_metric_objects_are_those_of_keras(run_eagerly: bool, recompute: bool) -> None:
     plain, model, theirs, ours = made(), made(), metrics(), metrics()
     plain.compile("sgd", "sparse_categorical_crossentropy", metrics=theirs[:2], weighted_metrics=theirs[2:])

@@ -15,6 +15,7 @@ from pipeline.own import lent as lending
 from pipeline.own.model import OwnModel
 from pipeline.testing import SingleTapeError, assert_matches_single_tape
 from pipeline.verify.by_own import ByOwn
+from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
 
 layers = keras.layers
@@ -54,7 +55,7 @@ def made(report: Any) -> Any:
     return check
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_it_is_made_unasked_and_compares_outputs_losses_gradients_and_an_update(eager: bool) -> None:
     with running(model(), eager=eager) as pipe:
         pipe.train_on_batch(*batch())
@@ -207,7 +208,7 @@ def test_a_model_that_gives_other_numbers_each_time_is_not_judged() -> None:
             )
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_no_verdict_is_given_that_a_second_run_would_turn_round(eager: bool) -> None:
     """The reference is run twice where it deviates, or hardly could, and then says which layer draws."""
     keras.utils.set_random_seed(0)

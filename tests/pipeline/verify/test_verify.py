@@ -143,7 +143,7 @@ def test_verification_gradients_and_timelines_change_nothing(eager):
             assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_json_says_what_the_table_says(eager):
     with running(eager) as pipe:
         report = pipe.verify(*batch())
@@ -197,7 +197,7 @@ def doubled_regulariser(monkeypatch):
 
 
 @pytest.mark.parametrize("sabotage", [wrong_weight, dropped_gradient, doubled_regulariser])
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_a_wrong_hand_off_is_found(sabotage, eager, monkeypatch):
     sabotage(monkeypatch)
     with running(eager) as pipe:

@@ -164,6 +164,7 @@ def test_a_warning_lets_training_go_on(monkeypatch):
         assert list(every.reports) == [2, 3] and every.first_failed == 2
 
 
+@pytest.mark.gate
 def test_a_named_check_that_cannot_be_made_is_no_success():
     with running(build=classifier) as pipe:
         with pytest.raises(VerificationError, match=r"step 1 .*asked for by name, but not checked: 'batch'"):
@@ -191,6 +192,7 @@ def test_what_cannot_be_meant_is_refused_at_once(make, error, match):
         make()
 
 
+@pytest.mark.gate
 def test_one_reference_serves_all_verifications_and_nothing_is_left(nothing_left):
     """With processes: the same process each time; a failure leaves the workers serving, close leaves nothing."""
     with running(build=regressor, transport="auto", eager=False) as pipe:
@@ -207,6 +209,7 @@ def test_one_reference_serves_all_verifications_and_nothing_is_left(nothing_left
         pipe.fit(XN, YN, verbose=0)
 
 
+@pytest.mark.gate
 def test_a_reference_that_dies_is_told_so_and_training_may_go_on(nothing_left):
     with running(build=regressor, transport="auto") as pipe:
         before = []

@@ -37,6 +37,7 @@ def model() -> Any:
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dropout(0.5)])
 
 
+@pytest.mark.gate
 def test_everything_is_the_same_in_another_process() -> None:
     questions, here, names = [], [], []
     for name, made, x in models():

@@ -36,7 +36,7 @@ def run(parts: list[Any], x: Any, y: Any, run_eagerly: bool, recompute: bool) ->
     return found, [v.numpy() for model in parts for v in model.non_trainable_variables]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 @pytest.mark.parametrize("chosen", in_turn(STACKS, 4, len(STACKS)), ids=str)
 def test_compiled_stages_are_eager_stages(chosen: Stack, recompute: bool) -> None:
     """Gradients within 1e-6 of the largest, statistics within rounding, seeds exactly where eager ones are."""
