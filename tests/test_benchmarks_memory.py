@@ -7,6 +7,7 @@ import keras
 import pytest
 
 from benchmarks import memory, run
+from tests.levels import in_turn
 
 ROWS = 1000
 A_LAYER = ROWS * 64 * 4
@@ -35,7 +36,7 @@ def test_weights_are_no_activations() -> None:
     assert memory.sizes(stack(64, layers=1), rows=1).kept == 2 * 64 * 4
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+@pytest.mark.parametrize("eager", in_turn([False, True], 1, 2), ids=["compiled", "eager"])
 def test_the_bound_follows_the_plan(eager: bool) -> None:
     gpipe, one_f_one_b, again = ([*memory.bounds(memory.QUICK, way, eager)] for way in memory.WAYS)
     assert [tapes for tapes, _ in gpipe] == [8, 8, 8, 8]

@@ -75,7 +75,7 @@ from {package} import {name}
     ("package", "name", "module"),
     in_turn(
         [("transport", "open_transport", "msgpack"), ("pipeline", "Pipeline", "keras"), ("stages", "Stage", "keras")],
-        2,
+        1,
         3,
         several=True,
     ),

@@ -3,6 +3,7 @@
 import os
 
 import keras
+import tensorflow as tf
 
 
 @keras.saving.register_keras_serializable("tapeline_tests")
@@ -94,3 +95,14 @@ def not_built():
 def not_a_model():
     """A mistake."""
     return 7
+
+
+def threads_of_the_process():
+    """A model whose kernel and bias say how many threads TensorFlow has in the process that builds it."""
+    threading = tf.config.threading
+    within, between = (
+        keras.initializers.Constant(float(count()))
+        for count in (threading.get_intra_op_parallelism_threads, threading.get_inter_op_parallelism_threads)
+    )
+    dense = keras.layers.Dense(1, kernel_initializer=within, bias_initializer=between)
+    return keras.Sequential([keras.Input((1,)), dense])

@@ -100,6 +100,13 @@ WINDOWS = (
         _WINDOWS,
     ),
     Planted(
+        "a window that begins masked gives zeros, not the output before it",
+        "pipeline/model/stateful.py",
+        "if mask is not None and not layer.zero_output_for_mask:",
+        "if mask is not None and layer.zero_output_for_mask is None:",
+        ("test_whole_length", *_WINDOWS),
+    ),
+    Planted(
         "windows of unequal length weigh the same",
         "stages/grid.py",
         "self.sizes[microbatch] * (self.lengths[window] if over_time and self.lengths else 1)",

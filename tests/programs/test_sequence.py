@@ -239,7 +239,7 @@ PROGRAMS = {
 }
 
 
-@each(PROGRAMS, check=["next frames"], gate=["recurrent forecaster", "temporal convolution"])
+@each(PROGRAMS, gate=["next frames", "recurrent forecaster", "temporal convolution"])
 def test_eager_training_is_keras_bit_for_bit(program):
     assert_eager_is_keras(program)
 

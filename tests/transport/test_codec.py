@@ -46,6 +46,17 @@ def test_what_is_sent_comes_back(message):
         assert not np.shares_memory(received.array, message.array)
 
 
+@pytest.mark.parametrize(
+    "lying",
+    [lambda a: a.T, lambda a: a[:, ::2], lambda a: a[::-1], lambda a: np.asfortranarray(a)],
+    ids=["transposed", "with gaps", "backwards", "by columns"],
+)
+def test_an_array_arrives_as_it_is_indexed_however_it_lies_in_memory(lying):
+    array = lying(np.arange(12, dtype="float32").reshape(3, 4))
+    received = decode(encode(Message("activation", 0, array=array))).array
+    assert received.shape == array.shape and received.tolist() == array.tolist()
+
+
 @EXAMPLES
 @given(messages(), st.data())
 def test_a_damaged_header_is_the_same_message_or_malformed(message, data):

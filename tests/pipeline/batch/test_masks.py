@@ -87,6 +87,7 @@ def test_masked_metrics_and_evaluation_equal_keras(eager):
         assert pipe.test_on_batch(x, y) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.gate
 def test_masks_cross_processes():
     keras.utils.set_random_seed(0)
     x, y = padded_batch()

@@ -63,9 +63,9 @@ class Application:
 
 APPLICATIONS = (
     Application("MobileNetV2", options=(("alpha", 0.35),)),
-    Application("ResNet50V2"),
     Application("DenseNet121"),
     Application("EfficientNetB0"),
+    Application("ResNet50V2"),
     Application("InceptionV3", size=75),
     Application("ConvNeXtTiny", size=32, samples=1),  # seconds a call: Keras traces grouped convolutions anew each time
 )
@@ -107,7 +107,7 @@ class Case:
         assert report.loss == report.reference_loss
 
 
-@pytest.fixture(scope="module", params=in_turn(APPLICATIONS, 1, 5), ids=str)
+@pytest.fixture(scope="module", params=in_turn(APPLICATIONS, 1, 3), ids=str)
 def case(request: Any) -> Iterator[Case]:
     """Each model once; pytest runs all that is about it before it goes to the next."""
     yield Case(request.param)

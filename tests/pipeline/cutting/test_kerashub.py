@@ -146,7 +146,7 @@ def test_backbones_are_dissolved(case: Case) -> None:
     assert not any(isinstance(call.operation, keras.Model) for call in case.graph.calls)
 
 
-@pytest.mark.parametrize(("stages", "schedule"), in_turn([(2, "1f1b"), (3, "gpipe"), (4, "1f1b")], 3, 3, several=True))
+@pytest.mark.parametrize(("stages", "schedule"), in_turn([(3, "gpipe"), (4, "1f1b"), (2, "1f1b")], 2, 2, several=True))
 def test_automatic_cuts_are_one_tape(case: Case, stages: int, schedule: str) -> None:
     split = split_model(case.model, stages)
     assert len(split.segments) == stages
@@ -154,7 +154,7 @@ def test_automatic_cuts_are_one_tape(case: Case, stages: int, schedule: str) -> 
     case.check(split, schedule)
 
 
-@pytest.mark.parametrize("seed", in_turn(range(RANDOM_CUTS), 3, 3))
+@pytest.mark.parametrize("seed", in_turn(range(RANDOM_CUTS), 1, 1))
 def test_random_cuts_are_one_tape(case: Case, seed: int) -> None:
     split = split_model(case.model, stage_of=random_stages(case.graph, f"{case.task}-{seed}"))
     case.check(split, ("gpipe", "1f1b")[seed % 2])

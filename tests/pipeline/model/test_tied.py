@@ -78,8 +78,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", in_turn(list(OPTIMIZERS), 1, len(OPTIMIZERS)))
-@pytest.mark.parametrize("case", CASES)
+TRAINED = [(case, "sgd") for case in CASES] + [("siamese in two", "global norm")]
+TRAINED += [(case, optimizer) for optimizer in ("adamw", "global norm", "adam") for case in CASES]
+
+
+@pytest.mark.parametrize(("case", "optimizer"), in_turn(list(dict.fromkeys(TRAINED)), 5, 12, several=True))
 def test_training_is_keras(case, optimizer):
     """One microbatch a batch, eagerly: bit for bit where a weight has two uses and clipping takes no sum over all."""
     build, data, at = CASES[case]

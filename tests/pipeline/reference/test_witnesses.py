@@ -100,10 +100,10 @@ def repeated_regulariser(monkeypatch):
     in_turn(
         [
             (unweighted, "dense"),
-            (alike, "masked"),
-            (repeated_regulariser, "dense"),
-            (scaled, "dense"),
             (dropped, "dense"),
+            (repeated_regulariser, "dense"),
+            (alike, "masked"),
+            (scaled, "dense"),
             (alike, "dense"),
         ],
         3,

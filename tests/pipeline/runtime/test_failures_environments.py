@@ -79,6 +79,7 @@ def test_works_without_a_main_guard_with_all_that_lives_in_main(script, where):
         assert last < first
 
 
+@pytest.mark.gate
 @pytest.mark.usefixtures("nothing_left")
 def test_works_in_a_thread_that_ends():
     """The workers stay when the thread that started them is gone, and serve another one."""

@@ -42,6 +42,7 @@ def diverging():
             lambda: [keras.callbacks.EarlyStopping("val_accuracy", patience=1, restore_best_weights=True)],
             {"validation_split": 0.3, "epochs": 5},
             id="EarlyStopping with an automatic mode",
+            marks=pytest.mark.gate,
         ),
         pytest.param(
             regressor,
@@ -66,6 +67,7 @@ def diverging():
             lambda: [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
             {"epochs": 3},
             id="LearningRateScheduler",
+            marks=pytest.mark.gate,
         ),
         pytest.param(
             regressor,

@@ -91,7 +91,7 @@ RECOMPUTED = {"microbatches": 5, "recompute": True, "schedule": "gpipe"}
 @pytest.mark.parametrize(
     ("run_eagerly", "options"),
     [
-        pytest.param(True, {"microbatches": 5}, id="eager"),
+        pytest.param(True, {"microbatches": 5}, id="eager", marks=pytest.mark.gate),
         pytest.param(True, RECOMPUTED, id="eager, recomputed", marks=pytest.mark.gate),
         pytest.param(False, {"microbatches": 1}, id="compiled", marks=pytest.mark.gate),
         pytest.param(False, {"microbatches": 5}, id="compiled, microbatches"),

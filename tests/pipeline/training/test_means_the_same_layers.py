@@ -1,8 +1,8 @@
 """Every layer means the same in a pipeline: one tape over the uncut model, written without it, is the judge.
 
 For each model: Keras's own `fit` with one microbatch, bit for bit, weights, statistics and random states; gradients of
-unequal microbatches under two schedules, eager (equal bits) and compiled (1e-6), with and without recomputation; and
-where nothing depends on how a batch is cut, the whole batch.
+unequal microbatches under two schedules, eager (equal bits) and compiled (1e-6), with and without recomputation (of
+compiled stages in the soak only); and where nothing depends on how a batch is cut, the whole batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import keras
 import pytest
 
 from pipeline import Pipeline
-from tests.levels import in_turn
+from tests.levels import SOAK, in_turn
 from tests.natural_tape import natural_tape
 from tests.one_tape import assert_same_bits, difference
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, twins
@@ -56,7 +56,7 @@ def test_microbatches_are_one_tape(name: str) -> None:
         options = {"microbatches": MICROBATCHES, "schedule": schedule, "recompute": recompute, "transport": "inproc"}
         put(model, before)  # the model is the trained one after a pipeline was closed
         with Pipeline.split(model, at=list(case.at), **options) as pipe:
-            for run_eagerly in (False, True):
+            for run_eagerly in (False, True) if SOAK or not recompute else (True,):
                 pipe.compile(keras.optimizers.SGD(0.0), case.loss(), run_eagerly=run_eagerly)
                 ours = in_the_models_order(pipe, model, x, y)
                 if run_eagerly and case.bits:

@@ -29,7 +29,7 @@ BATCHES = (LOUD, X, X, BROKEN, X, X, X, BROKEN, BROKEN, X)
 CUTS = ["a", "b"]
 
 
-@pytest.fixture(params=["mixed_float16", "mixed_bfloat16"])
+@pytest.fixture(params=in_turn(["mixed_float16", "mixed_bfloat16"], 1, 2))
 def policy(request: Any) -> Any:
     yield from set_policy(request.param)
 

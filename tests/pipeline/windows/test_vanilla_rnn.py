@@ -26,6 +26,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     keras.config.set_dtype_policy(before[1])
 
 
+@pytest.mark.gate
 def test_the_published_figures_come_out_of_one_process_a_time_step(monkeypatch: pytest.MonkeyPatch) -> None:
     given, known = module.outside_check()
     processes = []

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from pipeline import Pipeline, Segment
 from pipeline.runtime.launch import LaunchError
 
 
@@ -37,6 +38,7 @@ def test_workers_train_while_the_driver_does(driver, finish, line):
     assert finish(script)[0] == 0
 
 
+@pytest.mark.gate
 def test_what_keras_does_not_need_is_left_out_but_can_be_imported(new_server, line):
     from pipeline.runtime.launch import LocalLauncher
 
@@ -56,3 +58,10 @@ def test_server_that_ran_an_op_is_refused(new_server, tmp_path, monkeypatch):
     server.start()
     with pytest.raises(LaunchError, match="a TensorFlow op ran in the fork server while it imported modules"):
         server.wait_ready()
+
+
+def test_a_worker_has_as_many_threads_as_it_was_told():
+    """Sums of convolutions depend on how many: a worker with another number than the reference has other bits."""
+    with Pipeline([Segment("tests.pipeline.parts:threads_of_the_process")], microbatches=1, threads=3) as pipe:
+        kernel, bias = pipe.get_weights()
+    assert (kernel.item(), bias.item()) == (3.0, 3.0)
