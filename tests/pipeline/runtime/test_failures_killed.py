@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -14,11 +15,16 @@ import pytest
 
 from pipeline import Pipeline
 from pipeline.errors import CheckpointError, PipelineClosedError, VerificationError, WorkerDiedError
+from pipeline.runtime.crew import Crew
 from pipeline.runtime.launch.shared import shared_server
 from pipeline.saving import checkpoint
+from stages.worker.hosted_stage import StageSpec
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
 from tests.levels import in_turn
 from tests.pipeline.runtime.launch.processes import DEADLINE, children
+from transport.mailbox import Mailbox
+from transport.message import DRIVER, Key, Message
+from transport.registry import open_transport
 
 WAITING_AT = {"do": "wait", "call_number": 4}
 """Microbatch 1 of step 2."""
@@ -91,6 +97,33 @@ def test_worker_killed_while_it_waits_for_one_that_is_busy_for_ever(line, gate):
     assert (error.stage, error.step) == ("top", 2)
     assert "stage 'middle1' runs step 2, forward of microbatch 1" in str(error)
     assert seconds < NOTICED_SECONDS
+
+
+class Worker(NamedTuple):
+    """What a crew sees of a worker; one that is gone was killed."""
+
+    name: str
+    gone: bool
+    board: np.ndarray
+
+    def join(self, seconds):
+        return self.gone
+
+    def exit_reason(self):
+        return "killed by SIGKILL"
+
+
+def test_a_neighbour_that_tells_of_the_loss_first_is_not_blamed():
+    """Its report is there before the driver sees that somebody is gone: the error is that of the dead worker."""
+    crew = Crew([[StageSpec(0, "bottom", b"", (), ())], [StageSpec(1, "top", b"", (), ())]], look_seconds=DEADLINE)
+    crew._handles = [Worker("bottom", True, np.zeros(8, int)), Worker("top", False, np.zeros(8, int))]
+    with open_transport("inproc") as transport:
+        crew._mailbox = Mailbox(transport.bind())
+        lost = {"stage": "top", "type": "PeerLost", "message": "the receiver is gone", "traceback": "", "time": 0.0}
+        lost |= {"step": 2, "action": "backward of microbatch 1", "building": False}
+        transport.connect(crew._mailbox.inbox.address, DEADLINE).send(Message("error", 0, stage=DRIVER, value=lost))
+        with pytest.raises(WorkerDiedError, match=r"the worker of stage 'bottom' is gone.*SIGKILL"):
+            crew.wait(Key("reply", 2, DRIVER, 0), DEADLINE)
 
 
 @pytest.mark.gate
