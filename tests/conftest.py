@@ -8,6 +8,7 @@ import os
 import re
 import signal
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -30,6 +31,16 @@ def pytest_collection_finish() -> None:
     """What was imported stays; a garbage collection need not walk TensorFlow's half a million objects every time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def warm_interpreter():
+    """Plays users' programs without importing TensorFlow for each."""
+    from tests.warm import WarmInterpreter
+
+    interpreter = WarmInterpreter()
+    yield interpreter
+    interpreter.close()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.sources import ROOT
@@ -37,8 +33,18 @@ LONG = {"character_model.py", "several_passes.py", "applications.py", "state_gra
         for path in sorted((ROOT / "examples").glob("*.py"))
     ],
 )
-def test_example_passes_its_own_check(name, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
-    command = [sys.executable, str(ROOT / "examples" / name), *ARGUMENTS[name]]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+def test_example_passes_its_own_check(name, tmp_path, warm_interpreter):
+    run = warm_interpreter.run(ROOT / "examples" / name, ARGUMENTS[name], folder=tmp_path, seconds=400)
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(
+    ("last", "status", "says"),
+    [("", 0, "__main__ []"), ("sys.exit(3)", 3, "__main__"), ("assert keras is None", 1, "AssertionError")],
+)
+def test_a_program_ends_as_in_an_interpreter_of_its_own(last, status, says, tmp_path, warm_interpreter):
+    script = tmp_path / "program.py"
+    script.write_text(f"import sys\nimport keras\nprint(__name__, sys.argv[1:])\n{last}\n")
+    run = warm_interpreter.run(script, folder=tmp_path, seconds=60)
+    assert run.returncode == status and says in run.stdout

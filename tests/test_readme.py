@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.sources import ROOT
+from tests.warm import WarmInterpreter
 
 README = ROOT / "README.md"
 FENCE = re.compile(
@@ -183,10 +184,13 @@ def test_the_readme_shows_commands_and_python() -> None:
 @pytest.mark.gate
 @pytest.mark.timeout(SECONDS + 30)
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_a_python_block_runs_in_an_empty_folder(block: Block, tmp_path: Path) -> None:
+def test_a_python_block_runs_in_an_empty_folder(
+    block: Block, tmp_path: Path, warm_interpreter: WarmInterpreter
+) -> None:
     script = tmp_path / "shown.py"
     script.write_text(block.text)
-    run([sys.executable, script.name], tmp_path)
+    result = warm_interpreter.run(script, folder=tmp_path, seconds=SECONDS)
+    assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}"
 
 
 @pytest.mark.gate
