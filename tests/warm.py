@@ -99,7 +99,7 @@ class WarmInterpreter:
 def _taken(path: str) -> str:
     """The text of a file, which is removed."""
     text = Path(path).read_text()
-    os.unlink(path)
+    Path(path).unlink()
     return text
 
 
