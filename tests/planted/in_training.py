@@ -88,8 +88,8 @@ CHANGES = (
     Planted(
         "a variable of a loss that is assigned does not reach the worker",
         "pipeline/own/changes.py",
-        "found = {i: held for i, held in self._besides.items() if held.changed()}",
-        "found = {i: held for i, held in self._besides.items() if held.changed() and i < 0}",
+        "if places := [k for k in held.changed() if id(held.variables[k]) not in states]:",
+        "if places := [k for k in held.changed() if k < 0]:",
         ("test_changes",),
     ),
     Planted(
