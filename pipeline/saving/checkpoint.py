@@ -7,25 +7,22 @@
 
 Rules:
 
-1. A checkpoint is whole or not there: it is written under another name beside its place, flushed, and then renamed.
-2. Arrays are raw numbers; no pickle is written or read, and no code. Recipes are Keras's configurations: load only
-   checkpoints from people you trust, as with any Keras file. What a configuration leaves out is named when it is saved,
-   and must be brought when it is loaded (`pipeline.saving.own_objects`).
+1. A checkpoint is whole or not there, and nothing else is touched (`pipeline.saving.folder`).
+2. Arrays are raw numbers; no pickle is written or read, and no code. Recipes are Keras's configurations; other code
+   than Keras's runs only if the user says so (`pipeline.saving.trust`). What a configuration leaves out is named on
+   saving, and must be brought on loading (`pipeline.saving.own_objects`).
 3. Optimizer slots are kept by the variable they belong to, so that other cuts can take them over.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 from pipeline.compiled.optimizer_slots import OptimizerSlots, StartValues
@@ -34,6 +31,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model.merge import merge
 from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import wire
+from pipeline.saving.folder import FORMAT, MANIFEST, new_file, real_place, stage_file, writing
 from pipeline.saving.own_objects import (
     Own,
     check_brought,
@@ -42,6 +40,8 @@ from pipeline.saving.own_objects import (
     warn_of_what_is_not_in_it,
     write_values,
 )
+from pipeline.saving.reading import damage_told, read_arrays, read_manifest
+from pipeline.saving.trust import check_code
 from stages.errors import RecipeError
 from stages.recipe.describe import create
 from stages.recipe.segment import Segment
@@ -51,7 +51,6 @@ from stages.worker.hosted_stage import leave_undecayed
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
-FORMAT = "tapeline checkpoint"
 CHECKPOINT_VERSION = 2
 _ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "shared"}
 _ENTRIES |= {"stages"}
@@ -59,26 +58,21 @@ _ENTRIES |= {"stages"}
 
 def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
     """Write a checkpoint of a pipeline; see `Pipeline.save`."""
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists; pass overwrite=True to replace it, or choose another name")
-    if path.exists() and not (path / "manifest.json").exists():
-        raise CheckpointError(f"{path} exists and is no checkpoint; choose another name")
+    target = real_place(path, overwrite)
     driver = pipe.session.workers.driver()
     pipe.session.workers.needs_the_trainable_set("save")
     model, optimizer = pipe.session.values.read("model"), pipe.session.values.read("optimizer")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with writing(target) as place:
         stages = []
         for i, name in enumerate(pipe.names):
             description = driver.descriptions[i]
             arrays = {f"model/{k}": value for k, value in enumerate(model[i])}
             arrays |= {f"optimizer/{k}": value for k, value in enumerate(optimizer[i])}
-            digest = _write_arrays(place / f"stage-{i}.npz", arrays)
+            digest = _write_arrays(place / stage_file(i), arrays)
             stages.append(
                 {
                     "name": name,
-                    "file": f"stage-{i}.npz",
+                    "file": stage_file(i),
                     "sha256": digest,
                     "dtypes": {key: value.dtype.name for key, value in arrays.items()},
                     "variables": [variable.plain() for variable in description.variables],
@@ -86,11 +80,7 @@ def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
                 }
             )
         manifest = _manifest(pipe, stages)
-        _write_text(place / "manifest.json", json.dumps(manifest, indent=1))
-        _replace(place, path)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        _write_text(place / MANIFEST, json.dumps(manifest, indent=1))
     warn_of_what_is_not_in_it(manifest, path)
 
 
@@ -136,11 +126,28 @@ def load(
     at: Sequence[Cut] | None,
     options: Mapping[str, Any],
     own: Own,
+    trust: bool | Sequence[str],
 ) -> Pipeline:
     """Make a pipeline from a checkpoint; see `Pipeline.load`."""
-    manifest = _read_manifest(path)
-    check_brought(manifest, own)
-    arrays = [_read_arrays(path, entry) for entry in manifest["stages"]]
+    manifest = read_manifest(path, CHECKPOINT_VERSION, _ENTRIES)
+    with damage_told(path):
+        check_brought(manifest, own)
+        models = [] if own.model is not None else [manifest["original"], manifest["segments"]]
+        rest = [recipe for name, recipe in (manifest["compile"] or {}).items() if name not in own.given]
+        check_code([*models, *rest], trust)
+        return _loaded(kind, manifest, path, stages, at, options, own)
+
+
+def _loaded(
+    kind: type[Pipeline],
+    manifest: Mapping[str, Any],
+    path: Path,
+    stages: int | None,
+    at: Sequence[Cut] | None,
+    options: Mapping[str, Any],
+    own: Own,
+) -> Pipeline:
+    arrays = [read_arrays(path, entry) for entry in manifest["stages"]]
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
     parts = _saved_parts(manifest) if own.model is None else own_parts(own.model, manifest)
     state = StartValues(
@@ -232,7 +239,10 @@ def _recut(
 def _saved_parts(manifest: Mapping[str, Any]) -> Split | list[Segment]:
     """The segments as they were saved."""
     if manifest["original"] is not None:
-        return split_model(create(manifest["original"]), stage_of=manifest["stage_of"], options=manifest["options"])
+        model = create(manifest["original"])
+        if not isinstance(model, keras.Model):
+            raise CheckpointError(f"the checkpoint is damaged: its model is of the type {type(model).__name__}")
+        return split_model(model, stage_of=manifest["stage_of"], options=manifest["options"])
     found = []
     for entry, stage in zip(manifest["segments"], manifest["stages"], strict=True):
         names = {label: tuple(entry[label]) for label in ("inputs", "outputs", "states")} | {"name": stage["name"]}
@@ -253,11 +263,10 @@ def _part(values: Mapping[str, np.ndarray[Any, Any]], what: str) -> list[np.ndar
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
     """Write arrays as raw bytes of a known dtype (bfloat16 has none in NumPy's files); return the file's SHA-256."""
     raw = {key: value if value.dtype.isbuiltin == 1 else _as_integers(value) for key, value in arrays.items()}
-    with path.open("wb") as file:
+    with new_file(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
         np.savez(file, **raw)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    return _digest(path)
+    with path.open("rb") as written:
+        return hashlib.file_digest(written, "sha256").hexdigest()
 
 
 def _as_integers(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -265,71 +274,5 @@ def _as_integers(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(place: Path, path: Path) -> None:
-    """Put a finished folder in its place. One that is there already is exchanged in one go, then removed (rule 1)."""
-    if not path.exists():
-        place.rename(path)
-    elif _exchange(place, path):
-        shutil.rmtree(place, ignore_errors=True)
-    else:  # a file system without exchange: for a moment only the older one's other name is there
-        aside = path.with_name(f".{path.name}-replaced-{os.getpid()}")
-        path.rename(aside)
-        place.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically (Linux: renameat2 with RENAME_EXCHANGE); False where that does not exist."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: Any = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"there is no checkpoint at {path} (no manifest.json)") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error}") from error
-    said = manifest if isinstance(manifest, dict) else {}
-    if said.get("format") != FORMAT or said.get("version") != CHECKPOINT_VERSION:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of version {CHECKPOINT_VERSION}: it says {said.get('format')!r} version "
-            f"{said.get('version')!r}"
-        )
-    missing = _ENTRIES - set(said)
-    if missing:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: it lacks {', '.join(sorted(missing))}")
-    return said
-
-
-def _read_arrays(path: Path, entry: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    file = path / str(entry["file"])
-    if not file.exists():
-        raise CheckpointError(f"the checkpoint {path} is not whole: {file.name} is missing")
-    if _digest(file) != entry["sha256"]:
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged: the content of {file.name} changed after it was saved"
-        )
-    with np.load(file, allow_pickle=False) as arrays:
-        return {key: _typed(arrays[key], entry["dtypes"][key]) for key in arrays.files}
-
-
-def _typed(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    if array.dtype.name == dtype:
-        return array
-    import ml_dtypes
-
-    return array.view(np.dtype(getattr(ml_dtypes, dtype)))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with new_file(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        file.write(text.encode())

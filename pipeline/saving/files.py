@@ -70,6 +70,7 @@ def load(
     at: Sequence[Cut] | None = None,
     *,
     model: Any = None,
+    trust: bool | Sequence[str] = (),
     **options: Any,
 ) -> Pipeline:
     """A pipeline that continues from a checkpoint or a ``.keras`` file, optimizer included.
@@ -80,12 +81,14 @@ def load(
         at: Or: names of the layers behind which to cut.
         model: Your own model (or one per stage), which gets the saved values: what a configuration leaves out, and
             classes of a main script or notebook, are in no checkpoint. Such a one says so when it is saved.
+        trust: Modules whose code may be run to make what the checkpoint names, beside Keras's and what this program has
+            imported; True: all. Builders, which get arguments from the file, run only if their module is named.
         **options: As for `Pipeline`; default: as saved. Also `optimizer`, `loss`, `loss_weights`, `metrics` and
             `weighted_metrics`, your own in place of the saved ones. For a Keras file also `custom_objects`,
             `compile` and `safe_mode`, as `keras.models.load_model` takes them.
 
     Raises:
-        CheckpointError: Nothing is there, it is not whole, or it needs your own objects.
+        CheckpointError: Nothing is there, it is not whole, it needs your own objects, or it would run other code.
     """
     path = Path(filepath)
     if path.name.endswith(_WEIGHTS):
@@ -100,7 +103,7 @@ def load(
     if path.suffix in _MODELS:
         pipe = keras_files.load(kind, path, stages, at, options)
     else:
-        pipe = checkpoint.load(kind, path, stages, at, options, own)
+        pipe = checkpoint.load(kind, path, stages, at, options, own, trust)
     pipe.session.workers.loaded_from = path.name
     return pipe
 

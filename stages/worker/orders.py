@@ -6,9 +6,10 @@ orders are legal when is the table of `stages.worker.states`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from itertools import groupby
 from typing import Any, ClassVar, Self
 
 from stages.errors import HandoffError
@@ -179,7 +180,7 @@ class StepOrder(Order):
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Self:
         """From the wire."""
-        grid = Grid(tuple(data["grid"]["sizes"]), tuple(data["grid"]["lengths"]))
+        grid = Grid(_unrolled(data["grid"]["sizes"]), _unrolled(data["grid"]["lengths"]))
         labels = tuple(data["sample_weights"])
         ways = {label: Ways(*map(Way, one)) for label, one in data["ways"].items()}
         return cls(**{**data, "mode": Mode(data["mode"]), "grid": grid, "sample_weights": labels, "ways": ways})
@@ -325,11 +326,20 @@ def _by_stage(data: Mapping[str, Any]) -> dict[int, Any]:
     return {int(stage): value for stage, value in data.items()}
 
 
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """[[number, how often in a row]]: thousands of microbatches have one or two sizes, and an order stays small."""
+    return [[number, len(list(run))] for number, run in groupby(numbers)]
+
+
+def _unrolled(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(number for number, count in runs for _ in range(count))
+
+
 def _plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Grid):
-        return {"sizes": list(value.sizes), "lengths": list(value.lengths)}
+        return {"sizes": _runs(value.sizes), "lengths": _runs(value.lengths)}
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -125,15 +125,15 @@ CHECKPOINTS = (
     ),
     Planted(
         "bfloat16 values are read as the integers that stand for them",
-        _SAVING,
+        "pipeline/saving/reading.py",
         "return array.view(np.dtype(getattr(ml_dtypes, dtype)))",
         "return array.astype(np.dtype(getattr(ml_dtypes, dtype)))",
         _CHECKPOINT,
     ),
     Planted(
         "a damaged file is loaded",
-        _SAVING,
-        'if _digest(file) != entry["sha256"]:',
+        "pipeline/saving/reading.py",
+        'if hashlib.file_digest(content, "sha256").hexdigest() != entry["sha256"]:',
         'if not entry["sha256"]:',
         _CHECKPOINT,
     ),
@@ -146,9 +146,9 @@ CHECKPOINTS = (
     ),
     Planted(
         "while a checkpoint is replaced, there is none",
-        _SAVING,
-        "elif _exchange(place, path):",
-        "elif not path:",
+        "pipeline/saving/folder.py",
+        "    if _exchange(place, path):",
+        "    if not path:",
         (*_CHECKPOINT, "test_failures_killed"),
     ),
 )

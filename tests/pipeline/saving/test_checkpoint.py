@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import CheckpointError, CompileError, Pipeline, Segment, SplitError
 from pipeline.saving import checkpoint as module
+from pipeline.saving import folder
 from tests.levels import in_turn
 from tests.pipeline import parts
 from tests.pipeline.reference.twins import SEED, assert_same_arrays, classes, classifier, numbers, regressor
@@ -193,7 +194,8 @@ def test_pipelines_put_together_by_hand_load_and_are_cut_again(built, where, tmp
         pipe.save(tmp_path / "c")
         names = pipe.names
         expected = [np.float64(pipe.train_on_batch(XN, YN)) for _ in range(2)] + pipe.get_weights()
-    with Pipeline.load(tmp_path / "c", **where, **INPROC) as pipe:
+    trust = () if built else ["tests.pipeline.parts"]
+    with Pipeline.load(tmp_path / "c", trust=trust, **where, **INPROC) as pipe:
         assert where or pipe.names == names
         again = [np.float64(pipe.train_on_batch(XN, YN)) for _ in range(2)] + pipe.get_weights()
         assert_same_arrays(again, expected)
@@ -289,13 +291,20 @@ def test_overwriting(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_a_checkpoint_is_replaced_whole(small, exchange, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
-    (small / "left-over").write_text("of the older one")
+        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+    (small / "stage-7.npz").write_text("of an older one that had more stages")
+    (small / "notes.txt").write_text("of the user")
     with Pipeline.load(small, **INPROC) as pipe:
         pipe.train_on_batch(X, Y)
         pipe.save(small)
         weights = pipe.get_weights()
-    assert sorted(file.name for file in small.iterdir()) == ["manifest.json", "stage-0.npz", "stage-1.npz"]
+    assert sorted(file.name for file in small.iterdir()) == [
+        "manifest.json",
+        "notes.txt",
+        "stage-0.npz",
+        "stage-1.npz",
+    ]
+    assert (small / "notes.txt").read_text() == "of the user"
     assert [entry.name for entry in small.parent.iterdir()] == [small.name]
     with Pipeline.load(small, **INPROC) as pipe:
         assert_same_arrays(pipe.get_weights(), weights)

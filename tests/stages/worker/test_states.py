@@ -173,3 +173,12 @@ def test_a_step_that_was_applied_is_not_applied_again(monkeypatch: pytest.Monkey
     worker.state = WorkerState.STEPPED
     worker.obey(Apply(4, {}, None, None))
     assert updates == [3, 4]
+
+
+def test_the_order_of_a_step_stays_small_for_any_number_of_microbatches_and_windows() -> None:
+    """A list of 100 000 sizes would exceed what one message may hold, in the middle of a run."""
+    order = StepOrder(1, Mode.TRAIN, Grid((3,) * 40_000 + (2,) * 60_000, (7,) * 5_000 + (6,) * 5_000))
+    message = Message("command", value=order.plain())
+    sent = encode(message, DEFAULT_LIMITS)
+    assert len(sent[0]) < 1000
+    assert of_wire(decode(sent).value, KNOWN) == order
