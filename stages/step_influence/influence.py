@@ -42,7 +42,7 @@ from stages.tape.eagerly import eagerly
 INFLUENCE_LIMIT = 2 << 30
 """Bytes that the evaluation may take beside the forward pass unless told otherwise: 2 GiB."""
 
-_FEW_ROWS = 48
+FEW_ROWS = 48
 """Up to so many rows of one output tensor are evaluated eagerly: tracing a loop over them would take longer."""
 
 _BLOCK_BYTES = 64 << 20
@@ -156,7 +156,7 @@ def _evaluate(tape: Any, rows: list[Piece], columns: list[Piece], limit: int | N
         ]
         connected[np.ix_(job.rows, [j for group in blocks for j, _ in group])] = True
         count = sum(len(rows[i].indices) for i in job.rows)
-        derivatives = _Derivatives(tape, job, limit, eager=count <= _FEW_ROWS)
+        derivatives = _Derivatives(tape, job, limit, eager=count <= FEW_ROWS)
         for i in job.rows:
             for jacobians in derivatives(rows[i].indices):
                 for jacobian, group in zip(jacobians, blocks, strict=True):

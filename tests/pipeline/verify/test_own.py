@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline, Segment, VerificationError
-from pipeline.own import lent as lending
 from pipeline.own.model import OwnModel
 from pipeline.testing import SingleTapeError, assert_matches_single_tape
 from pipeline.verify.by_own import ByOwn
+from stages import put_back
 from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
 
@@ -105,14 +105,13 @@ def test_what_would_not_get_its_bits_back_is_said(monkeypatch: pytest.MonkeyPatc
             self.variable = variable
 
         def read_value(self) -> Any:
-            return self.variable.value.read_value() + 1
+            return self.variable.value.read_value()
 
         def assign(self, value: Any) -> None:
-            self.variable.value.assign(value)
+            self.variable.value.assign(value + 1)
 
-    right = lending._held
-    monkeypatch.setattr(lending, "_held", lambda v: Forgetful(v) if v.path.endswith("low/bias") else right(v))
-    monkeypatch.setattr(lending, "_bits", lambda value: b"" if isinstance(value, Forgetful) else b"other")
+    right = put_back.held_by
+    monkeypatch.setattr(put_back, "held_by", lambda v: Forgetful(v) if v.path.endswith("low/bias") else right(v))
     with running(model()) as pipe:
         report = pipe.verify(*batch(), checks="own")
     assert "did not put everything back in your own objects" in report.summary()

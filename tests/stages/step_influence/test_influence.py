@@ -26,7 +26,7 @@ def seeded() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way in which rows are evaluated."""
     if request.param != "eagerly":
-        monkeypatch.setattr(influence_module, "_FEW_ROWS", 0)
+        monkeypatch.setattr(influence_module, "FEW_ROWS", 0)
     if request.param == "in blocks":
         monkeypatch.setattr(influence_module._Derivatives, "_rows_that_fit", lambda _: 5)
     return request.param

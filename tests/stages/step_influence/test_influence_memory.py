@@ -35,7 +35,7 @@ def test_above_the_limit_the_figure_is_said_and_nothing_is_evaluated(monkeypatch
 
 
 def test_blocks_of_rows_follow_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influence_module, "_FEW_ROWS", 0)
+    monkeypatch.setattr(influence_module, "FEW_ROWS", 0)
     lengths: list[int] = []
     real = influence_module.stacked_rows
     monkeypatch.setattr(
@@ -57,7 +57,7 @@ def test_rows_are_never_vectorised(monkeypatch: pytest.MonkeyPatch) -> None:
     x = keras.Input((5, 4))
     model = keras.Model(x, layers.MultiHeadAttention(1, 4)(x, x))
     given = np.random.default_rng(0).normal(size=(1, 5, 4)).astype("float32")
-    assert math.prod(model(given).shape) <= influence_module._FEW_ROWS < 60
+    assert math.prod(model(given).shape) <= influence_module.FEW_ROWS < 60
     many = np.random.default_rng(0).normal(size=(3, 5, 4)).astype("float32")
     found = influence(model, many)
     expected = np.sqrt(sum(influence(model, many[i : i + 1]).matrix ** 2 for i in range(3)))
