@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from stages import Stage
 from stages.errors import HandoffError
+from tests.levels import in_turn
 
 layers = keras.layers
 MODES = pytest.mark.parametrize("run_eagerly", [True, False], ids=["eager", "compiled"])
@@ -54,7 +55,7 @@ def by_plain_tapes() -> list[Any]:
     return [*make.get_weights(), *judge.get_weights()]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 @MODES
 def test_adversaries_freeze_each_other_and_move_in_their_own_steps(run_eagerly: bool, recompute: bool) -> None:
     """As under plain tapes, round after round; a frozen stage hands dL/dx on and has no gradients of its own."""

@@ -183,7 +183,7 @@ def test_a_sum_keeps_the_schedule_and_has_the_whole_batchs_value() -> None:
             assert pipe.test_on_batch(X, Y) == pytest.approx(float(rmse(Y, model(X))), rel=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "run_eagerly"), [("1f1b", False), ("gpipe", True)])
+@pytest.mark.parametrize(("schedule", "run_eagerly"), in_turn([("1f1b", False), ("gpipe", True)], 1, 2, several=True))
 def test_metrics_of_a_batch_count_whole_batches(schedule: str, run_eagerly: bool) -> None:
     """Functions that give one number, losses as metrics and objects that count batches; also beside such a loss."""
 
@@ -216,6 +216,7 @@ def test_a_mean_over_all_words_of_a_batch() -> None:
         assert difference(pipe.get_weights(), weights) <= 2e-6
 
 
+@pytest.mark.gate
 def test_verify_knows_losses_and_metrics_of_a_batch() -> None:
     with Pipeline.split(dense(), stages=2, microbatches=4, schedule="gpipe", transport="inproc") as pipe:
         for loss, metric in ((rmse, "mae"), (total, Worst())):

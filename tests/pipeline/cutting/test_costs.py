@@ -157,6 +157,7 @@ def test_every_kind_of_call_is_measured():
     assert kept(costs, "drop") > 0  # its mask: dropout was on
 
 
+@pytest.mark.gate
 def test_a_list_in_the_models_order_is_as_good_as_a_dict():
     sample = everything_sample()
     graph = read_graph(with_everything())

@@ -79,7 +79,7 @@ def test_training_is_keras_bit_for_bit(cuts):
 
 
 @pytest.mark.parametrize("schedule", in_turn(["gpipe", "1f1b"], 1, 1))
-@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("run_eagerly", in_turn([True, False], 1, 2))
 @pytest.mark.parametrize("recompute", in_turn([False, True], 1, 2))
 def test_microbatches_are_one_tape(schedule, run_eagerly, recompute):
     x, y = data()
@@ -261,6 +261,7 @@ def test_losses_that_couple_samples_beside_others(run_eagerly):
         pipe.verify(x, [end, early, middle]).raise_if_failed()
 
 
+@pytest.mark.gate
 def test_checkpoints_keep_losses_by_output(tmp_path):
     x, y = data()
     keras.utils.set_random_seed(SEED)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from pipeline import FirstBatchError, Pipeline
 from stages.loss.head import Head
+from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
 
 layers = keras.layers
@@ -87,7 +88,7 @@ def test_whoever_means_it_switches_the_look_off() -> None:
         pipe.train_on_batch(*batch())
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_what_is_right_trains_to_the_bits_of_a_training_without_the_look(eager: bool) -> None:
     trained = []
     for look in (True, False):

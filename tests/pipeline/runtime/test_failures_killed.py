@@ -69,7 +69,7 @@ def kill_while_training(pipe, line, choose, voices=1):
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("victim", in_turn([1, 0, 2], 1, 3))
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("backward", in_turn([False, True], 1, 2), ids=["forward", "backward"])
 def test_killed_worker_ends_fit_with_stage_step_and_action(line, gate, victim, backward):
     trips = [{}, {}, {}]
     trips[victim] = {**WAITING_AT, "backward": backward, "line": line.path, "gate": gate.path}

@@ -180,7 +180,7 @@ def test_bfloat16_variables_keep_their_bits(tmp_path):
         assert_same_arrays(everything(pipe), expected)
 
 
-@pytest.mark.parametrize("built", [True, False], ids=["models", "builders"])
+@pytest.mark.parametrize("built", in_turn([True, False], 1, 2), ids=["models", "builders"])
 @pytest.mark.parametrize("where", [{}, {"stages": 2}, {"stages": 3}, {"at": ["b1"]}], ids=str)
 def test_pipelines_put_together_by_hand_load_and_are_cut_again(built, where, tmp_path):
     keras.utils.set_random_seed(SEED)

@@ -145,6 +145,7 @@ def test_weights_files_of_keras_load_into_the_stages(tmp_path):
         pair.assert_weights_alike()
 
 
+@pytest.mark.gate
 def test_pipeline_checkpoint_writes_checkpoints_of_the_pipeline(tmp_path):
     keras.utils.set_random_seed(SEED)
     with Pipeline.split(regressor(), stages=2, transport="inproc") as pipe:

@@ -134,6 +134,7 @@ def _is_maker(thing):
     return getattr(thing, "__name__", "") == "<lambda>"
 
 
+@pytest.mark.gate
 def test_metrics_with_state_are_the_same_bits_in_training_and_validation():
     def compiled():
         return {
@@ -252,6 +253,7 @@ def test_compile_again_with_the_same_optimizer_goes_on_with_it():
         pair.assert_fit_alike(XN, YN, batch_size=5)
 
 
+@pytest.mark.gate
 def test_recompute_is_one_value_for_all_or_one_per_stage():
     def compiled():
         return {"optimizer": "adam", "loss": "sparse_categorical_crossentropy"}

@@ -93,6 +93,7 @@ def test_each_optimizer_updates_its_stage(schedule: str, by_name: bool, run_eage
         pipe.verify(X, Y).raise_if_failed()
 
 
+@pytest.mark.gate
 def test_checkpoints_and_files(tmp_path: Any) -> None:
     """The same cuts go on with every optimizer's own state; other cuts are refused; files hold the model alone."""
     with pipeline() as pipe:
@@ -193,6 +194,7 @@ def test_weight_decay_leaves_out_what_keras_leaves_out(where: dict[str, Any], tm
         assert_same_arrays(again.get_weights(), whole.get_weights())
 
 
+@pytest.mark.gate
 def test_stateful_metrics_of_several_outputs_are_keras() -> None:
     """AUC, F1 and mean IoU of outputs in different stages: fit bit for bit, evaluate over microbatches too."""
     rng = np.random.default_rng(5)

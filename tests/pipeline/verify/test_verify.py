@@ -335,6 +335,7 @@ def test_the_reference_stays_for_the_next_question_and_ends_with_the_pipeline():
         assert second.closed
 
 
+@pytest.mark.gate
 def test_the_users_own_random_numbers_go_on(monkeypatch):
     with running(True) as pipe:
         pipe.train_on_batch(*batch())

@@ -69,11 +69,16 @@ def test_training_is_bit_for_bit_that_without_it(eager):
 
 @pytest.mark.parametrize(
     ("arguments", "steps"),
-    [
-        ({"every": 3}, [1, 4, 7]),
-        ({"every": None, "at": [2, 7]}, [2, 7]),
-        ({"every": 5, "at": (2,)}, [1, 2, 6]),
-    ],
+    in_turn(
+        [
+            ({"every": 3}, [1, 4, 7]),
+            ({"every": None, "at": [2, 7]}, [2, 7]),
+            ({"every": 5, "at": (2,)}, [1, 2, 6]),
+        ],
+        2,
+        3,
+        several=True,
+    ),
     ids=["every third", "at two", "both"],
 )
 def test_it_verifies_the_steps_asked_for(arguments, steps, shared):

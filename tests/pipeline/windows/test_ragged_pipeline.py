@@ -143,6 +143,7 @@ def test_other_cells(cell, how):
         pipe.verify(x, y).raise_if_failed()
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 1), ids=["eager", "compiled"])
 def test_dropout_inside_the_cell_draws_what_one_tape_draws(eager):
     keras.utils.set_random_seed(0)

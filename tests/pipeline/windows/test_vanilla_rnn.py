@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline import Pipeline
+from tests.levels import in_turn
 from tests.test_rnn_by_hand import SIZES, assert_all_close, module, problem
 
 
@@ -49,7 +50,7 @@ def test_the_published_figures_come_out_of_one_process_a_time_step(monkeypatch: 
         assert {"from_input", "from_state", "readout"} <= names
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+@pytest.mark.parametrize("dtype", in_turn(["float32", "float64"], 1, 2), indirect=True)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_formula_is_what_is_handed_over(sizes: str, dtype: str) -> None:
     given = problem(sizes, dtype)

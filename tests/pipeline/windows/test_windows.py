@@ -211,6 +211,7 @@ def test_checkpoints_keep_windows_and_go_on_in_other_cuts(tmp_path):
             assert_same_arrays(again.get_weights(), expected)
 
 
+@pytest.mark.gate
 def test_windows_over_processes():
     x, y = tags()
     with split(tagger, stages=2, windows=3, transport="auto") as pipe:

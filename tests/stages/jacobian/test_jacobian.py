@@ -129,11 +129,11 @@ def pooled() -> tuple[list[Any], np.ndarray, Callable[[Any], Any]]:
 
 # Keras warns, cut or not, that the second Sequential does not hand the mask on.
 masked = pytest.mark.filterwarnings("ignore:.*does not support masking")
-CASES = [founding_case, normalised, pytest.param(recurrent, marks=masked), attention, with_own_losses, pooled]
+CASES = [founding_case, normalised, attention, with_own_losses, pooled, pytest.param(recurrent, marks=masked)]
 
 
 @pytest.mark.parametrize("blocked", in_turn([False, True], 1, 2))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", in_turn(list(CASES), 5, 6))
 def test_equals_one_tape(case: Callable[[], Any], blocked: bool) -> None:
     segments, x, loss = case()
     total, expected, dx = one_tape(segments, x, loss)

@@ -13,6 +13,7 @@ import tensorflow as tf
 import stages
 from stages import influence
 from stages.step_influence import influence as influence_module
+from tests.levels import in_turn
 
 layers = keras.layers
 
@@ -58,7 +59,7 @@ def test_sizes_are_those_worked_out_by_hand(way: str) -> None:
     np.testing.assert_array_equal(found.flows, c != 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", in_turn(["float32", "float64"], 1, 2))
 def test_sizes_are_those_of_the_whole_jacobian(way: str, dtype: str) -> None:
     model, x = recurrent(dtype=dtype), tf.random.normal((2, 3, 2), dtype=dtype)
     variables = [v.value for v in model.trainable_variables]
