@@ -42,6 +42,8 @@ Raw: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 Frame: TypeAlias = "bytes | bytearray | memoryview"
 
 _FIELDS: Final = 13
+_SMALL_HEADER: Final = 1 << 14
+"""Bytes of a header that can hold what they like: a few thousand entries take no memory to speak of."""
 _checksum: Final = struct.Struct("<I").unpack_from
 _NUMBERS: Final = ("incarnation", "step", "stage", "source", "microbatch", "window")
 _LOWEST, _HIGHEST = -1, 2**53  # exact in every language's number type
@@ -138,9 +140,12 @@ def decode_header(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> Header:
     packed = frame[4:]
     if zlib.crc32(packed) != _checksum(frame)[0]:
         raise MalformedMessage("the header does not match its checksum: it is damaged or of another protocol")
+    count_entries = _EntryLimit(2 * limits.max_count + _FIELDS + limits.max_rank) if size > _SMALL_HEADER else None
     try:
         fields = msgpack.unpackb(
             packed,
+            list_hook=count_entries,
+            object_hook=count_entries,
             max_str_len=limits.max_header_bytes,
             max_array_len=limits.max_count,
             max_map_len=limits.max_count,
@@ -167,6 +172,19 @@ def decode_header(frame: Frame, limits: Limits = DEFAULT_LIMITS) -> Header:
             raise MalformedMessage(f"no dtype, but shape {_show(shape)} and {_show(nbytes)} bytes")
         return Header(fields, None, (), 0)
     return Header(fields, *_decode_array_fields(dtype_name, shape, nbytes, limits))
+
+
+class _EntryLimit:
+    """Counts the entries of lists and dicts as they are read, so that a megabyte of empty lists is never all built."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def __call__(self, entries: Any) -> Any:
+        self._left -= len(entries) + 1  # each once in its list, and once more if it is a list itself
+        if self._left < 0:
+            raise ValueError("it has more entries than a message may hold")
+        return entries
 
 
 def assemble(header: Header, raw: Raw | None) -> Message:

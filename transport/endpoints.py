@@ -76,8 +76,8 @@ def tcp_host_port(address: str) -> tuple[str, int]:
         loopback = False
     if not loopback:
         raise NotLoopback(
-            f"{address!r} is not on this host's loopback (127.0.0.1, [::1], localhost). A tcp channel to other hosts "
-            "needs keys, so that strangers cannot send, and keys are not available yet"
+            f"{address!r} is not on this host's loopback (127.0.0.1, [::1], localhost). A run and its keys are for "
+            "the processes of one host; other hosts cannot take part yet"
         )
     return host, int(port)
 

@@ -55,7 +55,7 @@ class AddressInUse(TransportError, MistakeError):  # noqa: N818
 
 
 class NotLoopback(BadAddress):
-    """A tcp address that other hosts can reach; refused, because tcp without keys trusts everybody."""
+    """A tcp address that other hosts can reach; refused: a run and its keys are for the processes of one host."""
 
 
 class MalformedMessage(TransportError, PeerError, ValueError):  # noqa: N818

@@ -7,6 +7,7 @@ Rules:
 2. No high-water mark (ZeroMQ's is not flow control), so a send that would block means that the peer is gone.
 3. A frame is received straight into memory of ours, its size known from the validated header.
 4. Socket files are made and removed here, not by ZeroMQ (see `endpoints`).
+5. Every tcp connection is encrypted, and only who has the run's keys gets one (see `keys`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transport.errors import (
     TransportTimeout,
     Watched,
 )
+from transport.keys import FRAME_OVERHEAD, PROCESS_KEYS, Doorkeeper, RunKeys
 from transport.limits import DEFAULT_LIMITS, Limits
 from transport.message import Message
 
@@ -82,9 +84,8 @@ class ZeromqInbox(Inbox):
             self._prepare(watch)
         if self._inside:  # the last message was malformed, or its receipt was interrupted (Ctrl-C)
             self._skip_rest(socket)
-        self._wait(socket, timeout)
+        frame = self._first_frame(socket, timeout)
         self._inside = True
-        frame = socket.recv(_NOBLOCK, copy=False)
         header = codec.decode_header(frame.buffer, self._limits)
         raw, more = None, frame.more
         if header.dtype is not None:
@@ -120,6 +121,15 @@ class ZeromqInbox(Inbox):
         for descriptor in self._sources:
             self._poller.register(descriptor, zmq.POLLIN)
         self._watch = watch
+
+    def _first_frame(self, socket: zmq.Socket[bytes], timeout: float | None) -> zmq.Frame:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._wait(socket, timeout)
+        while True:
+            try:
+                return socket.recv(_NOBLOCK, copy=False)
+            except zmq.Again:  # said to be there while only a part of it was; seen over encrypted connections
+                self._wait(socket, None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _wait(self, socket: zmq.Socket[bytes], timeout: float | None) -> None:
         milliseconds = None if timeout is None else max(0, math.ceil(timeout * 1000))
@@ -213,6 +223,12 @@ class ZeromqTransport(Transport):
     def _check(self, address: str) -> None:
         raise NotImplementedError
 
+    def _lock_inbox(self, socket: zmq.Socket[bytes]) -> None:
+        """Nothing: only this user can open a socket file."""
+
+    def _lock_outbox(self, socket: zmq.Socket[bytes]) -> None:
+        """Nothing, for the same reason."""
+
     def _require_open(self) -> None:
         if self._context.closed:
             raise ChannelClosed(f"the {self.scheme} transport is closed")
@@ -223,7 +239,9 @@ class ZeromqTransport(Transport):
 
     def _receive_from(self, listener: socketlib.socket, address: str, file: endpoints.SocketFile | None) -> ZeromqInbox:
         socket = self._socket(zmq.PULL)
-        socket.setsockopt(zmq.MAXMSGSIZE, max(self._limits.max_bytes, self._limits.max_header_bytes))
+        largest = max(self._limits.max_bytes, self._limits.max_header_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, largest + FRAME_OVERHEAD)
+        self._lock_inbox(socket)
         socket.setsockopt(zmq.USE_FD, listener.detach())
         socket.bind(address)
         inbox = ZeromqInbox(socket, address, self._limits, file)
@@ -233,6 +251,7 @@ class ZeromqTransport(Transport):
     def _try_connect(self, address: str, deadline: float | None) -> tuple[zmq.Socket[bytes] | None, str]:
         """One attempt: a socket whose handshake has succeeded, or None and the reason."""
         socket = self._socket(zmq.PUSH)
+        self._lock_outbox(socket)
         monitor = socket.get_monitor_socket(int(zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED))
         connected = False
         failure = "no answer"
@@ -294,9 +313,34 @@ class IpcTransport(ZeromqTransport):
 
 
 class TcpTransport(ZeromqTransport):
-    """Loopback sockets. Other hosts need keys, which are not available yet."""
+    """Loopback sockets, which every user of this host can reach: so all connections need the run's keys."""
 
     scheme = "tcp"
+
+    def __init__(
+        self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS, keys: RunKeys = PROCESS_KEYS
+    ) -> None:
+        super().__init__(directory, limits)
+        self._keys = keys
+        self._doorkeeper: Doorkeeper | None = None
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Closes every channel, and the door."""
+        while self._open:
+            self._open.pop().close()
+        doorkeeper, self._doorkeeper = self._doorkeeper, None
+        if doorkeeper is not None and self._pid == os.getpid():
+            doorkeeper.close()
+        super().close()
+
+    def _lock_inbox(self, socket: zmq.Socket[bytes]) -> None:
+        if self._doorkeeper is None:
+            self._doorkeeper = Doorkeeper(self._context, self._keys)
+        self._keys.lock_inbox(socket)
+
+    def _lock_outbox(self, socket: zmq.Socket[bytes]) -> None:
+        self._keys.lock_outbox(socket)
 
     def bind(self, address: str | None = None) -> ZeromqInbox:
         """See `Transport.bind`. Without an address, a free port of 127.0.0.1."""

@@ -77,7 +77,7 @@ def imported(what: str) -> Callable[[], Any]:
     """
     module, _, name = what.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))  # behind what is installed: it hides nothing
     try:
         found: Callable[[], Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

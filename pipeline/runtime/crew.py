@@ -33,6 +33,7 @@ from stages.worker.hosted_stage import StageSpec
 from transport.channel import Outbox, Transport
 from transport.endpoints import tcp_host_port
 from transport.errors import BadAddress, ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
+from transport.keys import RunKeys
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import open_transport
@@ -95,7 +96,8 @@ class Crew:
         self._directory = SocketDirectory() if scheme == "ipc" else None
         self._launcher = ThreadLauncher() if scheme == "inproc" else LocalLauncher()
         directory = None if self._directory is None else self._directory.path
-        self._transport = open_transport(scheme, directory)
+        keys = RunKeys.new() if scheme == "tcp" else None
+        self._transport = open_transport(scheme, directory, keys=keys)
         inbox = self._transport.bind(transport if "://" in transport else None)
         self._mailbox = Mailbox(inbox, incarnation=self.incarnation)
         for number, specs in enumerate(self.placement):
@@ -104,6 +106,7 @@ class Crew:
                 "incarnation": self.incarnation,
                 "transport": scheme,
                 "directory": directory,
+                "keys": None if keys is None else keys.plain(),
                 "driver": inbox.address,
                 "stages": [stage.plain() for stage in specs],
                 "own_process": scheme != "inproc",

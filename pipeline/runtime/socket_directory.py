@@ -31,10 +31,13 @@ class SocketDirectory:
     path: str
 
     def __init__(self) -> None:
-        path = Path(tempfile.gettempdir()) / f"tapeline-{secrets.token_hex(4)}"
-        self.path = str(path)
         self._owner = os.getpid()
         self._janitor: subprocess.Popen[bytes] | None = None
+        while not self._made(Path(tempfile.gettempdir()) / f"tapeline-{secrets.token_hex(4)}"):
+            pass  # somebody has that name already
+
+    def _made(self, path: Path) -> bool:
+        self.path = str(path)
         with contextlib.suppress(FileNotFoundError):  # no shell here: then only SIGKILL leaves a directory behind
             self._janitor = subprocess.Popen(
                 ["/bin/sh", "-c", _JANITOR, self.path],
@@ -43,14 +46,24 @@ class SocketDirectory:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # what kills the owner's group must not kill it
             )
-        path.mkdir(mode=0o700)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            self._dismiss()  # before it removes what is not ours
+            return False
+        return True
 
     def remove(self) -> None:
         """Remove it with all that is in it. Idempotent, and without effect in a forked copy of the owner."""
         if self._owner != os.getpid():
             return
         shutil.rmtree(self.path, ignore_errors=True)
+        self._dismiss()
+
+    def _dismiss(self) -> None:
         janitor, self._janitor = self._janitor, None
         if janitor is not None:
-            with janitor:  # closes the pipe and waits
-                janitor.kill()
+            janitor.kill()
+            janitor.wait()
+            with janitor:  # closes the pipe
+                pass

@@ -61,6 +61,7 @@ from stages.worker.told import Abandoned, Stopped, obeyed
 from stages.worker.value_groups import read_group, write_group
 from transport.channel import Outbox
 from transport.errors import TransportError, Unsendable
+from transport.keys import RunKeys
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import open_transport
@@ -78,12 +79,13 @@ def serve(kind: type[BaseWorker], spec: Mapping[str, Any], board: Array) -> None
     Args:
         kind: Its class.
         spec: Plain data, and bytes for `StageSpec`: ``worker`` (its number), ``incarnation``, ``transport`` (scheme),
-            ``directory`` (for socket files), ``driver`` (address), ``stages`` (list of `StageSpec.plain`),
-            ``own_process``, ``settings`` (of the driver's process).
+            ``directory`` (for socket files), ``keys`` (of the run, for tcp), ``driver`` (address), ``stages`` (list of
+            `StageSpec.plain`), ``own_process``, ``settings`` (of the driver's process).
         board: Memory of the status board, int64 of shape (8,).
     """
     settle(spec["settings"], number=spec["worker"], own_process=spec["own_process"])
-    transport = open_transport(spec["transport"], spec["directory"])
+    keys = spec["keys"] and RunKeys(*spec["keys"])
+    transport = open_transport(spec["transport"], spec["directory"], keys=keys)
     with transport, transport.bind(None) as inbox, transport.connect(spec["driver"], CONNECT_SECONDS) as driver:
         worker = kind(spec, board, Mailbox(inbox, incarnation=spec["incarnation"]), driver, transport.connect)
         worker.greet(inbox.address)
@@ -238,8 +240,7 @@ class BaseWorker(ABC):
         """Be as before the orders that were taken back (rule 5)."""
         if self._last_step >= taken_back.first_step:
             self.undo_last_step()
-            if self.state is WorkerState.STEPPED:
-                self.state = WorkerState.READY
+            self.state = WorkerState.READY if self.state is WorkerState.STEPPED else self.state
         self._number = taken_back.number
         self.mailbox.clear()
         self._tell("abandoned", None)

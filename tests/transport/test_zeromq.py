@@ -28,6 +28,7 @@ from transport import (
     zeromq,
 )
 from transport.codec import encode
+from transport.keys import PROCESS_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0
@@ -45,6 +46,8 @@ def stranger(transport):
     inbox = transport.bind()
     with zmq.Context() as context, context.socket(zmq.PUSH) as sender:
         sender.setsockopt(zmq.LINGER, 0)
+        if inbox.address.startswith("tcp"):
+            PROCESS_KEYS.lock_outbox(sender)  # without them it would not be heard: see test_keys.py
         sender.connect(inbox.address)
         yield inbox, sender
 
