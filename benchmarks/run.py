@@ -190,7 +190,7 @@ def start_up(rounds: int) -> str:
 
 
 def transport() -> str:
-    """The ipc lane beside bare pyzmq, as benchmarks/transport.py measures it."""
+    """The ways of one host beside bare pyzmq, as benchmarks/transport.py measures it."""
     command = [sys.executable, str(ROOT / "benchmarks/transport.py")]
     run = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=900, env={**os.environ, "COLUMNS": "110"}

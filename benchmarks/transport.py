@@ -1,4 +1,4 @@
-"""Measures the ipc transport between two processes, beside bare pyzmq in the same run.
+"""Measures the ways between two processes of one host, beside bare pyzmq in the same run.
 
     python benchmarks/transport.py            # a table
     python benchmarks/transport.py --json     # the same figures for a program
@@ -9,8 +9,8 @@ median of the rounds' ratios.
 
 Lanes, from what a user wants to what the wire can do:
 
-- `tapeline`: `Outbox.send` of a read-only float32 array, as a tensor is sent, to `Inbox.receive`: named, validated,
-  in an aligned writable array of our own that TensorFlow can take over.
+- `local`, which `transport="auto"` takes, and `ipc`: `Outbox.send` of a read-only float32 array, as a tensor is sent,
+  to `Inbox.receive`: named, validated, in an aligned writable array of our own that TensorFlow can take over.
 - `recipe`: the array recipe of pyzmq's documentation: dtype and shape as JSON, then the array, to a read-only,
   unaligned array. The least that gives an array back.
 - `bare`: pyzmq's defaults, `socket.send(array)` to `socket.recv()`: anonymous bytes.
@@ -41,13 +41,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transport import Message, aligned_empty, codec, open_transport
+from transport import Inbox, Message, Outbox, aligned_empty, codec, open_transport
 
 Array = np.ndarray[Any, Any]
 
 KIB, MIB = 1024, 1024 * 1024
+SMALL = 8 * KIB
 SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-LANES = ("tapeline", "recipe", "bare", "zero-copy")
+LANES = ("local", "ipc", "recipe", "bare", "zero-copy")
 TIMEOUT = 60.0
 
 
@@ -72,21 +73,25 @@ def bare_sockets(
 
 def open_lanes(directory: Path, me: str, other: str) -> tuple[dict[str, Lane], Callable[[], None]]:
     """Connects this process (`me`) with the other one, in every way."""
-    transport = open_transport("ipc", directory)
-    inbox = transport.bind(f"ipc://{directory}/tapeline-{me}")
+    local, ipc = open_transport("local"), open_transport("ipc", directory)
+    local_inbox, ipc_inbox = local.bind(f"local://{directory.name}-{me}"), ipc.bind(f"ipc://{directory}/tapeline-{me}")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     recipe_pull, recipe_push = bare_sockets(context, directory, "recipe", me, other)
     bare_pull, bare_push = bare_sockets(context, directory, "bare", me, other)
     view_pull, view_push = bare_sockets(context, directory, "zero-copy", me, other)
-    outbox = transport.connect(f"ipc://{directory}/tapeline-{other}", TIMEOUT)
+    local_outbox = local.connect(f"local://{directory.name}-{other}", TIMEOUT)
+    ipc_outbox = ipc.connect(f"ipc://{directory}/tapeline-{other}", TIMEOUT)
 
-    def send(array: Array) -> None:
-        outbox.send(Message("activation", step=1000, stage=1, source=0, tensor="dense_1/output", array=array))
+    def ours(outbox: Outbox, inbox: Inbox) -> Lane:
+        def send(array: Array) -> None:
+            outbox.send(Message("activation", step=1000, stage=1, source=0, tensor="dense_1/output", array=array))
 
-    def receive() -> int:
-        array = inbox.receive(TIMEOUT).array
-        assert array is not None
-        return array.nbytes
+        def receive() -> int:
+            array = inbox.receive(TIMEOUT).array
+            assert array is not None
+            return array.nbytes
+
+        return Lane(send, receive)
 
     def recipe_send(array: Array) -> None:
         recipe_push.send_json({"dtype": str(array.dtype), "shape": array.shape}, zmq.SNDMORE)
@@ -104,14 +109,16 @@ def open_lanes(directory: Path, me: str, other: str) -> tuple[dict[str, Lane], C
         return len(view_pull.recv(copy=False).buffer)
 
     lanes = {
-        "tapeline": Lane(send, receive),
+        "local": ours(local_outbox, local_inbox),
+        "ipc": ours(ipc_outbox, ipc_inbox),
         "recipe": Lane(recipe_send, recipe_receive),
         "bare": Lane(bare_push.send, lambda: len(bare_pull.recv())),
         "zero-copy": Lane(view_send, view_receive),
     }
 
     def close() -> None:
-        transport.close()
+        local.close()
+        ipc.close()
         context.destroy(linger=0)
 
     return lanes, close
@@ -140,7 +147,7 @@ def sample(nbytes: int) -> Array:
 def serve(directory: Path) -> None:
     """The other process: does what each line on stdin says, until stdin ends."""
     lanes, close = open_lanes(directory, "peer", "main")
-    small = sample(KIB)
+    small = sample(SMALL)
     print("ready", flush=True)
     for line in sys.stdin:
         lane_name, mode, count = json.loads(line)
@@ -157,7 +164,7 @@ def serve(directory: Path) -> None:
 
 
 def measure(rounds: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Returns one row a size: nbytes, unit, and for each lane its median; ratios of tapeline's speed to the others."""
+    """Returns one row a size: nbytes, unit, and for each lane its median; ratios of local's speed to the others."""
     with tempfile.TemporaryDirectory(prefix="tapeline-bench-") as name:
         directory = Path(name)
         command = [sys.executable, __file__, "--serve", name]
@@ -173,7 +180,7 @@ def measure(rounds: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 peer.stdin.flush()
 
             def latency(lane: str, count: int = 400) -> float:
-                array, (send, receive) = sample(KIB), lanes[lane]
+                array, (send, receive) = sample(SMALL), lanes[lane]
                 order(lane, "echo", count)
                 send(array), receive()  # the peer has its order now
                 start = time.perf_counter()
@@ -192,7 +199,7 @@ def measure(rounds: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 receive()
                 return count * nbytes / (time.perf_counter() - start) / 1e9
 
-            rows = [row(KIB, "us", rounds, latency, lambda ours, bare: bare / ours)]
+            rows = [row(SMALL, "us", rounds, latency, lambda ours, bare: bare / ours)]
             for nbytes in sizes:
 
                 def one(lane: str, nbytes: int = nbytes) -> float:
@@ -224,13 +231,13 @@ def row(
     for lane in LANES:
         result[lane] = statistics.median(taken[lane])
     for lane in LANES[1:]:
-        ratios = [speed_ratio(ours, bare) for ours, bare in zip(taken["tapeline"], taken[lane], strict=True)]
+        ratios = [speed_ratio(ours, bare) for ours, bare in zip(taken["local"], taken[lane], strict=True)]
         result[f"speed to {lane}"] = statistics.median(ratios)
     return result
 
 
 def show(rows: list[dict[str, Any]], cost: dict[str, float], rounds: int) -> None:
-    table = Table(title=f"ipc between two processes, medians of {rounds} rounds; right: tapeline's speed to theirs")
+    table = Table(title=f"one host, two processes, medians of {rounds} rounds; right: the speed of local to theirs")
     table.add_column("message")
     for lane in LANES:
         table.add_column(lane, justify="right")
@@ -249,7 +256,7 @@ def show(rows: list[dict[str, Any]], cost: dict[str, float], rounds: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Measures the ipc transport beside bare pyzmq in the same run.",
+        description="Measures the ways of one host beside bare pyzmq in the same run.",
         epilog="example: python benchmarks/transport.py --rounds 20",
     )
     parser.add_argument("--rounds", type=int, default=20, help="rounds a figure, of which the median counts")

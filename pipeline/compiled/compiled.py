@@ -289,7 +289,7 @@ class Compiled:
     def count_update(self) -> None:
         """Let the optimizers of the user's process know that the workers' made one more update."""
         for iteration in self._iterations:
-            iteration.value.assign_add(1)
+            iteration.value.assign_add(1, read_value=False)
 
     def go_on_from(self, slots: OptimizerSlots, rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""

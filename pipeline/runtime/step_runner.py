@@ -51,6 +51,9 @@ class StepRunner:
         self.begin: Callable[[], None] = lambda: None
         self._plans: dict[tuple[int, int, bool, bool], Plan] = {}
         self._meaning: Meaning | None = None
+        self._names = InputNames.of(setup.wires.inputs, getattr(setup.original, "input", None))
+        self._specs: Mapping[str, InputSpec | None] = {}
+        self._specs_of: object = None
         self._plan(setup.options.microbatches, setup.options.windows, training=True)
 
     def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
@@ -202,8 +205,8 @@ class StepRunner:
             x,
             y,
             sample_weight,
-            inputs=self._input_specs(),
-            names=InputNames.of(wires.inputs, getattr(self._setup.original, "input", None)),
+            inputs=self._input_specs(self._workers.driver()),
+            names=self._names,
             microbatches=options.microbatches,
             labels=wires.labels,
             judged=judged,
@@ -223,14 +226,16 @@ class StepRunner:
         told = {label: driver.output_spec(stage, name) for label, (name, stage) in places.items()}
         return [label for label in labels if (spec := told[label]) is not None and is_over_time(spec.shape)]
 
-    def _input_specs(self) -> dict[str, InputSpec | None]:
-        """The pipeline's inputs, with what the stages that take them expect."""
-        found: dict[str, InputSpec | None] = dict.fromkeys(self._setup.wires.inputs)
-        for index, description in self._workers.driver().descriptions.items():
-            for i, (name, source) in enumerate(self._setup.wires.takes[index]):
-                if source == DRIVER and description.inputs is not None:
-                    found[name] = description.inputs[i]
-        return found
+    def _input_specs(self, driver: Driver) -> Mapping[str, InputSpec | None]:
+        """The pipeline's inputs, with what the stages that take them expect; found once for the same workers."""
+        if self._specs_of is not driver.descriptions:
+            found: dict[str, InputSpec | None] = dict.fromkeys(self._setup.wires.inputs)
+            for index, description in driver.descriptions.items():
+                for i, (name, source) in enumerate(self._setup.wires.takes[index]):
+                    if source == DRIVER and description.inputs is not None:
+                        found[name] = description.inputs[i]
+            self._specs_of, self._specs = driver.descriptions, found
+        return self._specs
 
 
 __all__ = ["StageGradients", "StepRunner"]

@@ -95,7 +95,7 @@ class Worker(BaseWorker):
         self._undo = {}
         for index, hosted in self.hosted.items():
             rate = order.learning_rates.get(index)
-            if rate is not None:
+            if rate is not None and float(hosted.optimizer.learning_rate) != rate:
                 hosted.optimizer.learning_rate = rate
             if attributes := order.attributes.get(index):
                 hosted.adjust_optimizer(attributes)

@@ -145,10 +145,8 @@ class LocalOutbox(Outbox):
     def _fill(self, raw: memoryview) -> tuple[int, int | None] | None:
         """Copy an array into a region: its number, and its descriptor if the receiver does not know it yet."""
         descriptor = None
+        self._take_back()
         taken = self._pool.take(raw.nbytes)
-        if taken is None:
-            self._take_back()
-            taken = self._pool.take(raw.nbytes)
         if taken is None:
             try:
                 number, region, descriptor = self._pool.make(raw.nbytes)

@@ -75,16 +75,19 @@ class RegionPool:
 
     def __init__(self) -> None:
         self._regions: dict[int, SharedRegion] = {}
-        self._free: set[int] = set()
+        self._free: dict[int, None] = {}  # in the order in which they came back
         self._next = 0
 
     def take(self, size: int) -> tuple[int, SharedRegion] | None:
-        """The smallest free region of at least `size` bytes, which is not free then; None if there is none."""
-        fitting = [(self._regions[number].size, number) for number in self._free if self._regions[number].size >= size]
+        """The smallest free region of at least `size` bytes, which is not free then; None if there is none.
+
+        Of several the one that came back last: the processor's caches still have it.
+        """
+        fitting = [number for number in reversed(self._free) if self._regions[number].size >= size]
         if not fitting:
             return None
-        _, number = min(fitting)
-        self._free.remove(number)
+        number = min(fitting, key=lambda one: self._regions[one].size)
+        del self._free[number]
         return number, self._regions[number]
 
     def make(self, size: int) -> tuple[int, SharedRegion, int]:
@@ -109,7 +112,7 @@ class RegionPool:
     def give_back(self, number: int) -> None:
         """The receiver has copied a region; a number that is not out is ignored."""
         if number in self._regions:
-            self._free.add(number)
+            self._free[number] = None
 
     def surplus(self, size: int) -> list[int]:
         """Free regions below `size` bytes, if they keep more than `KEPT_BYTES`; they are unmapped and forgotten."""
@@ -122,7 +125,7 @@ class RegionPool:
 
     def forget(self, number: int) -> None:
         """Unmap a region that the receiver never got, or has done with."""
-        self._free.discard(number)
+        self._free.pop(number, None)
         self._regions.pop(number).close()
 
     def close(self) -> None:
