@@ -187,14 +187,31 @@ class _EntryLimit:
         return entries
 
 
-def assemble(header: Header, raw: Raw | None) -> Message:
-    """Builds the message over `raw`, which the array takes over; `raw` must have exactly `header.nbytes` bytes."""
+def assemble(header: Header, raw: Raw | None, place: tuple[int, int, int] | None = None) -> Message:
+    """Builds the message over `raw`, which the array takes over; `raw` must have exactly `header.nbytes` bytes.
+
+    Args:
+        header: of the message.
+        raw: the array's memory, or None.
+        place: step, microbatch and window, where they did not come in the header.
+    """
     array = None
     if header.dtype is not None:
         assert raw is not None and raw.nbytes == header.nbytes
         array = np.ndarray(header.shape, header.dtype, raw)
     f = header.fields  # one by one: twice as fast as unpacking
-    return Message(f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], array)
+    step, microbatch, window = (f[3], f[7], f[8]) if place is None else place
+    return Message(f[1], f[2], step, f[4], f[5], f[6], microbatch, window, f[9], array)
+
+
+def places_fit(step: int, microbatch: int, window: int) -> bool:
+    """Whether step, microbatch and window are numbers that a header may have."""
+    return (
+        type(step) is type(microbatch) is type(window) is int
+        and _LOWEST <= step <= _HIGHEST
+        and _LOWEST <= microbatch <= _HIGHEST
+        and _LOWEST <= window <= _HIGHEST
+    )
 
 
 def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:

@@ -90,13 +90,14 @@ class DamagedDatagrams:
     def __init__(self, make: Any, change: Change) -> None:
         self._make, self._change = make, change
 
-    def __call__(self, header: bytes, raw: Any) -> Any:
-        """As `LocalOutbox._datagrams`."""
+    def __call__(self, header: bytes, raw: Any, place: tuple[int, int, int]) -> Any:
+        """As `LocalOutbox._datagrams`, which takes step, microbatch and window beside the header."""
         if raw is not None:
             damaged = np.frombuffer(raw, np.uint8).copy()
-            self._change(envelope(header), damaged)
+            step, microbatch, _ = place
+            self._change(envelope(header)._replace(step=step, microbatch=microbatch), damaged)
             raw = damaged.data
-        return self._make(header, raw)
+        return self._make(header, raw, place)
 
 
 def flip_a_bit(raw: Any) -> None:

@@ -185,6 +185,35 @@ def test_values_of_any_size_within_the_limits_arrive(way):
         assert received.same(Message("command", value=value, array=content))
 
 
+def test_headers_that_are_known_are_told_apart(way):
+    """Both ends keep headers: numbers, bools and floats that are equal are not the same, and nothing is shared."""
+    inbox, outbox = way
+    values = [None, False, 0, 0.0, True, 1, 1.0, None, {"a": [1]}, {"a": [1]}]
+    for round_ in range(2):
+        for number, value in enumerate(values):
+            outbox.send(Message("command", step=round_, microbatch=number, window=round_, value=value))
+            outbox.send(Message("activation", step=number, microbatch=round_, array=np.ones(3, f"f{4 + 4 * round_}")))
+        for number, value in enumerate(values):
+            received = inbox.receive(PATIENCE)
+            assert received.same(Message("command", step=round_, microbatch=number, window=round_, value=value))
+            expected = Message("activation", step=number, microbatch=round_, array=np.ones(3, f"f{4 + 4 * round_}"))
+            assert inbox.receive(PATIENCE).same(expected)
+    for _ in range(2):
+        outbox.send(Message("command", value={"a": [1]}))
+        received = inbox.receive(PATIENCE).value
+        assert received == {"a": [1]}
+        received["a"].append(2)
+
+
+def test_more_headers_than_are_kept_arrive(way, monkeypatch):
+    monkeypatch.setattr(sending, "KNOWN_HEADERS", 3)
+    monkeypatch.setattr(receiving, "KNOWN_HEADERS", 2)
+    inbox, outbox = way
+    for number in range(20):
+        outbox.send(Message("activation", tensor=str(number % 7), microbatch=number, array=SMALL))
+        assert inbox.receive(PATIENCE).key == Message("activation", tensor=str(number % 7), microbatch=number).key
+
+
 def test_what_is_sent_within_a_process_does_not_leave_it():
     with open_transport("local") as transport:
         inbox = transport.bind()
@@ -252,9 +281,9 @@ HEADER, RAW = codec.encode(activation(0))
 FORMS = {form.name.lower().replace("_", " "): form for form in datagrams.Form}
 
 
-def datagram(form, *, new=0, length=None, number=0, nbytes=24, header=HEADER, rest=b""):
+def datagram(form, *, new=0, length=None, number=0, nbytes=24, place=(3, 0, 0), header=HEADER, rest=b""):
     length = len(header) if length is None else length
-    return datagrams.PREFIX.pack(FORMS.get(form, form), new, length, number, nbytes) + header + rest
+    return datagrams.PREFIX.pack(FORMS.get(form, form), new, length, number, nbytes, *place) + header + rest
 
 
 NONSENSE = {
@@ -269,6 +298,8 @@ NONSENSE = {
     "a region with bytes": datagram("in region", rest=bytes(24)),
     "a piece that nobody announced": datagram("piece", header=b"", rest=bytes(24)),
     "a header above the limit": datagram("header part", header=bytes(5001)),
+    "a step that none has": datagram("with array", place=(-2, 0, 0), rest=bytes(24)),
+    "a window that none has": datagram("with array", place=(0, 0, 2**53 + 1), rest=bytes(24)),
     "more than any datagram has": datagram("with array", rest=bytes(1 << 17)),
 }
 

@@ -2,10 +2,14 @@
 
 ::
 
-    PREFIX (20 bytes, little-endian):
+    PREFIX (44 bytes, little-endian):
         form | 1 if a region is new | 2 unused | bytes of the header | number of a region | bytes of the array
+        | step | microbatch | window
     header as the codec makes it, or nothing where it came before in parts
     array, where it is small
+
+Step, microbatch and window count from the prefix, whatever the header says: so the same header serves all messages of
+one tensor, and neither end makes or takes apart the same bytes twice.
 
 The way back carries numbers of regions that the receiver has done with.
 """
@@ -25,7 +29,12 @@ PIECE_BYTES: Final = 32 << 10
 DATAGRAM_BYTES: Final = 64 << 10
 """More than any datagram has."""
 
-PREFIX: Final = struct.Struct("<BBxxIIQ")
+KNOWN_HEADERS: Final = 4096
+"""So many headers either end keeps, before it begins anew."""
+
+PREFIX: Final = struct.Struct("<BBxxIIQqqq")
+NOWHERE: Final = (0, 0, 0)
+"""Step, microbatch and window of a datagram that is no message."""
 NUMBER: Final = struct.Struct("<I")
 
 
@@ -40,8 +49,8 @@ class Form(IntEnum):
     FORGET = 5  # a region is not used any more
 
 
-SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-RECEIVE_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+RECEIVE_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 ROOM: Final = socket.CMSG_SPACE(NUMBER.size)
 """For one descriptor."""
 _credentials: Final = struct.Struct("3i")  # process, user, group
@@ -87,6 +96,8 @@ def parts_of_bytes(whole: memoryview, size: int) -> Iterator[memoryview]:
 
 __all__ = [
     "DATAGRAM_BYTES",
+    "KNOWN_HEADERS",
+    "NOWHERE",
     "NUMBER",
     "PIECE_BYTES",
     "PREFIX",

@@ -10,6 +10,7 @@ import socket as socketlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from transport import codec
 from transport.buffers import aligned_empty
@@ -19,6 +20,7 @@ from transport.limits import Limits
 from transport.message import Message
 from transport.one_host.datagrams import (
     DATAGRAM_BYTES,
+    KNOWN_HEADERS,
     NUMBER,
     PREFIX,
     RECEIVE_FLAGS,
@@ -30,13 +32,18 @@ from transport.one_host.datagrams import (
 )
 from transport.one_host.regions import ReceivedRegions
 
+_VALUE: Final = 9
+"""Where a header has the value."""
+_WITH_ARRAY, _IN_PIECES, _TRUNCATED = int(Form.WITH_ARRAY), int(Form.IN_PIECES), int(socketlib.MSG_TRUNC)
+"""As plain integers, with which every message is compared: members of an enumeration are ten times slower."""
+
 
 class _Peer:
     """One sender that is connected to an inbox.
 
     Attributes:
         header: Parts of a long header so far.
-        rest: The header, the array and how many bytes of it are there, of a message that comes in pieces.
+        rest: The header, the array, how many bytes of it are there, and the place, of a message that comes in pieces.
     """
 
     __slots__ = ("header", "regions", "rest", "socket")
@@ -45,7 +52,7 @@ class _Peer:
         self.socket = socket
         self.regions = ReceivedRegions()
         self.header = bytearray()
-        self.rest: tuple[codec.Header, codec.Raw, int] | None = None
+        self.rest: tuple[codec.Header, codec.Raw, int, tuple[int, int, int]] | None = None
 
     def close(self) -> None:
         self.regions.close()
@@ -66,6 +73,7 @@ class LocalInbox(Inbox):
         self._own: deque[tuple[bytes, codec.Raw | None]] = deque()
         self._waiting = False
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._known: dict[bytes, codec.Header] = {}
         self._scratch = bytearray(DATAGRAM_BYTES)
         self._view = memoryview(self._scratch)
         self._watch: Sequence[Watchable] = ()
@@ -189,7 +197,7 @@ class LocalInbox(Inbox):
             if size == 0:  # its sender is gone; what it sent before was read
                 self._drop(peer)
                 return None
-            if flags & socketlib.MSG_TRUNC or size < PREFIX.size:
+            if flags & _TRUNCATED or size < PREFIX.size:
                 raise MalformedMessage(f"a datagram of {size} bytes is none of this protocol")
             return self._interpret(peer, self._view[:size], descriptors)
         except MalformedMessage:
@@ -201,39 +209,55 @@ class LocalInbox(Inbox):
                 os.close(descriptor)
 
     def _interpret(self, peer: _Peer, datagram: memoryview, descriptors: Sequence[int]) -> Message | None:
-        form, new, length, number, nbytes = PREFIX.unpack_from(datagram)
+        form, new, length, number, nbytes, step, microbatch, window = PREFIX.unpack_from(datagram)
         body = datagram[PREFIX.size :]
+        if form > _IN_PIECES:
+            return self._continue(peer, form, number, body)
+        if length > len(body) or peer.rest is not None or not codec.places_fit(step, microbatch, window):
+            raise MalformedMessage("a datagram is none of this protocol, or another was expected")
+        place = (step, microbatch, window)
+        header = self._header(peer, bytes(body[:length]))
+        inline = body[length:]
+        if nbytes != header.nbytes or len(inline) != (nbytes if form == _WITH_ARRAY else 0):
+            raise codec.wrong_size(header, nbytes)
+        if header.dtype is None:
+            return codec.assemble(header, None, place)
+        raw = aligned_empty(nbytes)
+        if form == _IN_PIECES:
+            peer.rest = (header, raw, 0, place)
+            return None
+        if form == _WITH_ARRAY:
+            raw.data[:] = inline
+        else:
+            self._copy_region(peer, number, raw, descriptors if new else None)
+        return codec.assemble(header, raw, place)
+
+    def _continue(self, peer: _Peer, form: int, number: int, body: memoryview) -> Message | None:
+        """Interpret a datagram that begins no message."""
         if form == Form.PIECE:
             return self._add_piece(peer, body)
         if form == Form.FORGET:
             peer.regions.forget(number)
-            return None
-        if form == Form.HEADER_PART:
-            if len(peer.header) + len(body) > self._limits.max_header_bytes:
-                raise MalformedMessage(f"a header is above the limit of {self._limits.max_header_bytes} bytes")
+        elif form != Form.HEADER_PART:
+            raise MalformedMessage(f"a datagram has the form {form}, which is none of this protocol")
+        elif len(peer.header) + len(body) > self._limits.max_header_bytes:
+            raise MalformedMessage(f"a header is above the limit of {self._limits.max_header_bytes} bytes")
+        else:
             peer.header += body
-            return None
-        if form > Form.IN_PIECES or length > len(body) or peer.rest is not None:
-            raise MalformedMessage("a datagram is none of this protocol, or another was expected")
+        return None
+
+    def _header(self, peer: _Peer, packed: bytes) -> codec.Header:
+        """The header of a message: known, or decoded, or what came in parts before."""
         if peer.header:
-            long, peer.header = peer.header, bytearray()
-            header = codec.decode_header(long, self._limits)
-        else:
-            header = codec.decode_header(body[:length], self._limits)
-        inline = body[length:]
-        if nbytes != header.nbytes or len(inline) != (nbytes if form == Form.WITH_ARRAY else 0):
-            raise codec.wrong_size(header, nbytes)
-        if header.dtype is None:
-            return codec.assemble(header, None)
-        raw = aligned_empty(nbytes)
-        if form == Form.IN_PIECES:
-            peer.rest = (header, raw, 0)
-            return None
-        if form == Form.WITH_ARRAY:
-            raw.data[:] = inline
-        else:
-            self._copy_region(peer, number, raw, descriptors if new else None)
-        return codec.assemble(header, raw)
+            packed, peer.header = bytes(peer.header), bytearray()
+        header = self._known.get(packed)
+        if header is None:
+            header = codec.decode_header(packed, self._limits)
+            if header.fields[_VALUE] in (None, True):  # else: what is in it belongs to the receiver
+                if len(self._known) >= KNOWN_HEADERS:
+                    self._known.clear()
+                self._known[packed] = header
+        return header
 
     def _copy_region(self, peer: _Peer, number: int, raw: codec.Raw, descriptors: Sequence[int] | None) -> None:
         try:
@@ -250,15 +274,15 @@ class LocalInbox(Inbox):
     def _add_piece(self, peer: _Peer, body: memoryview) -> Message | None:
         if peer.rest is None:
             raise MalformedMessage("a piece of an array arrived that nobody announced")
-        header, raw, there = peer.rest
+        header, raw, there, place = peer.rest
         if there + len(body) > raw.nbytes:
             raise codec.wrong_size(header, there + len(body))
         raw.data[there : there + len(body)] = body
-        peer.rest = (header, raw, there + len(body))
+        peer.rest = (header, raw, there + len(body), place)
         if there + len(body) < raw.nbytes:
             return None
         peer.rest = None
-        return codec.assemble(header, raw)
+        return codec.assemble(header, raw, place)
 
 
 __all__ = ["LocalInbox"]
