@@ -41,8 +41,8 @@ class Pipeline(WithoutModelNames):
     Args:
         segments: Built Keras models or `Segment`s, in the order of the data flow.
         microbatches: Into how many parts a batch is cut; a batch with fewer samples is cut into as many as it has.
-        schedule: ``"gpipe"``, ``"1f1b"``, ``"zb-h1"``, ``"zb-h2"``, or a function (stages, microbatches) -> Plan; see
-            docs/schedules.md.
+        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, ``"zb-h2"``, or a function (stages,
+            microbatches) -> Plan; see docs/schedules.md.
         transport: ``"auto"`` or ``"local"``: Unix sockets and shared memory; ``"ipc"``, ``"tcp"`` or a loopback address
             ``"tcp://127.0.0.1:5555"`` for the driver: ZeroMQ; ``"inproc"``: threads in this process, for tests.
         recompute: Keep only inputs between forward and backward and compute the forward pass again: less memory, more

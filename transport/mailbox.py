@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 
+from transport import codec
 from transport.channel import Inbox, Watchable
 from transport.errors import TransportTimeout
 from transport.message import DATA_KINDS, Key, Message
@@ -93,6 +94,17 @@ class Mailbox:
                 return message
             if deadline is not None:
                 left = max(0.0, deadline - time.monotonic())
+
+    def deliver(self, message: Message) -> None:
+        """Holds a message of this process to itself, which never leaves it; its array is a fresh copy all the same.
+
+        Raises:
+            Unsendable: as `Outbox.send`.
+        """
+        header, *raws = codec.encode(message)
+        raw = codec.aligned_copy(raws[0]) if raws else None
+        copy = codec.assemble(codec.decode_header(header), raw)
+        self._held.setdefault(copy.key, deque()).append(copy)
 
     def clear(self, before_step: int | None = None) -> int:
         """Forgets held messages: those of data kinds with a step below `before_step`, or all when it is None.

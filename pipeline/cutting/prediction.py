@@ -26,7 +26,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan
 from pipeline.plan.simulator import Cost, simulate
 from pipeline.plan.timeline import Timeline
-from stages.actions import Wiring
+from stages.actions import Wiring, open_tapes
 from stages.plain_text import plain_text
 
 __all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
@@ -105,9 +105,10 @@ class Prediction:
 
     def peak_memory(self) -> tuple[int, ...]:
         """For each stage bytes of variables, gradients, slots, and of what its most open microbatches keep."""
-        held = self.plan.peak_in_flight()
+        own = [[action for _, action in self.plan.actions() if action.stage == i] for i in range(len(self.stages))]
         return tuple(
-            stage.memory + stage.activations * held[self.plan.placement[i]] for i, stage in enumerate(self.stages)
+            stage.memory + stage.activations * max(open_tapes(actions))
+            for stage, actions in zip(self.stages, own, strict=True)
         )
 
     def of(self, microbatches: int | None = None, samples: int | None = None) -> Prediction:

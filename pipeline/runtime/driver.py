@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import Batch, StepResult, losses_of
+from pipeline.plan.placing import placed
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.runtime.batch_messages import batch_messages, joined_outputs
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.interrupts import deferred_interrupts
-from pipeline.runtime.neighbours import neighbours, unmasked_pairs
+from pipeline.runtime.neighbours import neighbours, unmasked_pairs, upstream_of
 from pipeline.runtime.post_mortem import can_be_taken_back
 from pipeline.runtime.turns import Turns
 from stages.actions import actions_to_array
@@ -349,13 +350,10 @@ class Driver:
         self._plans[key] = (identity, plan)
         number = self._number + 1
         self._order(TakePlan(identity))
-        for worker, specs in enumerate(self.placement):
-            mine = {spec.index for spec in specs}
-            actions = [action for program in plan.programs for action in program if action.stage in mine]
-            message = Message(
-                "plan", self.incarnation, number, self._crew.place(worker), array=actions_to_array(actions)
-            )
-            self._crew.send(worker, message)
+        here = placed(plan, [self._worker_of[stage] for stage in range(plan.stages)], upstream_of(self.specs))
+        for worker, program in enumerate(here.programs):
+            array = actions_to_array(program)
+            self._crew.send(worker, Message("plan", self.incarnation, number, self._crew.place(worker), array=array))
         return identity
 
     def _outputs(self, batch: Batch) -> dict[str, Array]:

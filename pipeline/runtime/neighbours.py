@@ -1,4 +1,4 @@
-"""The neighbours of a worker: stages that it sends to, and the masks that some of them do not get."""
+"""The neighbours of a worker: stages that it sends to, those upstream of each, and masks that some do not get."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ def neighbours(placed: Sequence[StageSpec]) -> set[int]:
         found |= {consumer for _, consumers in spec.outputs for consumer in consumers}
         found |= {source for _, source in spec.inputs if source != DRIVER}
         found |= {stage for tie in spec.ties for stage in tie.stages if stage != spec.index}
-    return found
+    return found - {spec.index for spec in placed}
+
+
+def upstream_of(specs: Mapping[int, StageSpec]) -> dict[int, list[int]]:
+    """{stage: the stages that it takes tensors from}."""
+    return {i: sorted({source for _, source in spec.inputs if source != DRIVER}) for i, spec in specs.items()}
 
 
 def unmasked_pairs(
@@ -42,4 +47,4 @@ def unmasked_pairs(
     }
 
 
-__all__ = ["neighbours", "unmasked_pairs"]
+__all__ = ["neighbours", "unmasked_pairs", "upstream_of"]

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pipeline.cutting.cores import default_threads
 from pipeline.errors import CompileError, OptionsError, PipelineError, ScheduleError
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules import schedule_named
+from pipeline.plan.schedules import SCHEDULES, schedule_named
 from pipeline.runtime.crew import check_transport
 from pipeline.saying import is_whole, not_whole
 from transport.errors import BadAddress
@@ -50,7 +50,7 @@ class Options:
             PipelineError, BadAddress: An option cannot be; OptionsError for several, with all of them.
         """
         each = (recompute,) * stages if isinstance(recompute, bool) else tuple(recompute)
-        size = default_threads(stages) if threads is None else threads
+        size = default_threads(_workers(others["schedule"], stages)) if threads is None else threads
         found = cls(recompute=each, threads=size, **others)
         found = replace(found, transport=AUTO if found.transport == "auto" else found.transport)
         faults = list(found._faults(stages))
@@ -116,3 +116,11 @@ class Options:
             "truncate": self.truncate,
             "keep_state": self.keep_state,
         }
+
+
+def _workers(schedule: Any, stages: int) -> int:
+    """Into how many processes a schedule puts the stages; one each where that is not known before its plan is made."""
+    try:
+        return SCHEDULES[schedule](stages, 1).workers if isinstance(schedule, str) else stages
+    except (KeyError, ScheduleError):  # said with all other faults
+        return stages

@@ -1,9 +1,8 @@
 """The check that workers can carry out a plan; not every plan that keeps all rules can run as yet.
 
 `pipeline.plan.rules` says what a plan may mean at all; simulation, drawings and comparisons of schedules need no more.
-The workers know less: every stage has a worker of its own, of the same number, and with windows of time a backward is
-whole. Whatever else a plan asks for is refused here, in words and before anything is started. Who teaches the workers
-more takes a rule away.
+The workers know less: each has a stage, and with windows of time a backward is whole. Whatever else a plan asks for is
+refused here, in words and before anything is started. Who teaches the workers more takes a rule away.
 """
 
 from __future__ import annotations
@@ -53,13 +52,8 @@ def _reasons(plan: Plan, training: bool) -> Iterator[str]:
             f"half backward(s), the first {halves[0]} ({halves[0].describe()} of stage {halves[0].stage}); put one "
             "BACKWARD in place of each pair of halves"
         )
-    if plan.placement != tuple(range(plan.stages)):
+    if idle := sorted(set(range(plan.workers)) - set(plan.placement)):
         yield (
-            "every stage runs in the worker of its own number, this plan places stages "
-            f"0 to {plan.stages - 1} on workers {', '.join(map(str, plan.placement))}; leave `placement` out"
-        )
-    if plan.workers > plan.stages:
-        yield (
-            f"every worker runs one stage, this plan has programs for {plan.workers} workers and {plan.stages} "
-            "stage(s); leave out those that run none"
+            f"every worker runs at least one stage, this plan has programs for {plan.workers} workers and none of "
+            f"its {plan.stages} stage(s) is on worker {idle[0]}; leave out workers that run none"
         )

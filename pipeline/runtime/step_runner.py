@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.batch.data import InputSpec, make_batch
 from pipeline.batch.inputs import InputNames
 from pipeline.batch.step import Batch, StepResult
+from pipeline.plan.placing import placed
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan, forward_only
 from pipeline.plan.timeline import Timeline, measured_timeline
@@ -54,7 +55,7 @@ class StepRunner:
         self._names = InputNames.of(setup.wires.inputs, getattr(setup.original, "input", None))
         self._specs: Mapping[str, InputSpec | None] = {}
         self._specs_of: object = None
-        self._plan(setup.options.microbatches, setup.options.windows, training=True)
+        workers.placement = self._plan(setup.options.microbatches, setup.options.windows, training=True).placement
 
     def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
         """Forward, backward and update of one batch, `observe` as for `step`; the result and the number of samples."""
@@ -183,9 +184,11 @@ class StepRunner:
                 plan = build_plan(
                     schedule, stages, microbatches, windows=windows, truncate=options.truncate, wiring=wiring
                 )
-                self._plans[key] = check_runnable(plan)
+                plan = check_runnable(plan)
             else:
-                self._plans[key] = forward_only(stages, microbatches, windows=windows).validate(wiring)
+                plan = forward_only(stages, microbatches, windows=windows).validate(wiring)
+            # The first plan says where stages are; in processes, they stay there.
+            self._plans[key] = placed(plan, self._workers.placement, wiring) if self._plans else plan
         return self._plans[key]
 
     def batch(self, x: Any, y: Any, sample_weight: Any, judged: Sequence[str]) -> Batch:

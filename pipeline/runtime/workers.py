@@ -35,6 +35,7 @@ class Workers:
 
     Attributes:
         compiled: What `compile` was given; None before.
+        placement: For each stage the worker that hosts it; before the workers are started it may be set.
         loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
         filled: Is called when workers have just got copies of the user's objects and their values.
         turns: Who may use the workers when.
@@ -45,6 +46,7 @@ class Workers:
         self._setup = setup
         self.turns = Turns()
         self.compiled: Compiled | None = None
+        self.placement: tuple[int, ...] = tuple(range(len(setup.segments)))
         self.loaded_from = ""
         self._start: StartValues | None = None
         self.given: dict[int, list[Any]] = {}
@@ -73,8 +75,9 @@ class Workers:
             return self._driver
 
     def _started(self) -> Driver:
-        specs, options = [[spec] for spec in self.specs()], self._setup.options
-        driver = Driver(specs, threads=options.threads, transport=options.transport, turns=self.turns)
+        specs, options, placement = self.specs(), self._setup.options, self.placement
+        hosted = [[spec for spec in specs if placement[spec.index] == worker] for worker in range(1 + max(placement))]
+        driver = Driver(hosted, threads=options.threads, transport=options.transport, turns=self.turns)
         try:
             check_shapes(self._setup.wires, driver.descriptions)
             self._fill(driver)

@@ -3,6 +3,7 @@
 import os
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,3 +187,16 @@ def test_messages_of_earlier_incarnations_are_dropped(post):
     send(activation(1, incarnation=3))
     assert mailbox.take([activation(0).key], PATIENCE).value == "fresh"
     assert mailbox.receive(PATIENCE).incarnation == 3
+
+
+def test_a_message_to_oneself_is_taken_as_any_other_and_its_array_is_fresh(post):
+    """It never leaves the process, and yet nobody else has its memory (rule 2 of channels)."""
+    inbox, _ = post
+    mailbox = Mailbox(inbox)
+    sent = activation(1, array=np.arange(5.0)[::2], value=True)
+    mailbox.deliver(sent)
+    taken = mailbox.take([sent.key], PATIENCE)
+    assert taken.same(sent)
+    assert taken.array.flags.writeable and taken.array.__array_interface__["data"][0] % 64 == 0
+    assert not np.shares_memory(taken.array, sent.array)
+    assert len(mailbox) == 0

@@ -14,6 +14,7 @@ from pipeline.errors import ScheduleError
 from pipeline.plan.plan import Plan, validate
 from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.plan.schedules.gpipe import gpipe
+from pipeline.plan.schedules.interleaved import interleaved
 from pipeline.plan.schedules.one_f_one_b import one_f_one_b
 from pipeline.plan.schedules.zero_bubble import zb_h1, zb_h2, zero_bubble
 from pipeline.saying import did_you_mean
@@ -24,6 +25,7 @@ __all__ = [
     "build_plan",
     "forward_only",
     "gpipe",
+    "interleaved",
     "one_f_one_b",
     "schedule_named",
     "zb_h1",
@@ -43,6 +45,7 @@ class Schedule(Protocol):
 SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "interleaved": interleaved,
     "zb-h1": zb_h1,
     "zb-h2": zb_h2,
 }

@@ -31,7 +31,7 @@ from pipeline.plan.schedules import forward_only
 from stages import Action, Kind, Wiring, chain, dependencies
 from stages.actions import actions_from_array, actions_to_array
 for name in SCHEDULES:
-    plan = build_plan(name, 3, 4, windows=2 if name in ("gpipe", "1f1b") else 1)
+    plan = build_plan(name, 4, 4, windows=2 if name in ("gpipe", "1f1b") else 1)
     assert actions_from_array(actions_to_array(plan.programs[0])) == plan.programs[0]
     print(plan.text(), simulate(plan, Cost(1, 1)))
 save_timeline(simulate(validate(forward_only(2, 2)), Cost(1, 1)), sys.argv[1])

@@ -91,7 +91,9 @@ def test_the_drawing_reads_back_as_the_programs_and_waits_as_simulated(pair):
     timeline = simulate(plan, Cost(1, 1, 1), wiring)
     for worker, cells in enumerate(rows(text)):
         window = "/{0.window}" if plan.windows > 1 else ""
-        wanted = [("{0.kind.letter}{0.microbatch}" + window).format(a) for a in plan.programs[worker]]
+        stage = "{0.stage}." if len(plan.stages_of(worker)) > 1 else ""
+        label = "{0.kind.letter}" + stage + "{0.microbatch}" + window
+        wanted = [label.format(action) for action in plan.programs[worker]]
         assert drawn(cells) == wanted
         assert cells.count("·") == timeline.idle[worker]
         assert len(cells) == timeline.step_time

@@ -42,9 +42,10 @@ def test_every_drawing_is_what_the_code_prints(tmp_path, monkeypatch):
 
 
 def test_the_drawings_in_the_schedules_own_modules_are_their_text():
-    from pipeline.plan.schedules import forward_only, gpipe, one_f_one_b, zb_h1
+    from pipeline.plan.schedules import forward_only, gpipe, interleaved, one_f_one_b, zb_h1
 
     drawings = {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "forward_only": forward_only, "zero_bubble": zb_h1}
+    drawings["interleaved"] = lambda stages, microbatches: interleaved(4, microbatches)
     for name, schedule in drawings.items():
         source = (ROOT / "pipeline" / "plan" / "schedules" / f"{name}.py").read_text()
         drawn = [line.strip() for line in source.splitlines() if line.startswith("    worker ")]

@@ -13,7 +13,9 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import Pipeline
+from pipeline import Pipeline, Plan
+from pipeline.plan.placing import placed
+from pipeline.plan.schedules import one_f_one_b
 from tests.faults.cases import CASES
 from tests.levels import in_turn
 from tests.models import cross_entropy, grouped, stack
@@ -102,3 +104,42 @@ def test_processes_in_halves() -> None:
         for samples in (8, 13):
             pipe.train_on_batch(x[:samples], y[:samples])
         pipe.verify(x, y).raise_if_failed()
+
+
+WHAT = ("gradient", "loss", "weight", "loss", "prediction")
+
+
+def folded(stages: int, microbatches: int, **_: Any) -> Plan:
+    """1F1B of three stages on two workers: the outer two share one."""
+    return placed(one_f_one_b(stages, microbatches), (0, 1, 0))
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("recurrent", folded), ("branched", "interleaved")])
+def test_two_stages_a_worker_hand_tensors_to_each_other(name: str, schedule: Any) -> None:
+    """In two processes: tied weights of one worker, masks, skip edges, dropout; then a smaller batch, and all else.
+
+    What a worker sends to itself comes as what others send does; evaluation, prediction and the count of masked
+    elements run on the same workers.
+    """
+    case = CASES[name]
+    x, y, weights = case.data(1)
+    found = []
+    for each in ("1f1b", schedule):
+        with case.pipeline(each, transport="auto") as pipe:
+            before = list(pipe.gradients(x, y, weights).values())
+            losses = [
+                pipe.train_on_batch(x, y, weights),
+                pipe.train_on_batch(*cut((x, y, weights), 5)),
+            ]
+            tested, predicted = pipe.test_on_batch(x, y), pipe.predict(x, verbose=0)
+            found.append((before, losses, pipe.get_weights(), tested, keras.tree.flatten(predicted)))
+            if each is schedule:
+                pipe.verify(x, y, weights).raise_if_failed()
+                assert pipe.timeline(x, y, weights).workers == 2
+    for ours, theirs, what in zip(found[1], found[0], WHAT, strict=True):
+        assert_same_bits(keras.tree.flatten(ours), keras.tree.flatten(theirs), what)
+
+
+def cut(data: Any, samples: int) -> Any:
+    """The first samples of some arrays."""
+    return keras.tree.map_structure(lambda array: array[:samples], data)
