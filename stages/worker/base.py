@@ -273,9 +273,6 @@ class BaseWorker(ABC):
         self.driver.send(message, CONNECT_SECONDS)
 
     def _send(self, message: Message) -> None:
-        if message.stage in self.hosted:
-            self.mailbox.deliver(message)
-            return
         self._outboxes[message.stage].send(message, CONNECT_SECONDS)
 
     def _do_connect(self, order: Connect) -> Reply:

@@ -26,6 +26,7 @@ from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
 from stages.worker.reply import Reply, StepReply
 from stages.worker.step_program import Links, Program
+from transport.message import Message
 
 Array = np.ndarray[Any, Any]
 
@@ -60,7 +61,7 @@ class Worker(BaseWorker):
             before = self._keep(("metrics",)) if any(hosted.inner_metrics for hosted in self.hosted.values()) else {}
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
-        links = Links(self._take, self._send, self.incarnation, self.board)
+        links = Links(self._take, self._hand_over, self.incarnation, self.board)
         program = self._program = Program(order, self.plans[order.plan], self.hosted, links)
         losses = program.run()
         stages = self.hosted.values()
@@ -89,6 +90,13 @@ class Worker(BaseWorker):
             self._stepped.add(order.mode)
             gc.freeze()
         return reply
+
+    def _hand_over(self, message: Message) -> None:
+        """Send a message of a step to its stage; what is for a stage of this worker stays here."""
+        if message.stage in self.hosted:
+            self.mailbox.deliver(message)
+        else:
+            self._send(message)
 
     def apply(self, order: Apply) -> None:
         """One update of every stage."""
