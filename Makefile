@@ -97,10 +97,13 @@ planted: $(READY) ## plant faults in copies of the sources and print docs/plante
 
 compat: $(COMPAT:%=compat-%) ## the core tests with the oldest TensorFlow and Keras that will do, with a middle and the newest
 
+# The core tests that need no mark, then the command of the demo, which trains, verifies and writes the report page.
 # What libraries deprecate among each other, in versions of different years, is no fault of ours.
 $(COMPAT:%=compat-%): compat-%: .venv-compat-%/.installed
 	@echo "make: the core tests with $*: $$(.venv-compat-$*/bin/python $(PIP) freeze | grep -Ei '^(tensorflow|keras|numpy)==' | xargs)"
-	.venv-compat-$*/bin/python $(TESTS) -W ignore::DeprecationWarning -W ignore::FutureWarning @tests/compat/core.txt $(ARGS)
+	.venv-compat-$*/bin/python $(TESTS) -m "not gate and not soak" --hypothesis-profile check \
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning @tests/compat/core.txt $(ARGS)
+	.venv-compat-$*/bin/tapeline demo --output artifacts/compat-$*
 
 $(COMPAT:%=.venv-compat-%/.installed): .venv-compat-%/.installed: tests/compat/%.txt tests/compat/tools.txt requirements.lock pyproject.toml
 	@version=$(PYTHON_$*); \
