@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.loss.precision import loss_number
 from stages.loss.ways import Way, Ways
 from stages.worker.hosted_stage import StageSpec
 from stages.worker.reply import StepReply
@@ -87,11 +88,11 @@ def losses_of(
         for head, value in zip(specs[i].heads, by_head, strict=False)
     ]
     losses: dict[str, float] = {}
-    total = np.float32(0.0)
+    total = loss_number(0.0)
     for _, label, value, weight in sorted(found, key=lambda head: head[0]):
         losses[label] = value
-        total = np.float32(total + np.float32(value) * np.float32(1.0 if weight is None else weight))
+        total = total + loss_number(value) * loss_number(1.0 if weight is None else weight)
     own_losses = {i: own for i, (_, own) in sorted(by_stage.items()) if own is not None}
     for own in own_losses.values():
-        total = np.float32(total + np.float32(own))
+        total = total + loss_number(own)
     return losses, float(total), own_losses

@@ -26,6 +26,7 @@ from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.errors import CompileError
 from stages.keras_training_internals import excluded_from_decay, excluded_from_decay_elsewhere
 from stages.loss.head import Head
+from stages.loss.precision import loss_number
 from stages.recipe.by_value import copied
 from stages.recipe.describe import described
 from stages.recipe.optimizer_state import rate_is_a_variable
@@ -312,11 +313,11 @@ class Compiled:
         """
         if self.global_clipnorm is None or not squared_norms:
             return None
-        norm = np.sqrt(np.float32(keras.ops.sum(keras.ops.stack([np.float32(one) for one in squared_norms]))))
-        clip = np.float32(self.global_clipnorm)
+        norm = np.sqrt(loss_number(keras.ops.sum(keras.ops.stack([loss_number(one) for one in squared_norms]))))
+        clip = loss_number(self.global_clipnorm)
         if not norm:
             return 1.0
-        return float(clip * np.minimum(np.float32(1.0) / norm, np.float32(1.0) / clip) + (norm - norm))
+        return float(clip * np.minimum(loss_number(1.0) / norm, loss_number(1.0) / clip) + (norm - norm))
 
     def check_windows(self, windows: int) -> None:
         """Refuse a loss over the whole batch where the batch is cut in time."""

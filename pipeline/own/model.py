@@ -28,6 +28,7 @@ from pipeline.model.merge import StageValues
 from pipeline.model.wiring import Wires
 from stages.keras_internals import layers_of, let_inner_layers_mask
 from stages.loss.head import LossModel
+from stages.loss.precision import rounded_once
 from stages.masks import joined_with_masks
 from stages.recipe.segment import Segment
 from stages.tape.accumulate import dense
@@ -169,8 +170,8 @@ class OwnModel:
                 loss = tf.reduce_sum(self._loss(outputs, batch, judged))  # without a reduction it has many
                 for share, (_, own) in zip(shares, runs, strict=True):
                     for one in own:
-                        loss = loss + tf.cast(tf.reduce_sum(one) * tf.cast(share, one.dtype), loss.dtype)
-                target = loss if loss_scale is None else loss * tf.cast(loss_scale, loss.dtype)
+                        loss = loss + tf.cast(tf.reduce_sum(one) * rounded_once(share, one.dtype), loss.dtype)
+                target = loss if loss_scale is None else loss * rounded_once(loss_scale, loss.dtype)
         found: dict[int, Array | None] = {}
         if gradients and loss is not None:
             values = tape.gradient(target, [variable.value for variable in wanted.values()])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import StepResult
+from stages.loss.precision import loss_dtype, loss_number
 
 
 class RunningLogs:
@@ -19,8 +20,8 @@ class RunningLogs:
     Attributes:
         last: {name: value} after the last batch; {} before the first.
         order: The names in Keras's order, kept over resets.
-        totals: {name: the sum of that loss times samples, float32}.
-        samples: How many samples were counted, float32.
+        totals: {name: the sum of that loss times samples}, in the float type of losses.
+        samples: How many samples were counted, in the same.
         shown: Whether Keras's own mean of the loss was set since the last reset.
     """
 
@@ -28,12 +29,12 @@ class RunningLogs:
         self.last: dict[str, Any] = {}
         self.order: list[str] = []
         self.shown = False
-        self.totals: dict[str, np.float32] = {}
-        self.samples = np.float32(0.0)
+        self.totals: dict[str, np.floating[Any]] = {}
+        self.samples = loss_number(0)
 
     def reset(self) -> None:
         """Start counting anew."""
-        self.totals, self.samples, self.last = {}, np.float32(0.0), {}
+        self.totals, self.samples, self.last = {}, loss_number(0), {}
         self.shown = False
 
     def add(self, result: StepResult, labels: Sequence[str], samples: int) -> dict[str, Any]:
@@ -46,10 +47,10 @@ class RunningLogs:
         """
         losses = {"loss": result.loss or 0.0, **{f"{label}_loss": result.losses[label] for label in labels}}
         for name, value in losses.items():
-            total = self.totals.get(name, np.float32(0.0))
-            self.totals[name] = np.float32(total + np.float32(value) * np.float32(samples))
-        self.samples = np.float32(self.samples + np.float32(samples))
-        metrics = {n: v if isinstance(v, float) else np.asarray(v, "float32") for n, v in result.metrics.items()}
+            total = self.totals.get(name, loss_number(0.0))
+            self.totals[name] = total + loss_number(value) * loss_number(samples)
+        self.samples = self.samples + loss_number(samples)
+        metrics = {n: v if isinstance(v, float) else np.asarray(v, loss_dtype()) for n, v in result.metrics.items()}
         if len(losses) > 1:
             metrics = dict(sorted(metrics.items()))
         self.last = {**{name: float(total / self.samples) for name, total in self.totals.items()}, **metrics}

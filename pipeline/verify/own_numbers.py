@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.compare.compare import FlowOrder, Judged, Pair, judge, largest
 from pipeline.compare.tolerance import PLAIN_EPS, TRIES, Tolerance
 from pipeline.distance import distance
+from stages.loss.precision import loss_number
 
 Array = np.ndarray[Any, Any]
 NumberKey = tuple[Any, ...]
@@ -110,7 +111,7 @@ def compared(pairs: Sequence[OwnPair], ours: Numbers, theirs: Numbers, again: On
 
 def number(value: float | None) -> Array | None:
     """A loss as an array."""
-    return None if value is None else np.asarray(value, np.float32)
+    return None if value is None else np.asarray(loss_number(value))
 
 
 __all__ = ["CannotJudgeError", "NumberKey", "Numbers", "OwnPair", "Rule", "UnrepeatableError", "compared", "number"]

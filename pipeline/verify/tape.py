@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.batch.step import StepResult
 from pipeline.compare.compare import FlowOrder, Judged, Pair, judge, largest
 from pipeline.compare.tolerance import Tolerance
+from stages.loss.precision import loss_number
 from stages.worker.observers import ACTIVATION, GRADIENT, MASK, SHARED, Sight
 
 Array = np.ndarray[Any, Any]
@@ -201,7 +202,7 @@ def _named(what: str, tensor: str) -> str:
 
 
 def _scalar(value: float | None) -> Array | None:
-    return None if value is None else np.asarray(value, np.float32)
+    return None if value is None else np.asarray(loss_number(value))
 
 
 def _groups(seen: Iterable[Sight]) -> dict[tuple[str, int, int, str], list[Sight]]:

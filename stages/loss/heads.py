@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.loss.head import Head
+from stages.loss.precision import rounded_once
 from stages.loss.ways import Way, Ways
 from stages.masks import mask_of, with_mask
 
@@ -116,7 +117,7 @@ class Heads:
         found = []
         for head, target, sample_weight, weight in self._with(objective):
             value = head.value(target, outputs[head.place], sample_weight)
-            found.append(value * tf.cast(weight, value.dtype))
+            found.append(value * rounded_once(weight, value.dtype))
         return found
 
     def terms(self, values: Sequence[Any], which: Sequence[int] | None = None) -> list[Any]:
@@ -125,7 +126,7 @@ class Heads:
         One sum, as Keras makes one: what a tensor gets from several losses is then added in Keras's order.
         """
         weighted = [
-            value if head.weight is None else value * tf.cast(head.weight, value.dtype)
+            value if head.weight is None else value * rounded_once(head.weight, value.dtype)
             for head, value in zip(self._some(which), values, strict=True)
             if head.loss is not None
         ]
@@ -180,7 +181,7 @@ def whole_batch(
     cut: dict[int, list[Any]] = {}
     if training:
         sizes = [int(part[places[0]].shape[0]) for part in parts]
-        seeds = [tf.fill((), tf.cast(loss_scale, term.dtype)) for term in terms]
+        seeds = [tf.fill((), rounded_once(loss_scale, term.dtype)) for term in terms]
         found = tape.gradient(terms, list(joined.values()), output_gradients=seeds)
         cut = {place: tf.split(g, sizes) for place, g in zip(places, found, strict=True) if g is not None}
     return WholeBatch(values, [{place: pieces[k] for place, pieces in cut.items()} for k in range(len(parts))])

@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.loss.heads import Heads, Objective
+from stages.loss.precision import rounded_once
 from stages.tape.accumulate import Contribution, OrderedSum, dense
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.embedding_rows import fixed_rows, free_batch, is_sparse
@@ -111,7 +112,7 @@ class EagerTapes(Tapes):
             terms = self._heads.terms(losses, objective.heads) if objective is not None else []
         seeds = [self.loss_scale] * len(terms) + [share * self.loss_scale] * len(own)
         targets = [*terms, *own]
-        fills = [tf.fill((), tf.cast(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]
+        fills = [tf.fill((), rounded_once(seed, target.dtype)) for seed, target in zip(seeds, targets, strict=True)]
         self._open[key] = _Record(tape, wanted, sources, variables, outputs, targets, fills, free_batch(inputs), masked)
         return Opened(structure, outputs, _weighted_sum(own, share), losses, places)
 
@@ -223,4 +224,4 @@ def _weighted_sum(losses: Sequence[Any], share: float) -> Any | None:
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss
-    return total * tf.cast(share, total.dtype)
+    return total * rounded_once(share, total.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from stages.keras_training_internals import update_nothing
+from stages.loss.precision import rounded_once
 from stages.tape.accumulate import dense
 
 
@@ -31,9 +32,9 @@ def rescaled(gradients: Sequence[Any], scale: Any | None, divisor: Any | None) -
     As in Keras, an embedding's rows stay apart when they are divided, and are summed when the global norm clips them.
     """
     if divisor is not None:
-        gradients = [_with_values(g, tf.divide(_values(g), tf.cast(divisor, g.dtype))) for g in gradients]
+        gradients = [_with_values(g, tf.divide(_values(g), rounded_once(divisor, g.dtype))) for g in gradients]
     if scale is not None:
-        gradients = [tf.multiply(dense(g), tf.cast(scale, g.dtype)) for g in gradients]
+        gradients = [tf.multiply(dense(g), rounded_once(scale, g.dtype)) for g in gradients]
     return list(gradients)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.grid import Grid
+from stages.loss.precision import loss_dtype, rounded_once
 from stages.worker.hosted_stage import HostedStage
 
 Array = np.ndarray[Any, Any]
@@ -74,7 +75,7 @@ def state_names(hosted: HostedStage) -> list[str]:
 def of_microbatch(weights: Weights, k: int) -> list[tuple[int, int, int, Any]]:
     """(stage by position, head, window, weight) of one microbatch; weights are tensors, so that no trace is for one."""
     return [
-        (i, h, w, tf.constant(weight, tf.float32))
+        (i, h, w, tf.constant(weight, loss_dtype()))
         for (i, h), units in weights.items()
         for (m, w), weight in units.items()
         if m == k
@@ -102,7 +103,7 @@ def scaled_sum(terms: Sequence[Any], share: float) -> Any | None:
     total = terms[0]
     for term in terms[1:]:
         total = total + term
-    return total * tf.cast(share, total.dtype)
+    return total * rounded_once(share, total.dtype)
 
 
 def summed_losses(losses: Sequence[Mapping[int, Sequence[Any]]]) -> dict[int, list[Any]]:

@@ -16,6 +16,7 @@ import tensorflow as tf
 from pipeline.reference.one_tape.batch import Weights, Whole, owner, scaled_sum, state_names, weight_part
 from stages.keras_internals import set_mask, standing_in
 from stages.loss.heads import Objective
+from stages.loss.precision import loss_dtype, rounded_once
 from stages.masks import mask_of, with_mask
 from stages.tape.eager import joint
 from stages.tape.embedding_rows import free_batch
@@ -185,8 +186,8 @@ class JoinedModel:
         run.tensors |= dict(zip(names, given, strict=True))
         run.states = {**run.states, **{name: run.tensors[name] for name in state_names(hosted)}}
         run.targets += passed[:losses]
-        run.seeds += [tf.fill((), tf.cast(seed, term.dtype)) for term in terms]
-        run.seeds += [tf.fill((), tf.cast(own_seed, term.dtype)) for term in own]
+        run.seeds += [tf.fill((), rounded_once(seed, term.dtype)) for term in terms]
+        run.seeds += [tf.fill((), rounded_once(own_seed, term.dtype)) for term in own]
 
     def _call(self, i: int, run: Pass, states: Mapping[str, Any], training: bool) -> tuple[Any, ...]:
         """One segment's model, its inputs by name; its flat outputs.
@@ -234,4 +235,4 @@ def _own_losses(hosted: HostedStage, window: int) -> list[Any]:
     model = hosted.stage.model
     losses = list(model.losses)  # every look computes the regularisers
     count = len(losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
-    return [tf.reduce_sum(tf.cast(term, "float32")) for term in losses[:count]]
+    return [tf.reduce_sum(tf.cast(term, loss_dtype())) for term in losses[:count]]

@@ -28,6 +28,7 @@ from pipeline.reference.one_tape.batch import (
 from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
 from stages.keras_internals import standing_in
+from stages.loss.precision import loss_dtype, rounded_once
 from stages.masks import joined_with_masks, mask_of
 from stages.tape.accumulate import dense, plus, plus_all
 from stages.tape.embedding_rows import fixed_rows, is_sparse
@@ -90,7 +91,7 @@ class SingleTape(JoinedModel):
         losses: list[dict[int, list[Any]]] = []
         for k, size in enumerate(batch.grid.sizes):
             part, mine = batch.microbatch(k), of_microbatch(weights, k)
-            share = tf.constant(size / batch.grid.samples)
+            share = tf.constant(size / batch.grid.samples, loss_dtype())
             fixed = (size, part.grid.lengths, batch.loss_scale, batch.truncate, self.observer is not None)
             blocks, some, crossing = step(
                 part.inputs, part.targets, part.sample_weights, mine, share, self.initial_states(batch, k), fixed
@@ -364,7 +365,7 @@ class SingleTape(JoinedModel):
                     hosted.heads.update(predictions, at_once[i])
                 terms = hosted.heads.terms(values)
                 targets += terms
-                seeds += [tf.fill((), tf.cast(batch.loss_scale, term.dtype)) for term in terms]
+                seeds += [tf.fill((), rounded_once(batch.loss_scale, term.dtype)) for term in terms]
                 losses[0][hosted.spec.index][0] = dict(enumerate(values))
         for i, hosted in enumerate(self.hosted):
             if self.counting and hosted.heads.counts_at_once:

@@ -32,6 +32,7 @@ from pipeline.reference.witness.flow import (
     undisturbed,
 )
 from stages.loss.head import Head
+from stages.loss.precision import loss_dtype
 from stages.tape.accumulate import dense
 from stages.tape.model_call import CallState
 from stages.worker.hosted_stage import HostedStage
@@ -85,8 +86,8 @@ class BatchLoss:
 
     @classmethod
     def own(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:
-        """The loss by the models themselves, in float32."""
-        return cls(hosted, batch, [s.stage.model for s in hosted], [heads_of(s) for s in hosted], "float32")
+        """The loss by the models themselves, in the float type of losses."""
+        return cls(hosted, batch, [s.stage.model for s in hosted], [heads_of(s) for s in hosted], loss_dtype())
 
     @classmethod
     def twin(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:

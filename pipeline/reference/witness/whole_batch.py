@@ -46,6 +46,7 @@ from pipeline.reference.witness.flow import (
 )
 from pipeline.reference.witness.results import Size, WitnessGradients
 from stages.keras_internals import layers_of, own_added_losses, own_seed_generators, wrap_call
+from stages.loss.precision import loss_dtype, rounded_once
 from stages.tape.accumulate import dense
 from stages.tape.model_call import changed_by_calls, states_of_layers
 from stages.tape.tensors import flatten, is_differentiable
@@ -88,16 +89,16 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) 
         def call(i: int, taken: list[Any]) -> Sequence[Any]:
             with refusing(hosted[i], "its forward pass on the whole batch"), _nothing_changes(hosted[i]):
                 outputs = call_model(hosted[i].stage.model, taken)
-                own[i] = own_losses(hosted[i].stage.model, 0, "float32")
+                own[i] = own_losses(hosted[i].stage.model, 0, loss_dtype())
             return outputs
 
         tensors = run_flow(hosted, call, {**inputs_of(hosted, batch, None), **_all_states(hosted, batch)})
-        loss = objective(hosted, heads, batch, tensors, "float32")
+        loss = objective(hosted, heads, batch, tensors, loss_dtype())
         loss += sum(term for terms in own for term in terms)
     size = size_of(hosted, batch)
     _check_independence(hosted, batch, tensors, own, size)
     flat = tape.gradient(
-        loss, [v for some in variables for v in some], output_gradients=tf.cast(batch.loss_scale, loss.dtype)
+        loss, [v for some in variables for v in some], output_gradients=rounded_once(batch.loss_scale, loss.dtype)
     )
     found = iter(None if g is None else dense(g) for g in flat)
     sums = shared_sums(hosted, [[next(found) for _ in some] for some in variables], batch.loss_scale)
@@ -164,7 +165,7 @@ def _check_independence(
             stage = hosted[i]
             with refusing(stage, "its forward pass on a microbatch"):
                 outputs = call_model(stage.stage.model, taken)
-                parts[i] += count / batch.grid.samples * float(sum(own_losses(stage.stage.model, 0, "float32")))
+                parts[i] += count / batch.grid.samples * float(sum(own_losses(stage.stage.model, 0, loss_dtype())))
             for (name, _), output in zip(stage.spec.outputs, outputs, strict=False):
                 if not _agree(output, _rows(whole[name], rows), size):
                     layer = _first_to_differ(stage.stage.model, [whole[n] for n, _ in stage.spec.inputs], rows, size)
