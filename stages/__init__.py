@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.origin import check_origins
-from stages.versions import check_versions
+from stages.versions import check_backend, check_versions
 
 check_origins()
 check_versions()
+check_backend()
 
 from transport.lazy import load  # noqa: E402 (not before it is known to be ours)
 

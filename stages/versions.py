@@ -1,14 +1,20 @@
-"""The versions of TensorFlow and Keras that this project runs with; another one is refused in words.
+"""The versions of TensorFlow and Keras that this project runs with, and Keras's backend; others are refused in words.
 
 An older one lacks what is used here and would fail somewhere in the middle, with an AttributeError. A newer one may
-behave otherwise where private names are relied on (`stages.keras_internals`, `stages.tensorflow_internals`).
+behave otherwise where private names are relied on (`stages.keras_internals`, `stages.tensorflow_internals`). On
+another backend, variables are no TensorFlow variables.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 SUPPORTED = {"tensorflow": ((2, 18), (2, 22)), "keras": ((3, 8), (3, 16))}
 """{distribution: (the first release that will do, the first that was not tried)}; `pyproject.toml` says the same."""
@@ -40,6 +46,34 @@ def check_versions() -> None:
                 f"otherwise; pip install '{name}>={_dotted(first)},<{_dotted(beyond)}', or verify what you train",
                 stacklevel=2,
             )
+
+
+def check_backend() -> None:
+    """Look at the backend that Keras has, or will have when it is imported.
+
+    Raises:
+        ImportError: It is not TensorFlow; says where that was chosen.
+    """
+    backend, where = _backend()
+    if backend != "tensorflow":
+        raise ImportError(
+            f"tapeline trains with TensorFlow, and Keras's backend is {backend!r} ({where}): set "
+            "KERAS_BACKEND=tensorflow in the environment before keras is imported"
+        )
+
+
+def _backend() -> tuple[str, str]:
+    """Keras's backend, and who chose it, by Keras's own rules: an import, the environment, its file of settings."""
+    ask = getattr(getattr(sys.modules.get("keras"), "config", None), "backend", None)
+    if ask is not None:
+        return ask(), "keras is imported already"
+    if chosen := os.environ.get("KERAS_BACKEND"):
+        return chosen, "by the environment variable KERAS_BACKEND"
+    folder = os.environ.get("KERAS_HOME") or Path("~", ".keras").expanduser()
+    file, found = Path(folder, "keras.json"), None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(file.read_text()).get("backend")
+    return (found, f"by {file}") if found else ("tensorflow", "by default")
 
 
 def _dotted(release: tuple[int, int]) -> str:

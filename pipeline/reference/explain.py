@@ -76,7 +76,7 @@ class _Run:
         import tensorflow as tf
 
         from pipeline.reference.one_tape.batch import by_head, of_microbatch, state_names
-        from stages.loss.precision import loss_dtype
+        from stages.loss.precision import float_of_losses
 
         tape, batch, k = self.tape, self.batch, self.k
         outputs = [name for stage in tape.hosted for name, _ in stage.spec.outputs]
@@ -89,7 +89,7 @@ class _Run:
         self._last = runs[-1]
         if self.target == LOSS:
             terms = [term * seed for run in runs for term, seed in zip(run.targets, run.seeds, strict=True)]
-            return {LOSS: tf.add_n([tf.cast(term, loss_dtype()) for term in terms])}
+            return {LOSS: tf.add_n([tf.cast(term, float_of_losses()) for term in terms])}
         if self.target in self._last.tensors and self.target in outputs:
             return {self.target: self._last.tensors[self.target]}
         for stage in tape.hosted:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import StepResult
-from stages.loss.precision import loss_dtype, loss_number
+from stages.loss.precision import float_of_losses, loss_number
 
 
 class RunningLogs:
@@ -50,7 +50,9 @@ class RunningLogs:
             total = self.totals.get(name, loss_number(0.0))
             self.totals[name] = total + loss_number(value) * loss_number(samples)
         self.samples = self.samples + loss_number(samples)
-        metrics = {n: v if isinstance(v, float) else np.asarray(v, loss_dtype()) for n, v in result.metrics.items()}
+        metrics = {
+            n: v if isinstance(v, float) else np.asarray(v, float_of_losses()) for n, v in result.metrics.items()
+        }
         if len(losses) > 1:
             metrics = dict(sorted(metrics.items()))
         self.last = {**{name: float(total / self.samples) for name, total in self.totals.items()}, **metrics}

@@ -24,7 +24,7 @@ from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.reference.orders import MakeOptimizers
 from pipeline.runtime.values import values_of
 from pipeline.verify.tape import UPDATE, Allowance, Names
-from stages.loss.precision import loss_dtype
+from stages.loss.precision import float_of_losses
 from stages.worker.orders import Mode, Service
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ class Steps:
     def _metrics(self, step: int, ours: StepResult, theirs: StepResult) -> None:
         for name in dict.fromkeys([*theirs.metrics, *ours.metrics]):
             values = [result.metrics.get(name) for result in (ours, theirs)]
-            self._add("metric", -1, name, step, *(None if v is None else np.asarray(v, loss_dtype()) for v in values))
+            self._add(
+                "metric", -1, name, step, *(None if v is None else np.asarray(v, float_of_losses()) for v in values)
+            )
 
     def _variables(self, step: int, theirs: Mapping[int, Sequence[Array | None]]) -> None:
         live = self.session.workers.driver()

@@ -12,17 +12,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["loss_dtype", "loss_number", "rounded_once"]
+__all__ = ["float_of_losses", "loss_number", "rounded_once"]
 
 
-def loss_dtype() -> str:
+def float_of_losses() -> str:
     """The float type, by name; Keras's setting of this moment decides."""
     return "float64" if keras.config.floatx() == "float64" else "float32"
 
 
 def loss_number(value: float) -> np.floating[Any]:
     """A loss, or a number that it is multiplied with, as a NumPy scalar of the float type."""
-    number: np.floating[Any] = np.dtype(loss_dtype()).type(value)
+    number: np.floating[Any] = np.dtype(float_of_losses()).type(value)
     return number
 
 

@@ -1,10 +1,12 @@
 """Another TensorFlow or Keras than those that were tried is said in words, before anything else goes wrong."""
 
+import os
 import subprocess
 import sys
 import tomllib
 import warnings
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -55,6 +57,46 @@ def test_a_newer_one_is_named(monkeypatch, name, found):
     installed(monkeypatch, **{name: found})
     with pytest.warns(UserWarning, match=f"tried with {name} before .*, and {found} is installed"):
         versions.check_versions()
+
+
+@pytest.fixture
+def before_keras(monkeypatch, tmp_path):
+    """A process that has not imported Keras, whose user has nothing set."""
+    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    return tmp_path / "keras.json"
+
+
+def test_tensorflow_is_the_backend_unless_something_else_is_said(monkeypatch, before_keras):
+    versions.check_backend()
+    before_keras.write_text("no JSON")
+    versions.check_backend()
+    before_keras.write_text('{"backend": "jax"}')
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    versions.check_backend()
+
+
+def test_another_backend_is_refused_with_who_chose_it(monkeypatch, before_keras):
+    before_keras.write_text('{"floatx": "float32", "backend": "jax"}')
+    with pytest.raises(ImportError, match=rf"Keras's backend is 'jax' \(by {before_keras}\): set KERAS_BACKEND=tens"):
+        versions.check_backend()
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    with pytest.raises(ImportError, match=r"Keras's backend is 'torch' \(by the environment variable KERAS_BACKEND\)"):
+        versions.check_backend()
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(config=SimpleNamespace(backend=lambda: "numpy")))
+    with pytest.raises(ImportError, match=r"Keras's backend is 'numpy' \(keras is imported already\)"):
+        versions.check_backend()
+
+
+def test_the_import_of_either_package_looks_at_the_backend(tmp_path):
+    """Before Keras is imported, which would say that there is no module named jax."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pipeline import Pipeline"
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 1 and found.stderr.splitlines()[-1].startswith("ImportError: tapeline trains with Tens")
 
 
 def test_the_import_of_either_package_looks(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from stages.grid import Grid
-from stages.loss.precision import loss_dtype, rounded_once
+from stages.loss.precision import float_of_losses, rounded_once
 from stages.worker.hosted_stage import HostedStage
 
 Array = np.ndarray[Any, Any]
@@ -75,7 +75,7 @@ def state_names(hosted: HostedStage) -> list[str]:
 def of_microbatch(weights: Weights, k: int) -> list[tuple[int, int, int, Any]]:
     """(stage by position, head, window, weight) of one microbatch; weights are tensors, so that no trace is for one."""
     return [
-        (i, h, w, tf.constant(weight, loss_dtype()))
+        (i, h, w, tf.constant(weight, float_of_losses()))
         for (i, h), units in weights.items()
         for (m, w), weight in units.items()
         if m == k

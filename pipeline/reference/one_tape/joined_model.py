@@ -16,7 +16,7 @@ import tensorflow as tf
 from pipeline.reference.one_tape.batch import Weights, Whole, owner, scaled_sum, state_names, weight_part
 from stages.keras_internals import set_mask, standing_in
 from stages.loss.heads import Objective
-from stages.loss.precision import loss_dtype, rounded_once
+from stages.loss.precision import float_of_losses, rounded_once
 from stages.masks import mask_of, with_mask
 from stages.tape.eager import joint
 from stages.tape.embedding_rows import free_batch
@@ -235,4 +235,4 @@ def _own_losses(hosted: HostedStage, window: int) -> list[Any]:
     model = hosted.stage.model
     losses = list(model.losses)  # every look computes the regularisers
     count = len(losses) - (sum(v.regularizer is not None for v in model.trainable_weights) if window else 0)
-    return [tf.reduce_sum(tf.cast(term, loss_dtype())) for term in losses[:count]]
+    return [tf.reduce_sum(tf.cast(term, float_of_losses())) for term in losses[:count]]

@@ -28,7 +28,7 @@ from pipeline.reference.one_tape.batch import (
 from pipeline.reference.one_tape.joined_model import JoinedModel, Pass
 from stages.grid import Grid
 from stages.keras_internals import standing_in
-from stages.loss.precision import loss_dtype, rounded_once
+from stages.loss.precision import float_of_losses, rounded_once
 from stages.masks import joined_with_masks, mask_of
 from stages.tape.accumulate import dense, plus, plus_all
 from stages.tape.embedding_rows import fixed_rows, is_sparse
@@ -91,7 +91,7 @@ class SingleTape(JoinedModel):
         losses: list[dict[int, list[Any]]] = []
         for k, size in enumerate(batch.grid.sizes):
             part, mine = batch.microbatch(k), of_microbatch(weights, k)
-            share = tf.constant(size / batch.grid.samples, loss_dtype())
+            share = tf.constant(size / batch.grid.samples, float_of_losses())
             fixed = (size, part.grid.lengths, batch.loss_scale, batch.truncate, self.observer is not None)
             blocks, some, crossing = step(
                 part.inputs, part.targets, part.sample_weights, mine, share, self.initial_states(batch, k), fixed

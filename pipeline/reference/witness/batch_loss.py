@@ -32,7 +32,7 @@ from pipeline.reference.witness.flow import (
     undisturbed,
 )
 from stages.loss.head import Head
-from stages.loss.precision import loss_dtype
+from stages.loss.precision import float_of_losses
 from stages.tape.accumulate import dense
 from stages.tape.model_call import CallState
 from stages.worker.hosted_stage import HostedStage
@@ -87,7 +87,7 @@ class BatchLoss:
     @classmethod
     def own(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:
         """The loss by the models themselves, in the float type of losses."""
-        return cls(hosted, batch, [s.stage.model for s in hosted], [heads_of(s) for s in hosted], loss_dtype())
+        return cls(hosted, batch, [s.stage.model for s in hosted], [heads_of(s) for s in hosted], float_of_losses())
 
     @classmethod
     def twin(cls, hosted: Sequence[HostedStage], batch: Whole) -> BatchLoss:

@@ -49,7 +49,7 @@ from stages.jacobian.memory import MemoryLimitExceeded, readable_bytes
 from stages.jacobian.rows import Contraction, connected
 from stages.keras_internals import logits_of
 from stages.loss.heads import Heads, Objective
-from stages.loss.precision import loss_dtype
+from stages.loss.precision import float_of_losses
 from stages.tape.accumulate import dense, plus
 from stages.tape.tensors import is_differentiable
 from stages.worker.hosted_stage import HostedStage
@@ -171,7 +171,7 @@ class _Chain:
             tape.watch([tensor for tensor in taken if is_differentiable(tensor.dtype)])
             tape.watch([variable.value for variable in stage.stage.trainable_variables])
             outputs = call_model(stage.stage.model, taken)
-            own = own_losses(stage.stage.model, w, loss_dtype())
+            own = own_losses(stage.stage.model, w, float_of_losses())
         record = _Record(
             i,
             unit,

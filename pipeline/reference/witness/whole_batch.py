@@ -46,7 +46,7 @@ from pipeline.reference.witness.flow import (
 )
 from pipeline.reference.witness.results import Size, WitnessGradients
 from stages.keras_internals import layers_of, own_added_losses, own_seed_generators, wrap_call
-from stages.loss.precision import loss_dtype, rounded_once
+from stages.loss.precision import float_of_losses, rounded_once
 from stages.tape.accumulate import dense
 from stages.tape.model_call import changed_by_calls, states_of_layers
 from stages.tape.tensors import flatten, is_differentiable
@@ -89,11 +89,11 @@ def _gradients(hosted: Sequence[HostedStage], batch: Whole, measured: Rounding) 
         def call(i: int, taken: list[Any]) -> Sequence[Any]:
             with refusing(hosted[i], "its forward pass on the whole batch"), _nothing_changes(hosted[i]):
                 outputs = call_model(hosted[i].stage.model, taken)
-                own[i] = own_losses(hosted[i].stage.model, 0, loss_dtype())
+                own[i] = own_losses(hosted[i].stage.model, 0, float_of_losses())
             return outputs
 
         tensors = run_flow(hosted, call, {**inputs_of(hosted, batch, None), **_all_states(hosted, batch)})
-        loss = objective(hosted, heads, batch, tensors, loss_dtype())
+        loss = objective(hosted, heads, batch, tensors, float_of_losses())
         loss += sum(term for terms in own for term in terms)
     size = size_of(hosted, batch)
     _check_independence(hosted, batch, tensors, own, size)
@@ -165,7 +165,7 @@ def _check_independence(
             stage = hosted[i]
             with refusing(stage, "its forward pass on a microbatch"):
                 outputs = call_model(stage.stage.model, taken)
-                parts[i] += count / batch.grid.samples * float(sum(own_losses(stage.stage.model, 0, loss_dtype())))
+                parts[i] += count / batch.grid.samples * float(sum(own_losses(stage.stage.model, 0, float_of_losses())))
             for (name, _), output in zip(stage.spec.outputs, outputs, strict=False):
                 if not _agree(output, _rows(whole[name], rows), size):
                     layer = _first_to_differ(stage.stage.model, [whole[n] for n, _ in stage.spec.inputs], rows, size)
