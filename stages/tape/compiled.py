@@ -25,13 +25,13 @@ import tensorflow as tf
 from stages.loss.heads import Heads, Objective
 from stages.tape.accumulate import Contribution, dense, plus
 from stages.tape.compiled_layout import (
-    SCALAR,
     FunctionPair,
     HalfPass,
     Layout,
     OpenPass,
     flat_arguments,
     scalar,
+    scalar_spec,
     signature_of,
 )
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
@@ -199,7 +199,7 @@ class CompiledTapes(Tapes):
         name = ("apply", optimizer, order, rows, scale is not None, divisor is not None)
         if name not in self._functions:
             trace = self._trace_apply(optimizer, order, rows, scale is not None, divisor is not None)
-            self._functions[name] = direct(trace, [SCALAR, SCALAR, *map(signature_of, flat)])
+            self._functions[name] = direct(trace, [scalar_spec(), scalar_spec(), *map(signature_of, flat)])
         self._functions[name](scalar(float(scale or 0.0)), scalar(float(divisor or 1.0)), *flat)
         self._zero(kept=reached)
 
@@ -254,7 +254,7 @@ class CompiledTapes(Tapes):
         key = (name, places, self.part.modes(), tuple(masked), weighted, heads, later, counting, *shapes)
         found = self._functions.get(key)
         if found is None:
-            specs = [signature_of(tensor) for tensor in tensors] + [SCALAR] * len(weighted or ())
+            specs = [signature_of(tensor) for tensor in tensors] + [scalar_spec()] * len(weighted or ())
             variables = tuple(self._trained.variables[place] for place in places)
             layout = Layout(len(inputs), tuple(masked), weighted, heads, later, variables, places)
             found = self._functions[key] = trace(layout, specs, self.halves)

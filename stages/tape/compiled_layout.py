@@ -15,18 +15,26 @@ from typing import Any
 import tensorflow as tf
 
 from stages.loss.heads import Objective
+from stages.loss.precision import float_of_losses
 from stages.tape.accumulate import dense
 from stages.tape.backward_halves import Halves
 from stages.tape.direct_calls import unportable
 from stages.tape.embedding_rows import parts_of
 
-SCALAR = tf.TensorSpec((), tf.float32)
+
+def scalar_spec() -> Any:
+    """The signature of a `scalar`."""
+    return tf.TensorSpec((), float_of_losses())
+
+
+def scalar(value: float) -> Any:
+    """A tensor of rank 0 in the float type of losses."""
+    return _scalar_of(value, float_of_losses())
 
 
 @lru_cache(maxsize=256)
-def scalar(value: float) -> Any:
-    """A float32 tensor of rank 0."""
-    return tf.constant(value, tf.float32)
+def _scalar_of(value: float, dtype: str) -> Any:
+    return tf.constant(value, dtype)
 
 
 @dataclass

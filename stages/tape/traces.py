@@ -17,8 +17,9 @@ from typing import Any
 import tensorflow as tf
 
 from stages.loss.heads import Heads, Objective
+from stages.loss.precision import float_of_losses
 from stages.tape.backward_halves import Halves, split_in_three, split_off_weights
-from stages.tape.compiled_layout import SCALAR, FunctionPair, Layout, scalar_seeds
+from stages.tape.compiled_layout import FunctionPair, Layout, scalar_seeds, scalar_spec
 from stages.tape.direct_calls import direct, portable, portable_dtype, unportable
 from stages.tape.graph_split import Traced, depends_on, split_functions
 from stages.tape.model_call import CallState, Part, watch
@@ -43,7 +44,7 @@ class Traces:
         def joint(*arguments: Any) -> Traced:
             results, differentiable, differentiate = self._taped(arguments, layout)
             seeds = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in differentiable]
-            seeds += [tf.compat.v1.placeholder(tf.float32, ()) for _ in range(scalar_seeds(layout))]
+            seeds += [tf.compat.v1.placeholder(float_of_losses(), ()) for _ in range(scalar_seeds(layout))]
             gradients = differentiate(seeds)
             layout.depends = depends_on(gradients[: len(gradients) - len(layout.rows)], seeds)
             return Traced(results, seeds, gradients, inputs=sum(layout.wanted))
@@ -95,7 +96,7 @@ class Traces:
             lambda *arguments: self._taped(arguments, layout, counts=False)[1], input_signature=specs, autograph=False
         )
         outputs = scratch.get_concrete_function().structured_outputs
-        seeds = [tf.TensorSpec(t.shape, t.dtype) for t in outputs] + [SCALAR] * scalar_seeds(layout)
+        seeds = [tf.TensorSpec(t.shape, t.dtype) for t in outputs] + [scalar_spec()] * scalar_seeds(layout)
         kept = [tf.TensorSpec(spec.shape, portable_dtype(spec.dtype)) for spec in specs]
         kept += [tf.TensorSpec(value.shape, portable_dtype(value.dtype)) for value in states.read()]
         first = direct(forward, specs)
@@ -139,7 +140,7 @@ class Traces:
             results = len(traced.outputs)
             return [*traced.outputs, *self._finish(traced.gradients, layout)]
 
-        signature = [*specs, SCALAR, SCALAR]
+        signature = [*specs, scalar_spec(), scalar_spec()]
         if halved:
             return split_off_weights(joint, signature, lambda found: self._finish(found, layout)), layout
         run = direct(fused, signature)
@@ -160,7 +161,7 @@ class Traces:
                 self._count(outputs, objective)
             return results
 
-        return direct(infer, [*specs, SCALAR]), layout
+        return direct(infer, [*specs, scalar_spec()]), layout
 
     def _taped(
         self, arguments: Sequence[Any], layout: Layout, counts: bool = True
