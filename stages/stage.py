@@ -35,6 +35,7 @@ from stages.tape.open_passes import OpenPasses
 from stages.tape.output_gradients import check_gradients, flat_gradients
 from stages.tape.window_states import Carried
 from stages.variable_names import unique_names
+from stages.versions import received
 
 
 class Stage:
@@ -78,7 +79,7 @@ class Stage:
         states: Sequence[str] = (),
     ) -> None:
         if not isinstance(model, keras.Layer):
-            raise HandoffError(f"a Stage holds a Keras model or layer, received {type(model).__name__}")
+            raise HandoffError(f"a Stage holds a Keras model or layer, {received(model)}")
         if not model.built:
             raise HandoffError(
                 f"the model {model.name!r} is not built, so it has no variables yet; begin it with keras.Input(shape) "

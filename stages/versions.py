@@ -15,6 +15,7 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 SUPPORTED = {"tensorflow": ((2, 18), (2, 22)), "keras": ((3, 8), (3, 16))}
 """{distribution: (the first release that will do, the first that was not tried)}; `pyproject.toml` says the same."""
@@ -60,6 +61,20 @@ def check_backend() -> None:
             f"tapeline trains with TensorFlow, and Keras's backend is {backend!r} ({where}): set "
             "KERAS_BACKEND=tensorflow in the environment before keras is imported"
         )
+
+
+def received(thing: Any) -> str:
+    """The end of a sentence about something that is no object of Keras's: its class, and where that is of Keras 2.
+
+    `tf.keras` is Keras 2, another library with the same names, where TF_USE_LEGACY_KERAS is set.
+    """
+    home, name = type(thing).__module__.partition(".")[0], type(thing).__name__
+    if home != "tf_keras":
+        return f"received {name}"
+    return (
+        f"received {name} of tf_keras, which is Keras 2 (and so is tf.keras where TF_USE_LEGACY_KERAS=1 is set); make "
+        "it with Keras 3: import keras"
+    )
 
 
 def _backend() -> tuple[str, str]:

@@ -19,6 +19,7 @@ from pipeline.errors import SplitError
 from stages.keras_internals import graph_model, maker_of, nodes_in_order, output_structure
 from stages.recipe.overrides import CALLING, overridden
 from stages.recipe.running_order import order_of_names, run_in_order
+from stages.versions import received
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,7 @@ def _functional(model: Any) -> Any | None:
 def _why_not(model: Any) -> str:
     kind = type(model).__name__
     if not isinstance(model, keras.Model):
-        return f"only a Keras model can be split, received {kind}"
+        return f"only a Keras model can be split, {received(model)}"
     if model.activity_regularizer is not None:
         return (
             f"the model {model.name!r} has an activity regulariser of its own, which no stage could apply; give it to "

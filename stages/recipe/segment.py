@@ -17,6 +17,7 @@ from stages.errors import RecipeError, SegmentError
 from stages.recipe.describe import Recipe, describe, function_name, import_function
 from stages.recipe.overrides import why_training_would_differ
 from stages.recipe.stage_objects import Built
+from stages.versions import received
 
 _NO_KEYWORDS: Mapping[str, Any] = MappingProxyType({})
 
@@ -83,8 +84,8 @@ class Segment:
 
         if not isinstance(part, keras.Model):
             raise SegmentError(
-                f"a segment is a built Keras model or a Segment, received {type(part).__name__}; wrap a layer as "
-                "keras.Sequential([keras.Input(shape), layer])"
+                "a segment is a built Keras model or a Segment; a layer becomes one as "
+                f"keras.Sequential([keras.Input(shape), layer]): {received(part)}"
             )
         if not part.built or not getattr(part, "inputs", None):
             raise SegmentError(

@@ -178,6 +178,11 @@ def shared(layer=None):
         (lambda: keras.Sequential([keras.layers.Dense(2)]), {"stages": 1}, "not built; begin it with keras.Input"),
         (lambda: keras.layers.Dense(2), {"stages": 1}, "only a Keras model can be split, received Dense"),
         (lambda: 3, {"stages": 1}, "received int"),
+        (
+            lambda: type("Sequential", (), {"__module__": "tf_keras.src.engine.sequential"})(),
+            {"stages": 1},
+            r"received Sequential of tf_keras, which is Keras 2.*TF_USE_LEGACY_KERAS.*import keras$",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

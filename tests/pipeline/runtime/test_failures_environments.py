@@ -79,6 +79,42 @@ def test_works_without_a_main_guard_with_all_that_lives_in_main(script, where):
         assert last < first
 
 
+STRICT = """
+import keras
+import numpy as np
+from pipeline import Pipeline
+
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+with Pipeline.split(model, stages=2, microbatches=3) as pipe:
+    pipe.compile("sgd", "mean_squared_error", run_eagerly=True)
+    pipe.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0)
+    print(keras.config.floatx(), keras.config.image_data_format(), pipe.verify(np.ones((8, 4)), np.ones((8, 1))).ok)
+"""
+
+
+@pytest.mark.gate
+def test_works_under_what_an_environment_may_say(tmp_path):
+    """All at once: warnings are errors, the program comes from standard input, no home,
+    settings of Keras in a file, one thread, no GPU, and a temporary folder whose path is too long for a socket.
+    """
+    folder = tmp_path / ("scratch" * 20)
+    folder.mkdir()
+    (tmp_path / "keras.json").write_text('{"floatx": "float64", "image_data_format": "channels_first"}')
+    said = {"KERAS_HOME": str(tmp_path), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-"],
+        input=STRICT,
+        env={**environment, **said, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ended.stdout == "float64 channels_first True\n", ended.stdout + ended.stderr
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.gate
 @pytest.mark.usefixtures("nothing_left")
 def test_works_in_a_thread_that_ends():
