@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -34,8 +35,17 @@ def harmless(words: Any, style: str = "", *, breaks: bool = False) -> Text:
         style: As `rich` takes it.
         breaks: Whether line breaks stay; else they are shown as ``\\\\n``.
     """
-    shown = (c if c.isprintable() or (breaks and c == "\n") else repr(c)[1:-1] for c in str(words))
-    return Text("".join(shown), style=style)
+    return Text(printable(words, breaks=breaks), style=style)
 
 
-__all__ = ["WIDTH", "harmless", "plain_text"]
+def printable(words: Any, *, breaks: bool = False) -> str:
+    """The same as a string: what cannot be printed, control characters above all, as Python writes it."""
+    return "".join(c if c.isprintable() or (breaks and c == "\n") else repr(c)[1:-1] for c in str(words))
+
+
+def escaped(words: Any) -> str:
+    """The same for HTML and SVG, where control characters make a file that no reader opens."""
+    return escape(printable(words, breaks=True))
+
+
+__all__ = ["WIDTH", "escaped", "harmless", "plain_text", "printable"]

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pipeline.errors import DataError
 from pipeline.model.wiring import Wires
-from stages.plain_text import plain_text
+from stages.plain_text import harmless, plain_text
 from stages.recipe.segment import Segment
 from transport.message import DRIVER
 
@@ -74,7 +74,7 @@ def summary_text(
             if show_trainable
             else []
         )
-        layers.add_row(*map(Text, (name, text, shape, number, *extra)))
+        layers.add_row(*map(harmless, (name, text, shape, number, *extra)))
     total, trained = parameters
     lines = Text(
         f" Total params: {total:,}\n Trainable params: {trained:,}\n Non-trainable params: {total - trained:,}"
@@ -145,7 +145,7 @@ def _crossing(wires: Wires, given: Callable[[int, str], TensorSpec | None], widt
             dtype, shape = known or ("?", ())
             table.add_row(
                 *map(
-                    Text,
+                    harmless,
                     (
                         wires.names[i],
                         ", ".join(to),

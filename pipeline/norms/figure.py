@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary
 from pipeline.norms.text import norms_in_a_line
-from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
 from stages.worker.observers import ACTIVATION, GRADIENT
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def save_norms(norms: BoundaryNorms, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
     with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        norms_figure(norms).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
+        without_controls(norms_figure(norms)).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
     return path
 
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
-from stages.plain_text import plain_text
+from stages.plain_text import harmless, plain_text, printable
 from stages.worker.observers import GRADIENT
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def norms_text(norms: BoundaryNorms) -> str:
     lines = [norms_in_a_line(norms)]
     for flag in norms.flags:
         since = f" ({flag.count} of {len(norms.steps)} measured)" if len(norms.steps) > 1 else ""
-        lines.append(f"  {flag.sentence}{since}")
+        lines.append(f"  {printable(flag.sentence)}{since}")
     return "\n".join([*lines, *([plain_text(_table(norms))] if norms.steps else [])])
 
 
@@ -54,7 +53,7 @@ def _table(norms: BoundaryNorms) -> Table:
             *map(_number, (values[0], values[-1], *_range(values), norms.ratio(boundary))),
             ", ".join(flags),
         )
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*map(harmless, cells))
     return table
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.report.layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, worst_state
 from pipeline.report.svg import arrow_head
-from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def save_figure(report: Report, path: Path) -> Path:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        figure(report).savefig(path, dpi=DPI, facecolor=PAPER, metadata=_undated(path))
+        without_controls(figure(report)).savefig(path, dpi=DPI, facecolor=PAPER, metadata=_undated(path))
     return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from pipeline.report.layout import STATES, Picture, nice_bytes, phase_of, pictur
 from pipeline.report.report import allowances
 from pipeline.report.svg import legend, pipeline_svg
 from pipeline.report.timeline_svg import timeline_svg
+from stages.plain_text import escaped
 
 if TYPE_CHECKING:
     from pipeline.compare.rows import Check, Row
@@ -38,7 +38,7 @@ def page(report: Report) -> str:
     return Template(_piece("page.html")).substitute(
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
-        title=escape(f"{'Equal' if report.ok else 'NOT equal'} to one tape: {report.headline}"),
+        title=escaped(f"{'Equal' if report.ok else 'NOT equal'} to one tape: {report.headline}"),
         style=style,
         script=script,
         verdict=_verdict(report),
@@ -74,13 +74,13 @@ def _verdict(report: Report) -> str:
         more += " be its consequence."
         first = (
             '<p class="first"><strong>First deviation:</strong> '
-            f'<span id="first">{escape(report.first.sentence)}</span> '
+            f'<span id="first">{escaped(report.first.sentence)}</span> '
             '<button type="button" id="show-first" hidden>show its row</button></p>'
         )
     kind = "good" if report.ok else "bad"
     return (
         f'<div class="verdict {kind}"><span class="mark" aria-hidden="true">{mark}</span><div>'
-        f'<h1 id="verdict">{words}</h1>{first}<p>{escape(more)}</p></div></div>'
+        f'<h1 id="verdict">{words}</h1>{first}<p>{escaped(more)}</p></div></div>'
     )
 
 
@@ -97,7 +97,7 @@ def _facts(report: Report) -> str:
         ("took", f"{report.seconds:.2f} s"),
     )
     return "".join(
-        f'<div class="{"wide" if len(value) > _WIDE else "fact"}"><dt>{name}</dt><dd>{escape(value)}</dd></div>'
+        f'<div class="{"wide" if len(value) > _WIDE else "fact"}"><dt>{name}</dt><dd>{escaped(value)}</dd></div>'
         for name, value in facts
     )
 
@@ -119,11 +119,11 @@ def _check(report: Report, check: Check) -> str:
     else:
         bits = all(row.difference == 0.0 for row in rows)
         state, result = "equal" if bits else "within", f"{len(rows)} compared, all {'equal bits' if bits else 'agree'}"
-    allowed = "<br>".join(map(escape, allowances(rows))) or "-"
+    allowed = "<br>".join(map(escaped, allowances(rows))) or "-"
     seconds = f"{check.seconds:.2f} s" if check.ran else "-"
     return (
-        f'<tr><th scope="row">{escape(check.name)}</th><td>{escape(check.about)}</td>'
-        f'<td class="result {state}">{escape(result)}</td><td>{allowed}</td><td class="number">{seconds}</td></tr>'
+        f'<tr><th scope="row">{escaped(check.name)}</th><td>{escaped(check.about)}</td>'
+        f'<td class="result {state}">{escaped(result)}</td><td>{allowed}</td><td class="number">{seconds}</td></tr>'
     )
 
 
@@ -136,7 +136,7 @@ def _timeline(report: Report) -> str:
         f'<li><span class="swatch span {kind.name.lower()}"></span>{kind.phrase}</li>' for kind in kinds
     )  # fmt: skip
     summary = (
-        f"{escape(timeline.name)}: step {timeline.step_time * 1e3:.4g} ms, bubble {timeline.bubble:.1%}, "
+        f"{escaped(timeline.name)}: step {timeline.step_time * 1e3:.4g} ms, bubble {timeline.bubble:.1%}, "
         f"{timeline.parallelism:.2f} of {timeline.workers} workers busy. The numbers are microbatches."
     )
     return (

@@ -7,11 +7,11 @@ colours. All names are escaped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pipeline.report.layout import BOX, CHIP, WORDS, Arrow, Box, Clickable, Picture, Point, shortened
+from stages.plain_text import escaped
 
 if TYPE_CHECKING:
     from pipeline.report.report import Report
@@ -42,8 +42,8 @@ def button(part: Clickable, report: Report, classes: str, inside: str) -> str:
     count = f"{failed} of {len(part.rows)} comparisons deviate" if failed else f"{len(part.rows)} comparisons"
     label = f"{part.label}: {WORDS[part.state]}, {count}"
     return (
-        f'<g class="part {classes} {part.state}" data-part="{escape(part.key)}" role="button" tabindex="0" '
-        f'aria-pressed="false" aria-label="{escape(label)}"><title>{escape(label)}</title>{inside}</g>'
+        f'<g class="part {classes} {part.state}" data-part="{escaped(part.key)}" role="button" tabindex="0" '
+        f'aria-pressed="false" aria-label="{escaped(label)}"><title>{escaped(label)}</title>{inside}</g>'
     )
 
 
@@ -52,7 +52,7 @@ def _box(report: Report, box: Box, culprit: bool) -> str:
     whole = (
         f'<rect x="{box.x:g}" y="{box.y:g}" width="{BOX:g}" height="{box.height:g}" rx="10"/>'
         f'<text class="name" x="{middle:g}" y="{box.y + (box.height - CHIP) / 2 - 1:g}">'
-        f"{escape(shortened(box.stage, _NAME))}</text>"
+        f"{escaped(shortened(box.stage, _NAME))}</text>"
     )
     chips = []
     width = (BOX - 20.0) / len(box.phases)
@@ -82,7 +82,7 @@ def _arrow(report: Report, arrow: Arrow) -> str:
     inside = f'<path class="reach" d="{path}"/><path class="line" d="{path}"/><path class="head" d="{head}"/>'
     if arrow.caption:
         x, y = arrow.caption_at
-        inside += f'<text class="caption" x="{x:g}" y="{y:g}">{escape(shortened(arrow.caption, _CAPTION))}</text>'
+        inside += f'<text class="caption" x="{x:g}" y="{y:g}">{escaped(shortened(arrow.caption, _CAPTION))}</text>'
     return button(arrow.part, report, f"arrow {arrow.phase}", inside)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import TimelineError
 from pipeline.plan.timeline import Span, Timeline
 from stages.actions import Kind
+from stages.plain_text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ def save_timeline(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    timeline_figure(timeline, title=title, names=names).savefig(path, dpi=DPI, facecolor=PAPER)
+    without_controls(timeline_figure(timeline, title=title, names=names)).savefig(path, dpi=DPI, facecolor=PAPER)
     return path
 
 
@@ -87,6 +88,16 @@ def timeline_figure(
     heading = title if title is not None else next((panel.name for panel in panels.values()), "")
     figure.text(left, 1 - 0.30 / height, heading, fontsize=13, fontweight="bold", color=INK, va="center")
     _legend(figure, panels, (right, 1 - 0.30 / height))
+    return figure
+
+
+def without_controls(figure: Figure) -> Figure:
+    """The figure, with all texts as they can be printed: a control character makes an SVG that no reader opens."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(lambda artist: isinstance(artist, Text)):
+        assert isinstance(text, Text)
+        text.set_text(printable(text.get_text(), breaks=True))
     return figure
 
 

@@ -6,9 +6,9 @@ The boxes are one stop for the Tab key; the arrow keys go from box to box (`repo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from pipeline.plan.timeline import Span, Timeline
+from stages.plain_text import escaped
 
 WIDTH, GUTTER, RIGHT, ROW, BOX, AXIS = 1080.0, 150.0, 70.0, 34.0, 26.0, 34.0
 """Pixels: whole width, room for the workers' names, for their idle share, a row, a box in it, the axis."""
@@ -52,8 +52,8 @@ def _row(timeline: Timeline, worker: int, scale: float, stages: Sequence[str]) -
     middle = top + ROW / 2 + 4
     boxes = "".join(_box(span, top, scale, stages) for span in timeline.of_worker(worker))
     return (
-        f'<g class="worker"><text class="who" x="{GUTTER - 10:g}" y="{middle:g}">{escape(shortened(name, _NAME))}'
-        f"<title>{escape(name)}</title></text>"
+        f'<g class="worker"><text class="who" x="{GUTTER - 10:g}" y="{middle:g}">{escaped(shortened(name, _NAME))}'
+        f"<title>{escaped(name)}</title></text>"
         f'<rect class="bubble" x="{GUTTER:g}" y="{top + (ROW - BOX) / 2:g}" width="{timeline.step_time * scale:.6g}" '
         f'height="{BOX:g}"/>{boxes}'
         f'<text class="idle" x="{WIDTH - RIGHT + 8:g}" y="{middle:g}">idle {idle:.0%}</text></g>'
@@ -73,8 +73,8 @@ def _box(span: Span, top: float, scale: float, stages: Sequence[str]) -> str:
     if width > _DIGIT * len(number) + 4:
         label = f'<text x="{x + width / 2:.6g}" y="{top + ROW / 2 + 4:g}">{number}</text>'
     return (
-        f'<g class="span {action.kind.name.lower()}" role="img" tabindex="-1" data-tip="{escape(words)}" '
-        f'data-microbatch="{action.microbatch}" data-stage="stage-{action.stage}" aria-label="{escape(words)}">'
+        f'<g class="span {action.kind.name.lower()}" role="img" tabindex="-1" data-tip="{escaped(words)}" '
+        f'data-microbatch="{action.microbatch}" data-stage="stage-{action.stage}" aria-label="{escaped(words)}">'
         f'<rect x="{x:.6g}" y="{top + (ROW - BOX) / 2:g}" width="{width:.6g}" height="{BOX:g}" rx="2"/>{label}</g>'
     )
 

@@ -68,8 +68,10 @@ class Segment:
             if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
                 raise SegmentError(f"Segment({label}=...) expects a tuple of names, received {names!r}")
             object.__setattr__(self, label, tuple(names))
-        if self.name is not None and ("/" in self.name or not self.name):
-            raise SegmentError(f"a stage's name must not be empty or contain '/', received {self.name!r}")
+        if self.name is not None and ("/" in self.name or not self.name.isprintable() or not self.name):
+            raise SegmentError(
+                f"a stage's name must not be empty or contain '/' or what cannot be printed, received {self.name!r}"
+            )
 
     @classmethod
     def of(cls, part: Any, name: str | None = None) -> Segment:

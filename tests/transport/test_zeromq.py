@@ -225,9 +225,9 @@ def test_a_port_in_use_is_named():
 @pytest.mark.parametrize("host", ["0.0.0.0", "*", "192.168.1.2", "example.com", "[::]", "", "127.0.0.1.evil.org"])
 def test_tcp_stays_on_this_host(host):
     with open_transport("tcp") as transport:
-        with pytest.raises(NotLoopback, match="keys are not available yet"):
+        with pytest.raises(NotLoopback, match="for the processes of one host"):
             transport.bind(f"tcp://{host}:5555")
-        with pytest.raises(NotLoopback, match="keys are not available yet"):
+        with pytest.raises(NotLoopback, match="for the processes of one host"):
             transport.connect(f"tcp://{host}:5555", 1)
 
 

@@ -1,0 +1,43 @@
+"""Names with control characters reach neither a terminal nor a picture or page as what they are."""
+
+import xml.etree.ElementTree as ElementTree
+
+import keras
+import numpy as np
+import pytest
+
+from pipeline import BoundaryNorms, Pipeline, Segment
+from stages.errors import SegmentError
+
+X = np.ones((4, 3), "float32")
+HARMFUL = "a\x1b[31m\x07<b>\x9b"
+
+
+def raw(text):
+    return [character for character in text if not character.isprintable() and character not in "\n\t"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_control_characters_in_names_are_shown_as_words(tmp_path):
+    layers = [keras.layers.Dense(2, name=HARMFUL), keras.layers.Dense(1, name="z\x00\x1b]0;title\x07")]
+    model = keras.Sequential([keras.Input((3,)), *layers], name="m\x1b[2J")
+    with Pipeline.split(model, at=[HARMFUL], microbatches=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        norms, summary = BoundaryNorms(every=1), []
+        pipe.fit(X, X[:, :1], verbose=0, callbacks=[norms])
+        report = pipe.verify(X, X[:, :1])
+        pipe.summary(print_fn=summary.append)
+        shown = [str(report), str(norms), str(pipe.explain(X, X[:, :1])), *summary]
+        assert [raw(text) for text in shown] == [[]] * 4
+        assert all("\\x1b[31m" in text for text in (str(report), summary[0]))
+        for ending in ("html", "svg", "txt"):
+            file = report.save(tmp_path / f"report.{ending}")
+            assert raw(file.read_text()) == [], ending
+        norms.save(tmp_path / "norms.svg")
+    for picture in tmp_path.glob("*.svg"):
+        ElementTree.parse(picture)
+
+
+def test_a_stage_cannot_be_called_so():
+    with pytest.raises(SegmentError, match="what cannot be printed, received 's\\\\x1b'"):
+        Segment("parts:build", name="s\x1b")
