@@ -17,7 +17,7 @@ import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.debug.lib import check_numerics_callback
 from tensorflow.python.eager import backprop, backprop_util, context, record
-from tensorflow.python.framework import config, op_callbacks, ops
+from tensorflow.python.framework import config, constant_op, op_callbacks, ops
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops, script_ops
 
 # -- kinds of objects --------------------------------------------------------------------------------------------
@@ -267,6 +267,9 @@ Variables among the arguments are read inside, without a word to `seen_operation
 RECORD_OPERATION = (record, "record_operation")
 """For `replaced`: (kind, outputs, inputs, backward function, forward function) of what `tf.custom_gradient` made."""
 
+FROM_NUMPY = (constant_op, "convert_to_eager_tensor")
+"""For `replaced`: (value, context, dtype) -> the eager tensor that an array or a number becomes."""
+
 PY_FUNCTION = (script_ops, "py_func_common")
 """For `replaced`: (function, inputs, Tout, ...) of `tf.numpy_function` and `tf.py_function`."""
 
@@ -287,6 +290,9 @@ TAPE_OPENED, TAPE_CLOSED = (backprop.GradientTape, "_push_tape"), (backprop.Grad
 
 TAPE_WATCHES, TAPE_ASKED = (backprop.GradientTape, "watch"), (backprop.GradientTape, "gradient")
 """For `replaced`: a tape's own methods, with their arguments by place; `tf.GradientTape` is this class."""
+
+TAPE_JACOBIANS = tuple((backprop.GradientTape, name) for name in ("jacobian", "batch_jacobian"))
+"""Each for `replaced`: (tape, target, source, ...) of the methods that ask a tape for every row."""
 
 TAPE_STOPPED = (backprop.GradientTape, "stop_recording")
 """For `replaced`: (tape) -> a context manager."""

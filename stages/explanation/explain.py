@@ -25,7 +25,7 @@ import tensorflow as tf
 from stages.errors import HandoffError
 from stages.explanation.flow.conversions import watch_conversions
 from stages.explanation.flow.graph import FlowGraph
-from stages.explanation.flow.recorder import Recorder, random_states
+from stages.explanation.flow.recorder import Recorder, arrays_of_frames, random_states
 from stages.explanation.flow.through_python import link_by_change, link_by_value
 from stages.explanation.flow.user_tapes import GradientCall, TapeLog, handle_of, leaf_names, make_sources, unique
 from stages.explanation.rows import Explanation, ExplanationRow
@@ -123,11 +123,13 @@ def explaining() -> Iterator[Explanation]:
             with recorder:
                 watch_conversions(recorder)
                 log = TapeLog(recorder, shadow)
+                known = arrays_of_frames()
                 yield explanation
         finally:
             if log is not None:
                 with shadow.stop_recording():
                     for asked in log.asked:
+                        asked.known = known
                         _link(recorder.graph, asked)
                     rows = [row for asked in log.asked for row in rows_of(recorder.graph, asked, shadow)]
                 first: dict[Any, ExplanationRow] = {}
@@ -190,8 +192,9 @@ def run_and_explain(
         asked = GradientCall(id(tape), {name: target}, sources, [], watched, True, None, len(recorder.graph.nodes))
         asked.found, note = real_gradients(tape, target, sources)
         notes += [note] if note else []
-        independent = [s for s, g in zip(sources, asked.found, strict=True) if g is None and s.variable]
-        link_by_change(recorder.graph, independent, recorder.graph.seen(target), partial(_again, run, stages, name))
+        unseen = [s for s, g in zip(sources, asked.found, strict=True) if g is None and s.variable]
+        again = partial(_again, run, stages, name)
+        asked.reruns = link_by_change(recorder.graph, unseen, recorder.graph.seen(target), again)
         rows += rows_of(recorder.graph, asked, tape)
     return Explanation(headline, tuple(rows), tuple(dict.fromkeys(notes)))
 

@@ -17,13 +17,19 @@ import tensorflow as tf
 
 from stages.explanation.flow.edges import Edges
 from stages.explanation.flow.graph import PYTHON, FlowGraph, Node
+from stages.explanation.flow.holders import holder_of
 from stages.explanation.flow.user_tapes import GradientCall, Source, is_tracked
 from stages.explanation.rows import Blocker
+from stages.explanation.unproven import unfollowed
 from stages.tensorflow_internals import is_trainable
 
 ADVICE = {
     # the target does not depend on it
     "no dependence": "use what is computed from it in the target, or leave it out of the gradients that you ask for",
+    "not followed": "give explain() a function: it runs it again with the variable changed, and so knows",
+    "hidden way": "let the value stay a tensor on its way to the target: no tape can see what goes another way",
+    "branch": "if it should learn, compute both ways and choose with tf.where, or weigh them with it",
+    "second derivative": "nothing is wrong: leave it out of the gradients that you ask for",
     "made beside": "ask for the gradient of the tensor or variable that the target was computed from",
     # the tape does not follow it
     "integer source": "differentiate with respect to a floating tensor: give it a decimal point or cast it before",
@@ -32,11 +38,16 @@ ADVICE = {
     "tensor not watched": "call tape.watch(tensor) before it is used; only variables are watched by themselves",
     "watched too late": "call tape.watch before the first operation that uses it",
     "replaced": "update the variable in place, variable.assign_sub(...), and keep its name for the variable",
+    "another tape": "hand over: this tape gives dL/dOut of the activation (tape.watch it), the other one goes on with "
+    "gradient(out, variables, output_gradients=dL/dOut); stages.Stage does both",
     "outside the tape": "compute it inside `with tf.GradientTape()`",
     "recording stopped": "move it out of tape.stop_recording()",
     # an operation ends the flow
     "assignment": "use the tensor itself; a variable that is written and read back has no gradient to what was written",
     "stateful layer": "give the state as an input and return it as an output (stages.Stage(..., states=), windows=)",
+    "tf.data": "use the tensor itself: a data set gives values, and no gradient goes back through one",
+    "queue": "use the tensor itself: no gradient goes back through a queue",
+    "table": "use the tensor itself, or an Embedding or tf.gather of a variable: no gradient goes back through a table",
     "metric": "use a loss function: a metric keeps sums in variables, and what is read back has no gradient",
     "cast": "stay in floating point on the way to the target",
     "comparison": "use a smooth stand-in (sigmoid, softmax) in place of a hard threshold",
@@ -121,7 +132,7 @@ def reason(way: GradientWay, source: Source) -> Finding:
         why = f"it is of dtype {dtype.name}, and only floating and complex tensors have gradients"
         return Finding("integer source", why, _made(graph, source))
     if source.value not in way.ancestors:
-        return _independent(graph, source, way.ancestors)
+        return _independent(way, source)
     followed = _followed(graph, asked, source)
     if followed is not None:
         return followed
@@ -133,8 +144,9 @@ def place(node: Node, what: str = "") -> Blocker:
     return Blocker(node.operation, node.layer, node.stage, "" if node.line is None else str(node.line), what)
 
 
-def _independent(graph: FlowGraph, source: Source, ancestors: set[int]) -> Finding:
-    """The target does not depend on the source."""
+def _independent(way: GradientWay, source: Source) -> Finding:
+    """No recorded way leads from the source to the target: there is none, or it cannot be seen."""
+    graph, ancestors = way.graph, way.ancestors
     makers = graph.makers.get(source.value, [])
     if makers and not source.variable:
         origin, _ = graph.ancestors([source.value])
@@ -142,13 +154,38 @@ def _independent(graph: FlowGraph, source: Source, ancestors: set[int]) -> Findi
             made = makers[0]
             why = "this tensor was made beside the way to the target: the target was computed from what it was made of"
             return Finding("made beside", why, (place(made, "made it"),))
+    rerun = way.asked.reruns.get(source.value)
+    doubts = tuple(unfollowed(graph, source.value, ancestors, way.nodes, way.asked))
+    if rerun is not None and rerun.moved:
+        return _moved(way, source, rerun.other_way, doubts)
+    confirmed = rerun is not None and not rerun.why_not
+    if not confirmed and (doubts or rerun is not None):
+        why = f"no operation leads from it to the target; {'what can' if doubts else 'but that can'}not be followed"
+        why += " is below" if doubts else ", and a second run proves nothing"
+        why += "" if rerun is None else f" ({rerun.why_not})"
+        return Finding("not followed", why, doubts, certain=False)
+    again = ", and the target stays as it is when it is changed and the code run again" if confirmed else ""
     after = graph.descendants([source.value])
     ends = [node for node in graph.nodes if not after.isdisjoint(node.inputs) and ancestors.isdisjoint(node.outputs)]
     last = [node for node in ends if not any(value in graph.users for value in node.outputs)]
+    if not graph.gradients.isdisjoint(ancestors) and ends:
+        why = f"the gradient that the target is made of is the same whatever this is{again}"
+        return Finding("second derivative", why)
     if not ends:
-        return Finding("no dependence", "the target does not depend on it: nothing was computed from it in this run")
+        why = f"the target does not depend on it: nothing was computed from it in this run{again}"
+        return Finding("no dependence", why)
     why = "the target does not depend on it: it was used, but what was computed from it does not lead to the target"
-    return Finding("no dependence", why, tuple(place(node, "leads nowhere") for node in last[-1:]))
+    return Finding("no dependence", why + again, tuple(place(node, "leads nowhere") for node in last[-1:]))
+
+
+def _moved(way: GradientWay, source: Source, other_way: bool, doubts: tuple[Blocker, ...]) -> Finding:
+    """The target is another one when the source is changed and the code run again, and no operation leads there."""
+    if other_way:
+        after = way.graph.descendants([source.value])
+        chosen = tuple(place(node, "decides") for node in way.graph.conversions(after))
+        return Finding("branch", "it decides which way the code takes (if, a loop), and has no other way there", chosen)
+    why = "the target is another one when it is changed and the code run again, but no recorded operation leads there"
+    return Finding("hidden way", why, doubts)
 
 
 def _roots(graph: FlowGraph) -> set[int]:
@@ -187,8 +224,15 @@ def _followed(graph: FlowGraph, asked: GradientCall, source: Source) -> Finding 
     makers = graph.makers.get(source.value, [])
     if not makers:
         return Finding("tensor not watched", "the tape was not told to watch this tensor")
-    origin, _ = graph.ancestors([source.value])
+    origin, before = graph.ancestors([source.value])
     handles = [graph.values[v] for v in origin if graph.values[v] is not None and graph.values[v].dtype == tf.resource]
+    if (
+        asked.tape not in makers[0].tapes
+        and origin.isdisjoint(graph.gradients)
+        and any(node.tapes - {asked.tape} for node in before)
+    ):
+        why = "this was computed under another tape, and this one was not told to watch it"
+        return Finding("another tape", why, (place(makers[0], "made it"),))
     made = place(makers[0], "made it, outside of the tape" if asked.tape not in makers[0].tapes else "made it")
     if handles and asked.tape not in makers[0].tapes:
         why = "this is a tensor that was computed from a variable, not the variable; a tape does not watch it by itself"
@@ -208,6 +252,11 @@ def _blocked(way: GradientWay, source: Source) -> Finding:
             return Finding("py_function", _WORDS["py_function"], tuple(place(node) for node in python))
         why = "the tape gives None, though every operation on some way to the target passes a gradient"
         return Finding("unknown", why, tuple(place(node, why) for node, why in border), certain=False)
+    if border and all(why in ("outside", "stopped") and not node.tapes for node, why in border):
+        everywhere = Edges(graph)  # would it help if the tape had been there?
+        found = everywhere.reached({source.value}, way.nodes)
+        if found.isdisjoint(way.targets):
+            border = everywhere.border(found, way.targets) or border
     behind = [(_behind_a_read(graph, node, why, way.nodes), why) for node, why in border]
     named = [(_reason_of(node, why), node) for node, why in behind]
     named.sort(key=lambda item: (item[0] in _CAUTIOUS, item[1].index))
@@ -227,6 +276,10 @@ def _behind_a_read(graph: FlowGraph, node: Node, obstacle: str, nodes: set[Node]
 
 
 def _reason_of(node: Node, obstacle: str) -> str:
+    if holder_of(node.operation):
+        return holder_of(node.operation)
+    if obstacle == "outside" and node.tapes:
+        return "another tape"
     if obstacle == "write":
         if node.owner.startswith("metric"):
             return "metric"
@@ -243,6 +296,10 @@ def _reason_of(node: Node, obstacle: str) -> str:
 
 
 _WORDS = {
+    "tf.data": "it goes into a data set of tf.data, and comes back as a value",
+    "queue": "it is put into a queue, and taken out as a value",
+    "table": "it is put into a table, and looked up as a value",
+    "another tape": "it was computed under another tape than this one",
     "assignment": "what is computed from it is assigned to a variable, and only read back from there",
     "stateful layer": "it reaches the target only through the state that the layer keeps in a variable",
     "metric": "it reaches the target only through the sums that a metric keeps in variables",

@@ -86,9 +86,20 @@ def _row(way: GradientWay, source: Source, gradient: Any, target: str, ask: Diff
         return ExplanationRow(source.name, target, status, "trainable=False", why, advice, (), norm, frozen=True)
     if status == CONNECTED:
         return ExplanationRow(source.name, target, status, norm=norm)
+    if status == ZERO and _is_filled(source, ask):
+        found = reason(way, source)
+        return replace(_none_row(source, target, found, frozen), status=ZERO, norm=norm)
     where = where_zero if status == ZERO else where_not_finite
     name, why, advice, blockers = where(way.graph, source.value, way.targets, ask)
     return ExplanationRow(source.name, target, status, name, why, advice, tuple(blockers), norm)
+
+
+def _is_filled(source: Source, ask: Differentiate) -> bool:
+    """Whether zeros stand for "none", as `tape.batch_jacobian` gives them."""
+    try:
+        return ask([handle_of(source.given)])[0] is None
+    except (LookupError, RuntimeError, tf.errors.OpError):
+        return False
 
 
 def _none_row(source: Source, target: str, found: Finding, frozen: bool) -> ExplanationRow:

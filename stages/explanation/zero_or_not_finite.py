@@ -28,6 +28,7 @@ Differentiate = Callable[[list[Any]], Sequence[Any]]
 _ZERO_ADVICE = {
     "dead unit": "no input of the activation is positive: look at the bias, the learning rate, the initialisation",
     "saturated": "the activation is saturated: its inputs are too large; scale them, or normalise",
+    "second derivative": "nothing is wrong: another activation (softplus, swish, tanh) has a second derivative",
     "multiplied by zero": "the other factor is zero: look at masks, weights of losses, gates, and initial values",
     "py_function": "inside tf.py_function use tf operations only: NumPy in it has no gradient, and TensorFlow gives 0",
     "rounding": "the derivative of a step is 0: use a straight-through estimate",
@@ -137,6 +138,8 @@ def _zero_reason(graph: FlowGraph, node: Node) -> tuple[str, str]:
         if (inputs[0] <= 0).all():
             return "dead unit", f"none of the {inputs[0].size} inputs is above 0, so its derivative is 0 everywhere"
         return "dead unit", "the gradient is zero wherever the input is above 0"
+    if node.operation in ("ReluGrad", "Relu6Grad", "LeakyReluGrad"):
+        return "second derivative", "the second derivative of this activation is 0 everywhere, by mathematics"
     if node.operation in ("Sigmoid", "Tanh", "Softmax", "Erf"):
         return "saturated", f"its inputs are {_span(inputs[0])}, where its derivative is 0 in this precision"
     if node.operation in ("Mul", "MatMul", "BatchMatMulV2", "SelectV2", "Select", "Einsum", "Conv2D"):

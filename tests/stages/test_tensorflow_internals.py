@@ -388,3 +388,15 @@ def test_what_runs_without_a_tape_is_taken_for_one_operation_of_a_tape():
             y = x * v
         internals.record_as_one("Ours", [y], [x, v.handle], [v], lambda seed: [seed * 10.0, seed * 20.0])
     assert [float(g) for g in tape.gradient(y, [x, v])] == [10.0, 20.0]
+
+
+def test_arrays_that_become_tensors_and_jacobians_are_seen():
+    seen, x = [], tf.constant([[1.0, 2.0]])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = x * x
+    for place in (internals.FROM_NUMPY, *internals.TAPE_JACOBIANS):
+        with internals.replaced(*place, lambda original: lambda *args: seen.append(args) or original(*args)):
+            tf.constant(np.ones(2, "float32")) if place is internals.FROM_NUMPY else getattr(tape, place[1])(y, x)
+    assert type(seen[0][0]) is np.ndarray
+    assert all(args[1] is y and args[2] is x for args in seen[-2:])

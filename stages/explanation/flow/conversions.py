@@ -3,9 +3,10 @@
     tensor.numpy(), float(tensor), if tensor:, np.array(tensor), np.mean(tensor), model.predict(x), tf.numpy_function
 
 A tape cannot see what is computed from there on, and nothing tells it that it came from a tensor. A conversion is
-recorded if it is the user's own code, a NumPy function or Keras's `convert_to_numpy` that asks for it; those that
-TensorFlow and Keras make for themselves are not. NumPy's ufuncs (`np.sqrt(tensor)`) take the memory of a tensor without
-calling anything, so they are seen only where their result comes back.
+the user's if it is the user's own code, a NumPy function or Keras's `convert_to_numpy` that asks for it; those that
+TensorFlow and Keras make for themselves (`get_weights`, `save_weights`) are `Node.quiet`. NumPy's ufuncs
+(`np.sqrt(tensor)`) take the memory of a tensor without calling anything, so they are seen only where their result comes
+back: where an array becomes a tensor (`FlowGraph.arrays`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stages.explanation.flow.recorder import Recorder, user_line
 from stages.keras_internals import predictions
 from stages.tensorflow_internals import (
     CONVERSIONS,
+    FROM_NUMPY,
     NUMPY_DISPATCH,
     NUMPY_FUNCTIONS,
     PY_FUNCTION,
@@ -41,6 +43,7 @@ def watch_conversions(recorder: Recorder) -> None:
         recorder.replace_while_open(*place, partial(_function, recorder, place[1]))
     recorder.replace_while_open(*NUMPY_DISPATCH, lambda _: _dispatched(recorder))
     recorder.replace_while_open(*PY_FUNCTION, partial(_numpy_function, recorder))
+    recorder.replace_while_open(*FROM_NUMPY, partial(_from_numpy, recorder))
     for place in predictions():
         recorder.replace_while_open(*place, partial(_predict, recorder, place[1]))
 
@@ -53,9 +56,10 @@ def _asked_by_user(place: str) -> bool:
 
 def _converted(recorder: Recorder, name: str, tensors: list[Any], convert: Callable[[], Any]) -> Any:
     """Convert, and record it if it is the user's doing."""
-    noted = recorder.here and tensors and user_line(_asked_by_user)[0] is not None
-    seen = recorder.graph.seen
-    node = recorder.node("conversion", name, map(seen, tensors), [recorder.graph.pseudo()]) if noted else None
+    node, seen = None, recorder.graph.seen
+    quiet = user_line(_asked_by_user)[0] is None
+    if recorder.here and tensors and not (quiet and recorder.predicting):
+        node = recorder.node("conversion", name, map(seen, tensors), [recorder.graph.pseudo()], quiet=quiet)
     with recorder.pause():
         result = convert()
     if node is not None and isinstance(result, np.ndarray | np.generic | float | int):
@@ -107,10 +111,24 @@ def _numpy_function(recorder: Recorder, original: Any) -> Any:
     return call
 
 
+def _from_numpy(recorder: Recorder, original: Any) -> Any:
+    def convert(value: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(value, *args, **kwargs)
+        one = value[0] if isinstance(value, list | tuple) and value else value
+        if recorder.here and isinstance(one, np.ndarray | np.generic):
+            recorder.note_array(result)
+        return result
+
+    return convert
+
+
 def _predict(recorder: Recorder, name: str, original: Any) -> Any:
     def predict(model: Any, *args: Any, **kwargs: Any) -> Any:
-        start = len(recorder.graph.nodes)
-        result = original(model, *args, **kwargs)
+        start, recorder.predicting = len(recorder.graph.nodes), True
+        try:
+            result = original(model, *args, **kwargs)
+        finally:
+            recorder.predicting = False
         if recorder.here:
             inside = recorder.graph.nodes[start:]
             given = dict.fromkeys(value for node in inside for value in node.outputs)

@@ -76,6 +76,7 @@ class Node:
         literals: Constants that stand in the code of the user's function.
         result: For a conversion: the array or number that it gave, if it is known.
         guessed: For a conversion: whether it is only a guess where its value came back.
+        quiet: For a conversion: whether TensorFlow or Keras made it for itself.
     """
 
     index: int
@@ -96,6 +97,7 @@ class Node:
     literals: tuple[Any, ...] = ()
     result: Any = None
     guessed: bool = False
+    quiet: bool = False
 
 
 @dataclass(eq=False)
@@ -113,6 +115,10 @@ class FlowGraph:
     """{value that nothing made: the first node that took it}."""
     content: dict[int, int] = field(default_factory=dict)
     """{handle: the content that was written last}."""
+    arrays: dict[int, tuple[int, Line | None]] = field(default_factory=dict)
+    """{tensor that was made of a NumPy array or scalar: (how many nodes there were, where)}."""
+    gradients: set[int] = field(default_factory=set)
+    """What the user's tapes gave."""
     _numbers: dict[int, int] = field(default_factory=dict)
 
     def number(self, tensor: Any) -> int | None:

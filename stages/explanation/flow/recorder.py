@@ -33,6 +33,7 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.explanation.flow.graph import FlowGraph, Line, Node
+from stages.explanation.flow.holders import handle_place, holder_of
 from stages.keras_internals import layer_call
 from stages.origin import ROOT
 from stages.put_back import random_numbers_put_back
@@ -87,6 +88,9 @@ class Recorder:
         self._tapes: set[int] = set()
         self._muted: set[int] = set()
         self._new: set[int] = set()
+        self.predicting = False
+        """Whether `predict` is running, which is one conversion, whatever is inside."""
+        self._given_arrays = False
         self._paused = 0
         self._thread = 0
         self._closing = ExitStack()
@@ -145,6 +149,11 @@ class Recorder:
         finally:
             self._muted.discard(id(tape))
 
+    def note_array(self, tensor: Any) -> None:
+        """Note that a tensor was made of a NumPy array or scalar."""
+        if tensor.dtype.is_floating:
+            self.graph.arrays.setdefault(self.graph.seen(tensor), (len(self.graph.nodes), user_line()[0]))
+
     def restore(self) -> None:
         """Give every variable that was written the value it had."""
         with stop_recording():
@@ -184,7 +193,10 @@ class Recorder:
             return
         name = operation.decode() if isinstance(operation, bytes) else str(operation)
         seen = self.graph.seen
+        new = [one for one in inputs if self._given_arrays and self.graph.number(one) is None]
         taken = [seen(tensor) for tensor in inputs]
+        for tensor in new:
+            self.note_array(tensor)
         if name == "VarHandleOp":
             self._new.add(id(outputs[0]))
         if name.startswith(_WRITES) and inputs and inputs[0].dtype == tf.resource:
@@ -193,6 +205,14 @@ class Recorder:
             content = self.graph.content[handle] = self.graph.pseudo()
             given = [seen(tensor) for tensor in outputs]
             self.node("write", name, [*before, *taken[1:]], [content, *given], attributes=(handle,), owner=writer())
+            return
+        place = handle_place(name)
+        if place is not None:
+            handle = taken.pop(place)
+            kept = [] if place else [self.graph.content.get(handle, handle)]
+            content = self.graph.content[handle] = self.graph.pseudo()
+            given = [content, *map(seen, outputs)]
+            self.node("write", name, [*kept, *taken], given, attributes=(handle,), owner=holder_of(name))
             return
         content_read = [self.graph.content[value] for value in taken if value in self.graph.content]
         self.node("operation", name, [*taken, *content_read], map(seen, outputs), attributes=tuple(attributes or ()))
@@ -232,7 +252,11 @@ class Recorder:
                 return original(ctx, operation, name, *args)
             if str(operation).startswith(_WRITES):
                 self._keep(args[0])
-            return original(ctx, operation, name, *map(_read, args))
+            self._given_arrays = any(isinstance(one, np.ndarray | np.generic) for one in args)
+            try:
+                return original(ctx, operation, name, *map(_read, args))
+            finally:
+                self._given_arrays = False
 
         return execute
 
@@ -300,6 +324,19 @@ def user_frame() -> Any:
     return frame
 
 
+def arrays_of_frames() -> list[Any]:
+    """The NumPy arrays that the user's functions have at hand, by name or one level inside of a list or dict."""
+    found: list[Any] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            for value in (*frame.f_locals.values(), *frame.f_globals.values()):
+                inside = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+                found += [one for one in inside if isinstance(one, np.ndarray)]
+        frame = frame.f_back
+    return list({id(one): one for one in found}.values())
+
+
 _known: dict[str, bool] = {}
 
 
@@ -344,4 +381,4 @@ def _read(argument: Any) -> Any:
     return argument
 
 
-__all__ = ["Recorder", "is_users", "random_states", "user_frame", "user_line"]
+__all__ = ["Recorder", "arrays_of_frames", "is_users", "random_states", "user_frame", "user_line"]

@@ -16,6 +16,7 @@ from stages.explanation.flow.recorder import Recorder, user_frame, user_line
 from stages.tensorflow_internals import (
     TAPE_ASKED,
     TAPE_CLOSED,
+    TAPE_JACOBIANS,
     TAPE_OPENED,
     TAPE_STOPPED,
     TAPE_WATCHES,
@@ -47,7 +48,7 @@ class Source:
 
 @dataclass(eq=False)
 class GradientCall:
-    """One call of `tape.gradient`.
+    """One call of `tape.gradient`, `jacobian`, `batch_jacobian`, or of `ForwardAccumulator.jvp`.
 
     Attributes:
         tape: id of the tape.
@@ -58,6 +59,8 @@ class GradientCall:
         accesses: Whether the tape watches the variables that are read.
         line: Where.
         when: How many nodes there were.
+        reruns: {number of a variable: what running the code again says of it}; of `explain` only.
+        known: Arrays that were there before, which are no results of the run.
     """
 
     tape: int
@@ -68,6 +71,8 @@ class GradientCall:
     accesses: bool = True
     line: Line | None = None
     when: int = 0
+    reruns: Mapping[int, Any] = field(default_factory=dict)
+    known: Sequence[Any] = ()
 
 
 class TapeLog:
@@ -86,11 +91,19 @@ class TapeLog:
         self._watched: dict[int, dict[int, int]] = {}
         self._alive: list[Any] = []
         self._used: dict[int, str] = {}
+        self._primals: dict[int, Any] = {}
+        self._inside = False
         recorder.replace_while_open(*TAPE_OPENED, self._opened)
         recorder.replace_while_open(*TAPE_CLOSED, self._closed)
         recorder.replace_while_open(*TAPE_WATCHES, self._watch)
         recorder.replace_while_open(*TAPE_ASKED, self._gradient)
         recorder.replace_while_open(*TAPE_STOPPED, self._stop_recording)
+        for place in TAPE_JACOBIANS:
+            recorder.replace_while_open(*place, self._jacobian)
+        forward = tf.autodiff.ForwardAccumulator
+        for name, make in (("__init__", self._forward), ("__enter__", self._begun), ("__exit__", self._ended)):
+            recorder.replace_while_open(forward, name, make)
+        recorder.replace_while_open(forward, "jvp", self._jvp)
 
     def _opened(self, original: Any) -> Any:
         def push(tape: Any) -> Any:
@@ -132,7 +145,8 @@ class TapeLog:
         def gradient(
             tape: Any, target: Any, sources: Any, output_gradients: Any = None, unconnected_gradients: Any = _NONE
         ) -> Any:
-            if not self._recorder.here or tape is self._shadow or not tf.executing_eagerly():
+            mine = tape is self._shadow or self._inside
+            if not self._recorder.here or mine or not tf.executing_eagerly():
                 return original(tape, target, sources, output_gradients, unconnected_gradients)
             line, _ = user_line()
             when = len(self._recorder.graph.nodes)
@@ -160,6 +174,58 @@ class TapeLog:
 
         return gradient
 
+    def _jacobian(self, original: Any) -> Any:
+        """Of `tape.jacobian` and `tape.batch_jacobian`, which call `tape.gradient` for every row."""
+
+        def jacobian(tape: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._recorder.here or self._inside or not tf.executing_eagerly():
+                return original(tape, target, *args, **kwargs)
+            (line, _), when, self._inside = user_line(), len(self._recorder.graph.nodes), True
+            try:
+                found = original(tape, target, *args, **kwargs)
+            finally:
+                self._inside = False
+            sources = args[0] if args else kwargs.get("sources", kwargs.get("source"))
+            self._asked(tape, target, sources, found, line, when)
+            return found
+
+        return jacobian
+
+    def _forward(self, original: Any) -> Any:
+        def init(accumulator: Any, primals: Any, tangents: Any) -> None:
+            self._primals[id(accumulator)] = primals
+            self._alive.append(accumulator)
+            original(accumulator, primals, tangents)
+
+        return init
+
+    def _begun(self, original: Any) -> Any:
+        def enter(accumulator: Any) -> Any:
+            self._recorder.tape_opened(accumulator)
+            return original(accumulator)
+
+        return enter
+
+    def _ended(self, original: Any) -> Any:
+        def leave(accumulator: Any, *error: Any) -> Any:
+            self._recorder.tape_closed(accumulator)
+            return original(accumulator, *error)
+
+        return leave
+
+    def _jvp(self, original: Any) -> Any:
+        """Of `tf.autodiff.ForwardAccumulator`: one product for all primals, so one verdict for all."""
+
+        def jvp(accumulator: Any, primals: Any, unconnected_gradients: Any = _NONE) -> Any:
+            found, sources = original(accumulator, primals, _NONE), self._primals.get(id(accumulator))
+            if self._recorder.here and sources is not None and tf.is_tensor(primals):
+                given = [found] * len(tf.nest.flatten(sources))
+                self._asked(accumulator, primals, sources, given, user_line()[0], len(self._recorder.graph.nodes))
+            wants_zeros = tf.UnconnectedGradients(unconnected_gradients) == tf.UnconnectedGradients.ZERO
+            return original(accumulator, primals, unconnected_gradients) if wants_zeros else found
+
+        return jvp
+
     def _note_foreign(self, target: Any, sources: Any, line: Line | None) -> None:
         """The tape was given what is no tensor: TensorFlow's own error does not say which."""
         for what, given in (("target", target), ("source", sources)):
@@ -176,9 +242,13 @@ class TapeLog:
         flat = tf.nest.flatten(sources)
         gradients = [None] * len(flat) if found is None else list(_flat_gradients(found, len(flat)))
         graph = self._recorder.graph
+        graph.gradients.update(graph.seen(g) for g in gradients if tf.is_tensor(g))
         watched = dict(self._watched.get(id(tape), {}))
-        for variable in tape.watched_variables():
+        forward = id(tape) in self._primals
+        for variable in () if forward else tape.watched_variables():
             watched.setdefault(graph.seen(variable.handle), 0)
+        if forward:
+            watched |= {graph.seen(handle_of(one)): 0 for one in tf.nest.flatten(self._primals[id(tape)])}
         self.asked.append(
             GradientCall(
                 id(tape),
@@ -186,7 +256,7 @@ class TapeLog:
                 make_sources(graph, dict(zip(leaf_names(sources, "source"), flat, strict=True))),
                 gradients,
                 watched,
-                watches_accessed_variables(tape),
+                not forward and watches_accessed_variables(tape),
                 line,
                 when,
             )

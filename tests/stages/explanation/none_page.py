@@ -56,10 +56,15 @@ How it knows, and what it cannot know:
 
 - Whether there is a gradient is never worked out, it is what a tape gives. Only the reason comes from the recording;
   where the two do not fit together the reason is *unknown*, with the operations that are in question.
-- A way through NumPy or Python is invisible to any recording. `explain` runs the code again with the variable changed
-  and sees which constant changes with it. `explaining` cannot run your code again: it compares values, and where that
-  proves nothing it says *a guess*.
-- A tensor that only decides which way the code takes (`if loss > 1:`) counts as not used.
+- A way through NumPy or Python is invisible to any recording. `explain` runs the code again with the variable changed,
+  up and down, and sees which constant changes with it. `explaining` cannot run your code again: it compares values, and
+  where that proves nothing it says *a guess*.
+- The second run is the judge of *no dependence*: if the target is another one with the variable changed, that is never
+  said, but the way (NumPy, a data set, a queue, a table), that the code took another way (*branch*), or *hidden way*.
+  Where there is no second run (`explaining`; a queue that was filled before; values that change by themselves), what
+  could not be followed is named as *not followed*: where the value left TensorFlow, where arrays came in, iterators,
+  and Python inside of `py_function`.
+- `tape.jacobian`, `tape.batch_jacobian` and `tf.autodiff.ForwardAccumulator` are seen like `tape.gradient`.
 - All tensors of the run stay in memory, as on a tape. Look at one step of a small batch.
 - `explain` puts random states back, but not those of `tf.random` operations that are given a seed of their own.
 

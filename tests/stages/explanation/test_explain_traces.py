@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import backprop, context, record
-from tensorflow.python.framework import ops
+from tensorflow.python.framework import constant_op, ops
 from tensorflow.python.ops import script_ops
 
 from stages import Explanation, HandoffError, explain, explaining
@@ -37,6 +37,10 @@ def patched() -> list[Any]:
         keras.Model.predict,
         keras.Model.predict_on_batch,
         script_ops.py_func_common,
+        constant_op.convert_to_eager_tensor,
+        tape.jacobian,
+        tape.batch_jacobian,
+        *(vars(tf.autodiff.ForwardAccumulator)[name] for name in ("__init__", "__enter__", "__exit__", "jvp")),
         *(getattr(np, name) for name in ("array", "asarray", "asanyarray", "ascontiguousarray")),
         *(vars(tape)[name] for name in ("_push_tape", "_pop_tape", "watch", "gradient", "stop_recording")),
         dict(vars(ops._EagerTensorBase)),

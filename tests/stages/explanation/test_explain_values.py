@@ -64,7 +64,9 @@ def test_noise_from_outside_is_not_taken_for_a_variable() -> None:
         assert float(w[0]) > 0.0
         return v * tf.constant(float(next(drawn)))
 
-    assert explain(loss).of("w").reason == "no dependence"
+    row = explain(loss).of("w")
+    assert (row.reason, row.certain) == ("not followed", False)
+    assert "another one with every run" in row.why
 
 
 # -- zero and not finite -----------------------------------------------------------------------------------------
