@@ -293,7 +293,11 @@ class Pipeline(WithoutModelNames):
         callbacks: Any = None,
         return_dict: bool = False,
     ) -> Any:
-        """Loss and metrics, as `keras.Model.evaluate`."""
+        """Loss and metrics, as `keras.Model.evaluate`: the loss, [loss, *metrics], or with `return_dict` all by name.
+
+        Raises:
+            DataError: The data do not fit the model, or give no batch.
+        """
         return self._ready("evaluate").evaluate(
             x=x,
             y=y,

@@ -112,7 +112,12 @@ class Prediction:
         )
 
     def of(self, microbatches: int | None = None, samples: int | None = None) -> Prediction:
-        """The same split with another number of microbatches, or with other samples in each (times in proportion)."""
+        """The same split of another batch.
+
+        Args:
+            microbatches: Into how many; None: as many as here.
+            samples: In each; times change in proportion. None: as many as here.
+        """
         factor = 1.0 if samples is None else samples / self.samples
         return Prediction(
             tuple(

@@ -143,7 +143,12 @@ class BoundaryNorms(StepWatcher):
             self._add(norms, skipped=not result.finite)
 
     def ratio(self, boundary: Boundary, measured: int = -1) -> float:
-        """A norm beside that of its source at a measured step, by index; see `pipeline.norms.flags.ratios`."""
+        """A norm beside that of its source; see `pipeline.norms.flags.ratios`.
+
+        Args:
+            boundary: One of `norms`.
+            measured: At which measured step, by index; default: the last.
+        """
         return ratios({b: values[measured] for b, values in self.norms.items()}, self._crossings)[boundary]
 
     def ends(self, boundary: Boundary) -> tuple[str, str]:

@@ -67,7 +67,12 @@ class Report:
         return self.of("gradient", check="tape") or self.of("gradient", check="own")
 
     def of(self, *kinds: str, check: str | None = None) -> tuple[Row, ...]:
-        """The comparisons of some kinds, of one check or of all."""
+        """The comparisons of some kinds.
+
+        Args:
+            *kinds: As `Row.kind` says them, for example ``"gradient"``.
+            check: Of one check, for example ``"tape"``; None: of all.
+        """
         return tuple(row for row in self.rows if row.kind in kinds and check in (None, row.check))
 
     @property

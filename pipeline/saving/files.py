@@ -52,12 +52,30 @@ def save(pipe: Pipeline, filepath: str | Path, overwrite: bool = True, **options
 
 
 def save_weights(pipe: Pipeline, filepath: str | Path, overwrite: bool = True, **options: Any) -> None:
-    """Weights, and the optimizer's state, as `keras.Model.save_weights` (``.weights.h5``)."""
+    """Weights, and the optimizer's state, as `keras.Model.save_weights`.
+
+    Args:
+        filepath: A name that ends in ``.weights.h5``.
+        overwrite: Replace what is there; False: ask, as Keras does.
+        **options: As Keras takes them.
+
+    Raises:
+        ValueError: Keras's, for another ending.
+    """
     keras_files.save_weights(pipe, Path(filepath), overwrite, **options)
 
 
 def load_weights(pipe: Pipeline, filepath: str | Path, skip_mismatch: bool = False, **options: Any) -> None:
-    """Weights, and the optimizer's state where the file has it, as `keras.Model.load_weights`."""
+    """Weights, and the optimizer's state where the file has it, as `keras.Model.load_weights`.
+
+    Args:
+        filepath: A ``.weights.h5`` file of this architecture.
+        skip_mismatch: Leave layers as they are whose weights have another number or shape; Keras warns of each.
+        **options: As Keras takes them.
+
+    Raises:
+        ValueError: Keras's: it does not fit, or another ending. FileNotFoundError where there is none.
+    """
     pipe.session.values.ahead = True
     keras_files.load_weights(pipe, Path(filepath), skip_mismatch=skip_mismatch, **options)
 

@@ -27,9 +27,16 @@ def gradients(
 ) -> dict[str, np.ndarray[Any, Any] | None]:
     """dL/dvariables of one batch in training mode; nothing is applied, and no state is changed.
 
+    Args:
+        x: Arrays (n, ...) as `fit` takes them, like `y` and `sample_weight`.
+
     Returns:
         {"<stage>/<variable path>": array of the variable's shape and dtype}; None where the loss does not depend
         on the variable.
+
+    Raises:
+        CompileError: There is no loss; `compile` comes first.
+        DataError: The batch does not fit the model.
     """
     compiled = pipe.session.workers.needs_compile("gradients")
     return named_gradients(pipe.session, pipe.session.steps.batch(x, y, sample_weight, compiled.judged))

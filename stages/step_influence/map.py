@@ -66,12 +66,20 @@ class InfluenceMap:
         return found
 
     def size(self, output: str, source: str) -> float | None:
-        """The size of one derivative, by labels; None where not connected. Raises KeyError for a wrong label."""
+        """The size of one derivative; None where they are not connected.
+
+        Args:
+            output: One of `outputs`.
+            source: One of `sources`.
+
+        Raises:
+            KeyError: There is no such label.
+        """
         row, column = self._place(output, source)
         return float(self.matrix[row, column]) if self.connected[row, column] else None
 
     def explain(self, output: str, source: str) -> str:
-        """One entry in a sentence. Raises KeyError for a wrong label."""
+        """One entry in a sentence; the arguments and errors of `size`."""
         size = self.size(output, source)
         if size is None:
             return (
