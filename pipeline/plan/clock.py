@@ -84,7 +84,8 @@ def run_clock(
                 ended[action] = free[worker]
                 ticks.append(Tick(worker, action, start, free[worker]))
                 position[worker] += 1
-                ready.extend(waiting.pop(action, ()))
+                if waiting:
+                    ready.extend(waiting.pop(action, ()))
                 continue
             break
     ticks.sort(key=lambda tick: (tick.start, tick.worker))

@@ -29,7 +29,7 @@ def placed(plan: Plan, placement: Sequence[int], wiring: Mapping[int, Iterable[i
     if plan.placement == tuple(placement):
         return plan
     needs = Wiring.of(chain(plan.stages) if wiring is None else wiring)
-    ticks = run_clock(plan.programs, lambda action: plan.dependencies(action, needs)).ticks
+    ticks = run_clock(plan.programs, plan.needs(needs).__getitem__).ticks
     programs = tuple(
         tuple(tick.action for tick in ticks if placement[tick.action.stage] == worker)
         for worker in range(1 + max(placement))

@@ -89,6 +89,22 @@ class Plan:
         wiring = chain(self.stages) if wiring is None else wiring
         return dependencies(action, wiring, windows=self.windows, truncate=self.truncate, halved=self.halved)
 
+    def needs(self, wiring: Mapping[int, Iterable[int]] | None = None) -> Mapping[Action, tuple[Action, ...]]:
+        """{action: what it needs, as `dependencies` says} of all actions of the plan, kept for the wiring asked last.
+
+        Args:
+            wiring: stage -> upstream stages; None means a chain.
+        """
+        of = Wiring.of(chain(self.stages) if wiring is None else wiring)
+        known: tuple[Wiring, dict[Action, tuple[Action, ...]]] | None = self.__dict__.get("_known_needs")
+        if known is None or known[0] != of:
+            same = {action: action for _, action in self.actions()}
+            found = {
+                action: tuple(same.get(needed, needed) for needed in self.dependencies(action, of)) for action in same
+            }
+            known = self.__dict__["_known_needs"] = (of, found)
+        return known[1]
+
     def peak_in_flight(self) -> tuple[int, ...]:
         """For each worker, the most tapes open at once: forwards done whose backward has not finished.
 
@@ -130,7 +146,7 @@ class Plan:
         slots = {Kind.FORWARD: forward, Kind.BACKWARD: backward}
         clock = run_clock(
             self.programs,
-            lambda a: self.dependencies(a, needs),
+            self.needs(needs).__getitem__,
             lambda a: slots.get(a.kind, -(-backward // 2)),
         )
         if clock.blocked:

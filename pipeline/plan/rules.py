@@ -203,10 +203,15 @@ def _wanted(plan: Plan, stage: int, present: Container[Action]) -> set[Action]:
     for microbatch, window in product(range(plan.microbatches), range(plan.windows)):
         where = (stage, microbatch, window)
         wanted.add(Action(Kind.FORWARD, *where))
-        halves = {Action(kind, *where) for kind in HALVES}
+        if not plan.training:
+            continue
         whole = Action(Kind.BACKWARD, *where)
-        if plan.training:
-            wanted |= halves if whole not in present and any(half in present for half in halves) else {whole}
+        if whole not in present:
+            halves = {Action(kind, *where) for kind in HALVES}
+            if any(half in present for half in halves):
+                wanted |= halves
+                continue
+        wanted.add(whole)
     return wanted
 
 
@@ -216,17 +221,19 @@ def _before_and_deadlock(plan: Plan, programs: Programs, wiring: Wiring) -> Iter
         action: (worker, index) for worker, program in enumerate(programs) for index, action in enumerate(program)
     }
     ignored: set[tuple[Action, Action]] = set()
+    known = plan.needs(wiring)
+    there = {action: tuple(needed for needed in known[action] if needed in positions) for action in positions}
     for action, (worker, index) in positions.items():
-        for needed in plan.dependencies(action, wiring):
-            host, at = positions.get(needed, (None, 0))
+        for needed in there[action]:
+            host, at = positions[needed]
             if host == worker and at > index:
                 ignored.add((action, needed))
                 yield Fault("before", f"worker {worker} has {action} before {needed}, which it needs")
 
-    def needs(action: Action) -> Iterator[Action]:
-        for needed in plan.dependencies(action, wiring):
-            if needed in positions and (action, needed) not in ignored:
-                yield needed
+    def needs(action: Action) -> Iterable[Action]:
+        if not ignored:
+            return there[action]
+        return [needed for needed in there[action] if (action, needed) not in ignored]
 
     for _ in range(_DEADLOCKS):
         clock = run_clock(programs, needs)
@@ -277,10 +284,12 @@ def _in_flight(plan: Plan, programs: Programs) -> Iterator[Fault]:
     """Rule 10, for the workers whose programs are complete: a missing backward is no broken promise."""
     present = {action for program in programs for action in program}
     for worker, (bound, program) in enumerate(zip(plan.in_flight, programs, strict=False)):
-        wanted = {action for stage in plan.stages_of(worker) for action in _wanted(plan, stage, present)}
         counts = open_tapes(program) if plan.training else []
         peak = max(counts, default=0)
-        if peak > bound and wanted == set(program):
+        if peak <= bound:
+            continue
+        wanted = {action for stage in plan.stages_of(worker) for action in _wanted(plan, stage, present)}
+        if wanted == set(program):
             yield Fault(
                 "in_flight",
                 f"worker {worker} holds {peak} tapes open after {program[counts.index(peak)]}, the schedule "

@@ -97,9 +97,9 @@ def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iter
         producer = needed.stage if action.kind is Kind.FORWARD else action.stage
         return each[producer].transfer
 
-    clock = run_clock(
-        plan.programs, lambda action: plan.dependencies(action, wiring), lambda a: each[a.stage].of(a.kind), delay
-    )
+    seconds = [{kind: cost.of(kind) for kind in Kind} for cost in each]
+    needs = plan.needs(wiring)
+    clock = run_clock(plan.programs, needs.__getitem__, lambda action: seconds[action.stage][action.kind], delay)
     if clock.blocked:
         raise PlanError(plan.name, rules.faults(plan, wiring))
     spans = tuple(Span(tick.worker, tick.action, tick.start, tick.end) for tick in clock.ticks)

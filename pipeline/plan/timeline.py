@@ -80,7 +80,14 @@ class Timeline:
 
     def of_worker(self, worker: int) -> tuple[Span, ...]:
         """The spans of one worker, ordered by start."""
-        return tuple(span for span in self.spans if span.worker == worker)
+        return self._by_worker[worker] if 0 <= worker < self.workers else ()
+
+    @cached_property
+    def _by_worker(self) -> tuple[tuple[Span, ...], ...]:
+        found: list[list[Span]] = [[] for _ in range(self.workers)]
+        for span in self.spans:
+            found[span.worker].append(span)
+        return tuple(tuple(spans) for spans in found)
 
     @cached_property
     def step_time(self) -> float:
