@@ -148,7 +148,7 @@ class Costs:
 class Transfer:
     """The time of a tensor's way from one worker to another, by its bytes.
 
-    The defaults are what `benchmarks/README.md` reports for ipc: 1 KiB in 181 us, 4 MiB at 1.74 GB/s.
+    The defaults are those of ipc on two noisy cores: 1 KiB in 181 us, 4 MiB at 1.74 GB/s.
     `pipeline.cutting.transfer.measure_transfer` measures it here.
 
     Attributes:

@@ -324,7 +324,7 @@ def test_as_many_cores_as_there_are_changes_nothing():
             assert os.sched_getaffinity(0) == cores
 
 
-@pytest.mark.parametrize("scheme", ["inproc", "ipc"])
+@pytest.mark.parametrize("scheme", ["inproc", "local", "ipc"])
 def test_transfers_are_measured(scheme):
     found = measure_transfer(scheme, repeats=3)
     assert 0 < found.seconds([1e6]) < found.seconds([1e9])
