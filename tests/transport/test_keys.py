@@ -90,6 +90,7 @@ def test_the_largest_message_passes_although_encryption_adds_to_it():
             assert inbox.receive(PATIENCE).array.nbytes == 100_000
 
 
+@pytest.mark.gate
 def test_a_run_over_tcp_has_keys_of_its_own_and_shows_them_nowhere():
     """Neither on a command line, nor in the environment, nor to whoever listens at a port."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
