@@ -10,7 +10,7 @@ Workers start when they are first needed, after `compile`, and end with `close`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.batch.data import sample_or_class_weights
 from pipeline.batch.inputs import check_cuttable
@@ -31,8 +31,10 @@ from pipeline.training import as_keras
 from pipeline.training.not_here import WithoutModelNames
 from pipeline.training.trainer import Trainer
 from pipeline.verify import questions
-from pipeline.verify.every import VerifyEvery
 from stages.recipe.segment import Segment
+
+if TYPE_CHECKING:
+    from pipeline.verify.every import VerifyEvery
 
 
 class Pipeline(WithoutModelNames):

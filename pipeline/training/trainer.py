@@ -24,13 +24,22 @@ from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, watchers_among
 from pipeline.training.model_without_layers import ModelWithoutLayers
 from pipeline.training.running_logs import RunningLogs
-from pipeline.verify.every import VerifyEvery
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
+    from pipeline.verify.every import VerifyEvery
 
 
 _NO_BATCH = "the data gave no batch: no samples, or a generator or data set that has run out"
+
+
+def _verifying(verify_every: int | VerifyEvery | None) -> tuple[VerifyEvery, ...]:
+    """The callback that `fit` was asked for, if it was; what it takes is imported only then."""
+    if verify_every is None:
+        return ()
+    from pipeline.verify.every import VerifyEvery
+
+    return (VerifyEvery.of(verify_every),)
 
 
 class Trainer(ModelWithoutLayers):
@@ -63,8 +72,7 @@ class Trainer(ModelWithoutLayers):
     ) -> Any:
         """Keras's `fit`, with callbacks that were looked through first; step watchers see every batch."""
         finalize = self.session.workers.needs_compile("fit").averages
-        verifying = () if verify_every is None else (VerifyEvery.of(verify_every),)
-        callbacks = prepared(callbacks, self.session, finalize, verifying)
+        callbacks = prepared(callbacks, self.session, finalize, _verifying(verify_every))
         refuse_text(args[0] if args else kwargs.get("x"))
         self._watchers, self._metrics_are_read = watchers_among(callbacks), own_metrics.reads_every_batch(callbacks)
         self._batches = 0

@@ -15,7 +15,6 @@ from pipeline.report.report import Report
 from pipeline.verify.explain import LOSS, explained
 from pipeline.verify.gradients import named_gradients
 from pipeline.verify.question import Question
-from pipeline.verify.verification import verified
 from stages.explanation.rows import Explanation
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ def verify(
         VerificationError: An unknown check, or a number that cannot be.
     """
     question = Question.of(checks, steps=steps, tolerance=tolerance, memory_limit=memory_limit, seed=seed)
+    from pipeline.verify.verification import verified  # what only a verification takes is imported with the first
+
     return verified(pipe.session, x, y, sample_weight, question)
 
 

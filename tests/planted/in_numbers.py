@@ -238,7 +238,7 @@ WEIGHTS = (
         "stages/loss/heads.py",
         "place: None if some[0] is None else tf.concat(some, axis=0)",
         "place: None",
-        (*_WHOLE, "test_masks"),
+        ("test_masks", *_WHOLE),
     ),
     Planted(
         "a loss of one's own is tried by its value alone, not by its gradient",

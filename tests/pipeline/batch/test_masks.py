@@ -57,6 +57,28 @@ def one_tape(model: keras.Model, x, y, loss) -> list[np.ndarray]:
     return [np.array(tf.convert_to_tensor(g)) for g in found]
 
 
+class BesideTheMean(keras.losses.Loss):
+    """Each word's error beside the mean error of the whole batch, which couples the samples."""
+
+    def call(self, y_true, y_pred):
+        errors = keras.losses.sparse_categorical_crossentropy(y_true, y_pred)
+        return errors / keras.ops.mean(errors)
+
+
+def test_a_loss_over_the_whole_batch_sees_the_masks_of_all_microbatches():
+    keras.utils.set_random_seed(0)
+    model, (x, y), loss = recurrent(), padded_batch(), BesideTheMean()
+    expected = one_tape(model, x, y, loss)
+    largest = max(np.abs(g).max() for g in expected)
+    with Pipeline.split(
+        model, at=["words", "lower"], microbatches=3, schedule="gpipe", transport="inproc", check_first_batch=False
+    ) as pipe:
+        pipe.compile("sgd", loss, run_eagerly=True)
+        found = list(pipe.gradients(x, y).values())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-6 * largest
+
+
 @pytest.mark.parametrize("build", [recurrent, attention])
 @pytest.mark.parametrize("schedule", in_turn(["1f1b", "gpipe"], 1, 1))
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
