@@ -161,8 +161,8 @@ PLANS = (
     Planted(
         "a plan may hold more tapes than it says",
         _RULES,
-        "if peak > bound and wanted == set(program):",
-        "if peak < 0 and wanted == set(program):",
+        "if peak <= bound:",
+        "if peak >= 0:",
         _PLAN_RULES,
     ),
     Planted(
