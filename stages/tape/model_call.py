@@ -18,6 +18,7 @@ import tensorflow as tf
 from stages.errors import HandoffError
 from stages.keras_internals import input_structure, layers_of, let_inner_layers_mask
 from stages.masks import mask_of, with_mask
+from stages.put_back import values_put_back
 from stages.tape.tensors import compatible, describe_tensor, flatten, is_differentiable
 
 
@@ -112,7 +113,8 @@ class Part:
             for place, value in enumerate(values)
         ]
         try:
-            self.model(self._pack(values), training=False)
+            with values_put_back(states_of_layers(self.model)):
+                self.model(self._pack(values), training=False)
         except Exception:
             return ()
         return tuple(place for place in masked if mask_of(values[place]) is None)

@@ -58,7 +58,8 @@ class Worker(BaseWorker):
         self._undo = {index: Undo(hosted) for index, hosted in self.hosted.items()}
         before = self._keep(("states", "metrics")) if order.mode is Mode.GRADIENTS else {}
         if order.mode is Mode.MASKS:
-            before = self._keep(("metrics",)) if any(hosted.inner_metrics for hosted in self.hosted.values()) else {}
+            looks = [hosted.inner_metrics or hosted.variables("layer states") for hosted in self.hosted.values()]
+            before = self._keep(("metrics", "layer states")) if any(looks) else {}
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
         links = Links(self._take, self._hand_over, self.incarnation, self.board)

@@ -30,9 +30,10 @@ from stages.grid import Grid
 from stages.keras_internals import standing_in
 from stages.loss.precision import float_of_losses, rounded_once
 from stages.masks import joined_with_masks, mask_of
+from stages.put_back import values_put_back
 from stages.tape.accumulate import dense, plus, plus_all
 from stages.tape.embedding_rows import fixed_rows, is_sparse
-from stages.tape.model_call import CallState, Part
+from stages.tape.model_call import CallState, Part, states_of_layers
 from stages.tape.tensors import is_differentiable, to_array
 from stages.worker.hosted_stage import HostedStage, makes_masks
 from stages.worker.observers import ACTIVATION, GRADIENT, MASK, Observer, Sight
@@ -64,7 +65,8 @@ class SingleTape(JoinedModel):
 
     def weights(self, batch: Whole) -> Weights:
         """What every head's loss of each microbatch and window weighs; {} without a loss."""
-        masks = self._prediction_masks(batch)
+        with values_put_back(v for hosted in self.hosted for v in states_of_layers(hosted.stage.model)):
+            masks = self._prediction_masks(batch)
         return {place: self._weights(batch, *place, masks) for place in self._heads()} if batch.targets else {}
 
     def sums(

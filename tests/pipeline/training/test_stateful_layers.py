@@ -75,6 +75,23 @@ def states(own: Any) -> list[Any]:
     return [np.asarray(state) for state in states_of_layers(own)]
 
 
+def test_looking_for_masks_moves_no_state() -> None:
+    """Where a mask may reach the loss, one pass more counts what is not masked."""
+    (x, _), made = data(), []
+    x[:, 1:] = 0.0
+    for _ in range(2):
+        keras.utils.set_random_seed(1)
+        rows = [layers.GRU(2, stateful=True, return_sequences=True, name=name) for name in ("low", "high")]
+        made.append(keras.Sequential([keras.Input((STEPS, 2), batch_size=SAMPLES), layers.Masking(), *rows]))
+    target = np.ones((2 * SAMPLES, STEPS, 2), "float32")
+    made[1].compile("sgd", "mse", run_eagerly=True)
+    given = {"batch_size": SAMPLES, "epochs": 2, "shuffle": False, "verbose": 0}
+    with Pipeline.split(made[0], at=["low"], microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        ours = pipe.fit(x, target, **given, verify_every=2)
+    assert ours.history["loss"] == made[1].fit(x, target, **given).history["loss"]
+
+
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_verify_begins_with_the_states_leaves_them_and_sees_a_stage_that_forgets_them(eager: bool) -> None:
     whole, (x, y) = model(), data()
