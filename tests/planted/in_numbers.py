@@ -170,8 +170,8 @@ SUMS = (
     Planted(
         "the reference weighs own losses of unequal microbatches the same",
         "pipeline/reference/one_tape/single_tape.py",
-        "share = tf.constant(size / batch.grid.samples)",
-        "share = tf.constant(1 / len(batch.grid.sizes))",
+        "share = tf.constant(size / batch.grid.samples, float_of_losses())",
+        "share = tf.constant(1 / len(batch.grid.sizes), float_of_losses())",
         ("test_matrix_1f1b", "test_verify", *_OWN),
     ),
 )
@@ -208,15 +208,15 @@ WEIGHTS = (
     Planted(
         "losses are added up without their loss weights",
         "stages/loss/heads.py",
-        "value if head.weight is None else value * tf.cast(head.weight, value.dtype)",
+        "value if head.weight is None else value * rounded_once(head.weight, value.dtype)",
         "value",
         ("test_several_outputs",),
     ),
     Planted(
         "the loss that is told leaves loss weights out",
         "pipeline/batch/step.py",
-        "np.float32(1.0 if weight is None else weight)",
-        "np.float32(1.0)",
+        "loss_number(1.0 if weight is None else weight)",
+        "loss_number(1.0)",
         ("test_several_outputs",),
     ),
     Planted(
@@ -229,8 +229,8 @@ WEIGHTS = (
     Planted(
         "an epoch's loss is the mean over batches, the smaller last one included",
         "pipeline/training/running_logs.py",
-        "np.float32(value) * np.float32(samples)",
-        "np.float32(value)",
+        "loss_number(value) * loss_number(samples)",
+        "loss_number(value)",
         ("test_fit",),
     ),
     Planted(
@@ -264,7 +264,7 @@ WEIGHTS = (
     Planted(
         "a loss over the whole batch is not scaled before it is differentiated",
         "stages/loss/heads.py",
-        "seeds = [tf.fill((), tf.cast(loss_scale, term.dtype)) for term in terms]",
+        "seeds = [tf.fill((), rounded_once(loss_scale, term.dtype)) for term in terms]",
         "seeds = [tf.ones((), term.dtype) for term in terms]",
         ("test_means_the_same_mixed", *_WHOLE),
     ),

@@ -15,8 +15,8 @@ OPTIMIZERS = (
     Planted(
         "clipping by the global norm takes its square",
         "pipeline/compiled/compiled.py",
-        "norm = np.sqrt(np.float32(keras.ops.sum(",
-        "norm = np.square(np.float32(keras.ops.sum(",
+        "norm = np.sqrt(loss_number(keras.ops.sum(",
+        "norm = np.square(loss_number(keras.ops.sum(",
         _OPTIMIZERS,
     ),
     Planted(
