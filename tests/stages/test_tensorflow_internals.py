@@ -391,12 +391,10 @@ def test_what_runs_without_a_tape_is_taken_for_one_operation_of_a_tape():
 
 
 def test_arrays_that_become_tensors_and_jacobians_are_seen():
-    seen, x = [], tf.constant([[1.0, 2.0]])
-    with tf.GradientTape(persistent=True) as tape:
-        tape.watch(x)
-        y = x * x
+    seen, x, tape = [], tf.constant([[1.0, 2.0]]), tf.GradientTape(persistent=True)
+    with tape:
+        y = (tape.watch(x), x * x)[1]
     for place in (internals.FROM_NUMPY, *internals.TAPE_JACOBIANS):
         with internals.replaced(*place, lambda original: lambda *args: seen.append(args) or original(*args)):
             tf.constant(np.ones(2, "float32")) if place is internals.FROM_NUMPY else getattr(tape, place[1])(y, x)
-    assert type(seen[0][0]) is np.ndarray
-    assert all(args[1] is y and args[2] is x for args in seen[-2:])
+    assert type(seen[0][0]) is np.ndarray and all(args[1] is y and args[2] is x for args in seen[-2:])
