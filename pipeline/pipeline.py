@@ -347,8 +347,7 @@ class Pipeline(WithoutModelNames):
         trainer = self._ready("test_on_batch")
         trainer.reset_metrics()
         self.changes.closely = False
-        logs = trainer.test_step((x, y, sample_weight))
-        return trainer.returned(logs, return_dict)
+        return trainer.returned(trainer.test_step((x, y, sample_weight)), return_dict)
 
     gradients = one_turn(questions.gradients)
     verify = one_turn(questions.verify)
@@ -379,7 +378,6 @@ class Pipeline(WithoutModelNames):
     load_weights = one_turn(files.load_weights)
     load = classmethod(files.load)
     merge = one_turn(files.merge_trained)
-
     close = as_keras.close
 
     def __enter__(self) -> Self:
