@@ -42,6 +42,32 @@ class ModelWithoutLayers(keras.Model):  # type: ignore[misc]
     non_trainable_variables = _in_the_workers("non_trainable_variables")
     losses = _in_the_workers("losses")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what the workers would not hear of.
+
+        Raises:
+            CompileError: A callback freezes, or thaws, the model.
+        """
+        if name == "trainable" and self.built:
+            raise CompileError(
+                "a callback sets self.model.trainable, which the workers would not hear of: set it on the layers of "
+                "your own model between two fits, and compile the pipeline again"
+            )
+        super().__setattr__(name, value)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile once, for Keras's loop.
+
+        Raises:
+            CompileError: A callback compiles anew.
+        """
+        if self.compiled:
+            raise CompileError(
+                "a callback calls self.model.compile(), which the workers would not hear of: end the fit, call "
+                "compile of the pipeline, and fit again"
+            )
+        super().compile(*args, **kwargs)
+
     def get_layer(self, name: Any = None, index: Any = None) -> NoReturn:
         """Refuse.
 

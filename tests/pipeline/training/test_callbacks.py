@@ -200,6 +200,20 @@ def test_a_callback_that_asks_for_layers_is_told_where_they_are(ask):
             pipe.fit(XN, YN, verbose=0, callbacks=[asking])
 
 
+def test_a_callback_that_freezes_or_compiles_is_told_that_nothing_would_hear_it():
+    def freeze(model):
+        model.trainable = False
+
+    with Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile(**squares(), run_eagerly=True)
+        for deed in (freeze, lambda model: model.compile("sgd", "mae")):
+            late = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs, deed=deed: deed(pipe._trainer))
+            with pytest.raises(CompileError, match="the workers would not hear of"):
+                pipe.fit(XN, YN, verbose=0, callbacks=[late])
+        pipe.compile(**squares(), run_eagerly=True)
+        assert pipe.fit(XN, YN, verbose=0, epochs=2).epoch == [0, 1]
+
+
 @pytest.mark.parametrize("microbatches", in_turn([4, 1], 1, 2))
 def test_metric_objects_have_the_values_of_keras_whenever_they_are_read(microbatches):
     """After every batch in a callback, after `fit`, `evaluate` and `train_on_batch`; of one that builds itself too."""
