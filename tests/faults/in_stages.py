@@ -199,7 +199,7 @@ def redrawn(live: Live, place: Place) -> Context:
 
         return again
 
-    return replaced(tapes, "backward", make)
+    return replaced(tapes, "backward_input", make)
 
 
 def statistics_twice(live: Live, place: Place) -> Context:

@@ -12,7 +12,7 @@ which is made of other objects of the same classes, stays right. Faults in code 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,7 +247,9 @@ def adding(live: Live, stage: int, change: Callable[[int, list[Any | None]], lis
 
         return accumulated
 
-    with replaced(tapes, "forward", accumulate), replaced(tapes, "backward", accumulate):
+    with ExitStack() as stack:
+        for way in ("forward", "backward_input", "backward_weight"):
+            stack.enter_context(replaced(tapes, way, accumulate))
         yield
 
 
