@@ -7,7 +7,6 @@ own. What no stage can decide alone is decided here: clipping by a norm over all
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import keras
@@ -21,6 +20,7 @@ from pipeline.compiled.arguments import (
     optimizers_per_stage,
     with_loss_scaling,
 )
+from pipeline.compiled.counts import Counts
 from pipeline.compiled.loss_scaling import LossScaling, unscaled
 from pipeline.compiled.optimizer_slots import OptimizerSlots
 from pipeline.errors import CompileError
@@ -49,6 +49,7 @@ class Compiled:
         RecipeError: Something that a worker cannot import.
 
     Attributes:
+        counts: The optimizers' counts of updates, in the user's process.
         metric_copies: The user's metric objects, each with the copy of it in `heads`.
     """
 
@@ -88,6 +89,7 @@ class Compiled:
         self.loss_scaling = self._only(LossScaling.of, "loss scaling")
         self.global_clipnorm: float | None = self._only(_global_clipnorm, "global_clipnorm")
         self._adjusted: dict[int, dict[str, Any]] = {}
+        self.counts = Counts(self.updating)
 
     @property
     def optimizer(self) -> Any:
@@ -198,12 +200,13 @@ class Compiled:
         if self.optimizer is None:
             return lambda: None
         self.build_optimizers()
-        iterations = [(iteration, iteration.value.numpy()) for iteration in self._iterations]
+        iterations = [(iteration, iteration.value.numpy()) for iteration in self.counts.variables]
         scale = None if self.loss_scaling is None else self.loss_scaling.state()
 
         def put_back() -> None:
             for iteration, value in iterations:
                 iteration.assign(value)
+            self.counts.hold()
             if self.loss_scaling is not None and scale is not None:
                 self.loss_scaling.go_on_from(scale)
 
@@ -273,14 +276,6 @@ class Compiled:
         """Whether the (first) optimizer's rate is a number, not a schedule."""
         return self._constant_rates[0]
 
-    @cached_property
-    def _iterations(self) -> list[Any]:
-        """The optimizers' counts of all updates; `optimizer.iterations` counts accumulated ones only."""
-        return [
-            next(variable for variable in unscaled(optimizer).variables if variable.name == "iteration")
-            for optimizer in self.optimizers
-        ]
-
     def build_optimizers(self) -> None:
         """Make their counts; the other variables are the workers'."""
         for optimizer in self.optimizers:
@@ -289,16 +284,18 @@ class Compiled:
 
     def count_update(self) -> None:
         """Let the optimizers of the user's process know that the workers' made one more update."""
-        for iteration in self._iterations:
+        for iteration in self.counts.variables:
             iteration.value.assign_add(1, read_value=False)
+        self.counts.hold()
 
     def go_on_from(self, slots: OptimizerSlots, rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""
-        for stage, (optimizer, iteration) in enumerate(zip(self.optimizers, self._iterations, strict=True)):
+        for stage, (optimizer, iteration) in enumerate(zip(self.optimizers, self.counts.variables, strict=True)):
             own = slots.own_of(stage)
             iteration.assign(own["iterations"])
             if rate and self._constant_rates[stage]:
                 optimizer.learning_rate = float(own["learning_rate"])
+        self.counts.hold()
 
     def needs_optimizer(self) -> None:
         """Refuse to train without one."""

@@ -1,16 +1,18 @@
-"""Plain attributes of the user's objects, remembered and compared: numbers, words, switches.
+"""Plain attributes of the user's objects, remembered and compared: numbers, words, switches, functions.
 
-Of a function these are what it finds in its closure and among its module's globals: a loss written as a function has
-its factors there.
+Of a variable these are its regulariser and its constraint. Of a function they are what it finds in its closure and
+among its module's globals: a loss written as a function has its factors there.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import keras
 import numpy as np
 
 from stages.keras_training_internals import wrapped_function
@@ -19,7 +21,9 @@ _PLAIN = (bool, int, float, str, type(None))
 _BOOKKEEPING = ("built",)
 """Attributes by which Keras notes what became of an object: a model that is called builds its layers."""
 _BYTES = 1 << 16
-"""Arrays up to this size are compared too."""
+"""Arrays up to this size are compared bit for bit, larger ones by a checksum, and only where all is compared."""
+_REPLACED = (FunctionType, BuiltinFunctionType, partial, keras.regularizers.Regularizer, keras.constraints.Constraint)
+"""Of these another object is another value."""
 
 
 class Attributes:
@@ -31,7 +35,11 @@ class Attributes:
 
     def __init__(self, objects: Iterable[tuple[str, Any]]) -> None:
         self._all: list[tuple[Callable[[], Any], Any, str]] = []
+        self._names: list[tuple[str, dict[str, Any], frozenset[str]]] = []
         for label, thing in objects:
+            held = getattr(thing, "__dict__", {})
+            if not isinstance(thing, FunctionType | keras.Variable):
+                self._names.append((label, held, frozenset(held)))
             for name, read, value in _readings(thing):
                 self._all.append((read, value, f"{label} got {name}="))
         self._next = 0
@@ -47,12 +55,24 @@ class Attributes:
         for _ in range(many):
             self._next = (self._next + 1) % count
             read, value, words = self._all[self._next]
+            if isinstance(value, _Sum) and most is not None:
+                continue
             now = read()
-            if isinstance(value, _Bits):
-                if value != _Bits.of(now):
+            if isinstance(value, _Bits | _Sum):
+                if value != type(value).of(now):
                     return f"{words}other values in its array"
             elif now is not value and (type(now) is not type(value) or now != value) and not _both_nan(now, value):
                 return f"{words}{now!r} (it was {value!r})"
+        return self._new() if most is None else None
+
+    def _new(self) -> str | None:
+        """The first attribute that was not there: one that the class has a value of, perhaps."""
+        for label, held, names in self._names:
+            if len(held) == len(names):
+                continue
+            for name in held.keys() - names:
+                if name[0] != "_" and name not in _BOOKKEEPING and isinstance(held[name], _PLAIN + _REPLACED):
+                    return f"{label} got {name}={held[name]!r} (it had none of its own)"
         return None
 
 
@@ -78,9 +98,17 @@ def _readings(thing: Any) -> Iterable[tuple[str, Callable[[], Any], Any]]:
         for name, argument in thing.keywords.items():
             yield from _of_value(name, partial(thing.keywords.get, name), argument)
         return
+    if isinstance(thing, keras.Variable):
+        for name in ("regularizer", "constraint"):
+            yield name, partial(getattr, thing, name), getattr(thing, name)
+        return
+    if isinstance(thing, keras.Layer):
+        yield "dtype_policy", lambda: thing.dtype_policy.name, thing.dtype_policy.name
     held = getattr(thing, "__dict__", {})
     for name, value in held.items():
         if name[0] != "_" and name not in _BOOKKEEPING:
+            if isinstance(value, _REPLACED):
+                yield name, partial(held.get, name), value
             yield from _of_value(name, partial(held.get, name), value)
     function = wrapped_function(thing)
     if function is not None:
@@ -102,8 +130,8 @@ def _of_value(name: str, read: Callable[[], Any], value: Any) -> Iterable[tuple[
     """The reading of one value, if it is plain, or an array that is not large."""
     if isinstance(value, _PLAIN):
         yield name, read, value
-    elif isinstance(value, np.ndarray) and value.nbytes <= _BYTES:
-        yield name, read, _Bits.of(value)
+    elif isinstance(value, np.ndarray):
+        yield name, read, (_Bits if value.nbytes <= _BYTES else _Sum).of(value)
 
 
 class _Bits(bytes):
@@ -112,6 +140,14 @@ class _Bits(bytes):
     @classmethod
     def of(cls, array: Any) -> _Bits:
         return cls(np.asarray(array).tobytes())
+
+
+class _Sum(int):
+    """A checksum of an array's bits."""
+
+    @classmethod
+    def of(cls, array: Any) -> _Sum:
+        return cls(zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data))
 
 
 def _contents(cell: Any) -> Any:

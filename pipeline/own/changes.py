@@ -1,7 +1,9 @@
 """The user's changes while training: taken along to the workers, or refused by name.
 
     variables of losses, loss weights      compared before every step; new values go to the workers
-    numbers in the optimizer               compared before every step; set in the workers' optimizers
+    numbers in the optimizer, its count    compared before every step; set in the workers' optimizers
+    slots of the own model's optimizer     compared where a call or an epoch begins; new values go to the workers, if
+                                           these have trained nothing that it does not know
     the own model's variables              compared where a call or an epoch begins; new values go to the workers, if
                                            these have trained nothing that the own model does not know
     other attributes: a rate, a factor     some compared before every step, all where a call or an epoch begins; refused
@@ -12,6 +14,7 @@ compared by where their values lie (`pipeline.own.held`), attributes by identity
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ from pipeline.own.attributes import Attributes, plain
 from pipeline.own.held import Held
 from pipeline.runtime.values import digest
 from stages.keras_internals import layers_of, own_other_variables, own_seed_generators
+from stages.keras_training_internals import variables_known_to
 from stages.recipe.optimizer_state import rate_of
 from stages.tape.model_call import states_of_layers
 from stages.worker import snapshot
@@ -62,17 +66,27 @@ class Changes:
         self._optimizers = [] if compiled is None else [one for one in compiled.updating if one is not None]
         self._numbers = [_numbers(one) for one in self._optimizers]
         self._rates = [rate_of(one) for one in self._optimizers]
+        self._hold_slots()
+        self._told_of_trainable = False
         self._filled, self.closely = True, True
 
     def hold_model(self) -> None:
-        """Keep the values that the own model was just given by the workers."""
+        """Keep the values that the own model, and its optimizer, were just given by the workers."""
         if self._filled:
             self._model, self._quiet = Held(self._model.variables), Held(self._quiet.variables)
             self._hold_states()
+            self._hold_slots()
 
     def _hold_states(self) -> None:
         found = {i: states_of_layers(model) for i, model in self._session.setup.models.items()}
         self._states = {i: Held(states) for i, states in found.items() if states}
+
+    def _hold_slots(self) -> None:
+        """Keep what the optimizers in this process know: their counts, and slots where they know the own variables."""
+        if (compiled := self._session.workers.compiled) is not None:
+            compiled.counts.hold()
+        known = [one for one in self._optimizers if variables_known_to(one)]
+        self._slots = Held([v for one in known for v in one.variables if v.name not in ("iteration", "learning_rate")])
 
     def hold_attributes(self) -> None:
         """Keep what the own model's layers became by being called in this process: counters, for instance."""
@@ -97,6 +111,8 @@ class Changes:
             raise CompileError(f"{found} after compile(), and the workers' copy is still as it was; {_AGAIN}")
         if closely:
             self._take_model()
+            self._take_slots()
+            self._warn_of_trainable()
 
     def take_variables(self) -> None:
         """Give the workers new values of variables that nothing but the user changes.
@@ -168,6 +184,9 @@ class Changes:
             compiled.adjust(place, set_there)
             self._session.reference.close("an optimizer was changed")
             self._numbers[place] = now
+        judged = self._session.workers.compiled
+        if judged is not None and (counts := judged.counts.set_by_hand(len(self._session.setup.segments))):
+            self._session.workers.driver().set("count", {stage: [count] for stage, count in counts.items()})
 
     def _refuse_other_slots(self, optimizer: Any, before: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         """Refuse a number that decides which variables an optimizer keeps beside those that it trains."""
@@ -178,6 +197,33 @@ class Changes:
                 f"the optimizer got {names} after compile(), with which it would keep other variables than it has; "
                 "compile with a new optimizer object"
             )
+
+    def _warn_of_trainable(self) -> None:
+        """Say once, as Keras does, that layers were frozen or thawed."""
+        if not self._told_of_trainable and self._session.workers.trainable_has_changed:
+            self._told_of_trainable = True
+            warnings.warn(
+                "layer.trainable was changed after compile(), which takes effect with the next compile(), as Keras "
+                "documents: the workers train the variables of before",
+                stacklevel=4,
+            )
+
+    def _take_slots(self) -> None:
+        """Give the workers what the user assigned to slots of an optimizer that was built for the own model.
+
+        Raises:
+            CompileError: The workers have newer values of them.
+        """
+        if not (changed := self._slots.changed()):
+            return
+        if self._session.values.ahead:
+            name = self._slots.variables[changed[0]].path
+            raise CompileError(
+                f"the optimizer's variable {name!r} was assigned while the workers have newer values of all that it "
+                "keeps; assign it before the first training, or after fit has ended, or compile with a new optimizer"
+            )
+        self._session.workers.take_slots()
+        self._hold_slots()
 
     def _take_model(self) -> None:
         """Give the workers values that the user's own model was given, unless they have newer ones of the rest."""
@@ -200,6 +246,8 @@ def _objects(session: Session) -> Iterator[tuple[str, Any]]:
     for model in session.setup.models.values():
         for layer in layers_of(model, include_self=False):
             yield f"the layer {layer.name!r}", layer
+        for variable in model.trainable_variables:
+            yield f"the variable {variable.path!r}", variable
     compiled = session.workers.compiled
     if compiled is None:
         return

@@ -1,8 +1,8 @@
 """A look at the first batch: do the workers compute what the user's own model and loss give?
 
 Before the first update, evaluation or prediction after `compile`, a few samples of the batch go through the pipeline,
-and through the user's own objects in this process. Loss and outputs must agree to within rounding. So a model that
-became another one on its way into the workers is refused before it trains, with the first stage that differs.
+and through the user's own objects in this process. Loss, outputs and metrics must agree to within rounding. So a model
+that became another one on its way into the workers is refused before it trains, with the first stage that differs.
 
 What rounding may do is the rule of `Tolerance.elsewhere`: where the difference is no plain rounding, the own model is
 run again with every variable changed by at most one rounding.
@@ -11,7 +11,7 @@ run again with every variable changed by at most one rounding.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,17 @@ import numpy as np
 
 from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.batch.step import Batch, StepResult
-from pipeline.compare.tolerance import TRIES, Tolerance
+from pipeline.compare.tolerance import MARGIN, TRIES, Tolerance
 from pipeline.distance import distance
 from pipeline.errors import FirstBatchError
 from pipeline.model.merge import StageValues
+from pipeline.own.added_losses import AddingCall, calls_that_add_losses, no_mean
 from pipeline.own.chance import layers_that_draw, told
 from pipeline.own.lent import lent
+from pipeline.own.metrics import OwnMetrics
 from pipeline.own.model import OwnModel, OwnResult
 from pipeline.own.sent import sent_whole
-from stages.worker.orders import Mode
+from stages.worker.orders import Mode, Service
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Session
@@ -37,7 +39,13 @@ __all__ = ["FirstBatch"]
 Array = np.ndarray[Any, Any]
 ROWS = 8
 """Samples per microbatch that are looked at."""
+LOOKED_AT = 2
+"""So many microbatches are looked at, of unequal sizes."""
 THE_LOSS = "the loss"
+_MEANT = (
+    "What is computed must depend only on the state of layers, losses and metrics; if this difference is meant, say "
+    "Pipeline(..., check_first_batch=False)."
+)
 
 
 class FirstBatch:
@@ -52,7 +60,7 @@ class FirstBatch:
         self._session, self._after = session, after
         self._seen: dict[Mode, Any] = {}
         self._untold = ""
-        self._warned = False
+        self._warned = self._warned_of_state = False
 
     def look(self, mode: Mode, batch: Batch) -> None:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
@@ -74,6 +82,7 @@ class FirstBatch:
         if self._seen.get(mode, self) is compiled or self._cannot():
             return
         self._seen[mode] = compiled
+        self._session.steps.plan(batch, training=mode.training)  # says what there is to say, of the batch as it is
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
         few, training, values = self._few(batch), mode.training, self._session.values.read("model")
         own.begin_with(self._session.values.read("layer states"))
@@ -87,10 +96,15 @@ class FirstBatch:
         besides = [variable for some in self._session.workers.besides().values() for variable in some]
         with lent([*own.variables, *besides]):
             try:
-                theirs = run()
+                with calls_that_add_losses() as calls:
+                    theirs = run()
             except Exception as error:
                 self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
                 return
+            if mode is not Mode.PREDICT:
+                self._refuse_sums(calls, few, training)
+            if mode is Mode.TRAIN and len(batch.sizes) > 1:
+                self._warn_of_state(own.changed_by_calls(values), len(batch.sizes))
             if training and few.lengths and _differ(own.values(), values):
                 mode, training = Mode.TEST, False  # random numbers, which are drawn once a window there
                 theirs = run()
@@ -98,16 +112,28 @@ class FirstBatch:
             ours = self._through_the_pipeline(mode, few)
             plain = Tolerance.elsewhere(own.precision).relative
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > plain}
-            if not apart:
-                return
-            if any(_apart(run(), theirs).values()):
-                self._warn_of_chance(told(layers_that_draw(run)))
-                return
-            changes = [_apart(run(seed), theirs) for seed in range(TRIES)]
-            for what, by in apart.items():
-                if not by <= Tolerance.elsewhere(own.precision, [change[what] for change in changes]).relative:
+            changes: list[dict[str, float]] = []
+            if apart:
+                if any(_apart(run(), theirs).values()):
+                    self._warn_of_chance(told(layers_that_draw(run)))
+                    return
+                while (far := _beyond(apart, changes, own.precision)) and len(changes) < TRIES:
+                    changes.append(_apart(run(len(changes)), theirs))
+                if far:
                     own.assign(values)
-                    raise FirstBatchError(self._sentence(what, ours, theirs, by, own, few, training))
+                    raise FirstBatchError(self._sentence(far, ours, theirs, apart[far], own, few, training))
+            self._compare_metrics(ours, theirs, few, max([plain, *(MARGIN * max(some.values()) for some in changes)]))
+
+    def _compare_metrics(self, ours: OwnResult, theirs: OwnResult, few: Batch, rounding: float) -> None:
+        compiled = self._session.workers.compiled
+        if not ours.metrics or compiled is None:
+            return
+        own = OwnMetrics(compiled, self._session.setup.wires)
+        if far := own.apart(ours.metrics, theirs.tensors, few, rounding):
+            raise FirstBatchError(
+                f"the first batch, looked at before it counts: {far} is another one in the workers, on equal "
+                f"predictions. {_MEANT}"
+            )
 
     def _warn_of_chance(self, drawing: str) -> None:
         """Say once which layers draw numbers that are not Keras's; where none is known, nothing is said."""
@@ -117,6 +143,18 @@ class FirstBatch:
                 f"{drawing}, and are others than Keras would draw in one process, so neither the first batch nor "
                 "verify can judge this model; draw by keras.random, with a SeedGenerator of the layer's own",
                 stacklevel=2,
+            )
+
+    def _warn_of_state(self, found: Mapping[str, str], microbatches: int) -> None:
+        """Say of the first layer that changes itself when it is called that it will do so more often than in Keras."""
+        if found and not self._warned_of_state:
+            self._warned_of_state = True
+            layer, variable = next(iter(found.items()))
+            warnings.warn(
+                f"the layer {layer!r} changes its variable {variable!r} whenever it is called, and it is called for "
+                f"each of {microbatches} microbatches, where Keras calls it once a batch: training differs. With "
+                "microbatches=1 it does not",
+                stacklevel=3,
             )
 
     def _cannot(self) -> bool:
@@ -129,6 +167,8 @@ class FirstBatch:
     def _few(self, batch: Batch) -> Batch:
         """The first samples of a batch, in as many microbatches; all where the model wants a fixed number."""
         samples, parts = sum(batch.sizes), len(batch.sizes)
+        if not callable(self._session.setup.options.schedule):  # which may know of so many microbatches only
+            parts = min(parts, LOOKED_AT)
         rows = min(samples, ROWS * parts)
         inputs = [symbol for model in self._session.setup.models.values() for symbol in model.inputs]
         if rows == samples or any(symbol.shape[0] is not None for symbol in inputs):
@@ -142,24 +182,36 @@ class FirstBatch:
             inputs=first(batch.inputs),
             targets=first(batch.targets),
             sample_weights=first(batch.sample_weights),
-            sizes=microbatch_sizes(rows, parts),
+            sizes=_unequal(rows, parts),
+        )
+
+    def _refuse_sums(self, calls: Sequence[AddingCall], few: Batch, training: bool) -> None:
+        """Refuse losses that layers add and that would count otherwise in microbatches than in the batch."""
+        if len(few.sizes) == 1 or not (what := no_mean(calls, len(few.sizes), training)):
+            return
+        raise FirstBatchError(
+            f"{what}, and microbatches={self._session.setup.options.microbatches} would count it otherwise than Keras "
+            "does in the whole batch; make it a mean over samples (a sum: divide it by keras.ops.shape(inputs)[0]), or "
+            "use microbatches=1"
         )
 
     def _through_the_pipeline(self, mode: Mode, few: Batch) -> OwnResult:
         """Loss and outputs, as far as the mode gives them; all values of the workers are put back."""
         driver = self._session.workers.driver()
+        counts = mode is not Mode.PREDICT and not few.lengths  # windows of unequal length weigh alike in a metric
         with driver.keeping():
+            if counts:
+                driver.call(Service.RESET_METRICS)
             result = self._step(mode, few)
-        return OwnResult(result.loss, result.outputs, {}, result.losses)
+        return OwnResult(result.loss, result.outputs, {}, result.losses, {}, result.metrics if counts else {})
 
     def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
         driver, compiled = self._session.workers.driver(), self._session.workers.compiled
         scaling = None if compiled is None or not mode.training else compiled.loss_scaling
         scale = None if scaling is None else scaling.scale
         plan = self._session.steps.plan(few, training=mode.training)
-        order = Mode.GRADIENTS if mode.training else mode
         try:
-            return driver.run(plan, order, few, loss_scale=scale, observe=observe)
+            return driver.run(plan, mode, few, loss_scale=scale, observe=observe)
         finally:
             if mode.training and not driver.closed:
                 driver.discard()
@@ -171,8 +223,7 @@ class FirstBatch:
         return (
             f"the first batch, looked at before it counts: {what} in the workers differs from that of the model in "
             f"this process by {by:.1e} of its size{values}, far more than rounding. {self._place(own, few, training)} "
-            "A layer, loss or setting became another one on its way into the workers. What a model does must depend "
-            "only on its layers' own state; if this difference is meant, say Pipeline(..., check_first_batch=False)."
+            f"A layer, loss or setting became another one on its way into the workers. {_MEANT}"
         )
 
     def _place(self, own: OwnModel, few: Batch, training: bool) -> str:
@@ -198,6 +249,21 @@ def _differ(ours: StageValues, theirs: StageValues) -> bool:
     """Whether any bit of the stages' variables does."""
     pairs = (pair for i in ours for pair in zip(ours[i], theirs[i], strict=True))
     return any(a.tobytes() != b.tobytes() for a, b in pairs)
+
+
+def _unequal(rows: int, parts: int) -> tuple[int, ...]:
+    """The sizes of microbatches; two are of unequal sizes, so that what they weigh is seen."""
+    if parts == 2 and rows > 2:
+        return (rows // 2 + 1, rows - rows // 2 - 1)
+    return microbatch_sizes(rows, parts)
+
+
+def _beyond(apart: Mapping[str, float], changes: Sequence[Mapping[str, float]], precision: float) -> str:
+    """The first of what is farther apart than rounding explains, as far as it was tried; "" if nothing is."""
+    for what, by in apart.items():
+        if not by <= Tolerance.elsewhere(precision, [change[what] for change in changes]).relative:
+            return what
+    return ""
 
 
 def _apart(ours: OwnResult, theirs: OwnResult) -> dict[str, float]:

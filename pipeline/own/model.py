@@ -26,7 +26,7 @@ from pipeline.compare.tolerance import eps
 from pipeline.compiled.compiled import Compiled
 from pipeline.model.merge import StageValues
 from pipeline.model.wiring import Wires
-from stages.keras_internals import layers_of, let_inner_layers_mask
+from stages.keras_internals import layers_of, let_inner_layers_mask, own_other_variables, own_seed_generators
 from stages.loss.head import LossModel
 from stages.loss.precision import rounded_once
 from stages.masks import joined_with_masks
@@ -49,12 +49,16 @@ class OwnResult:
         outputs: {tensor name: array (n, ...)} of the model's outputs.
         gradients: {id of a trainable variable: its gradient, or None}; empty if none were asked for.
         losses: {output label: its loss, unweighted}, of those that have one; empty without a loss.
+        tensors: The outputs with their masks.
+        metrics: Of the workers: {name in the logs: value}.
     """
 
     loss: float | None
     outputs: Mapping[str, Array]
     gradients: Mapping[int, Array | None]
     losses: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,26 @@ class OwnModel:
         """What the user's variables have now, by stage."""
         return {stage: snapshot.read(part.variables) for stage, part in enumerate(self._parts)}
 
+    def changed_by_calls(self, before: StageValues) -> dict[str, str]:
+        """{layer: path of a variable of its own that no gradient trains} of layers that changed it in a run.
+
+        Not of BatchNormalization, which every user knows, nor of generators of random numbers.
+
+        Args:
+            before: What the variables had before the run.
+        """
+        changed = set()
+        for stage, part in enumerate(self._parts):
+            pairs = zip(part.variables, before[stage], snapshot.read(part.variables), strict=True)
+            changed |= {id(variable) for variable, old, new in pairs if old.tobytes() != new.tobytes()}
+        found = {}
+        for layer in self.layers:
+            seeds = {id(generator.state) for generator in own_seed_generators(layer)}
+            some = [v for v in own_other_variables(layer) if id(v) in changed and id(v) not in seeds]
+            if some and not isinstance(layer, keras.layers.BatchNormalization):
+                found[layer.name] = snapshot.path_of(some[0])
+        return found
+
     def disturb(self, seed: int) -> None:
         """Change every floating variable by at most one rounding of what the model computes in, at random.
 
@@ -179,7 +203,7 @@ class OwnModel:
         arrays = {name: np.asarray(tensor) for name, tensor in outputs.items()}
         with eagerly():
             each = {} if judged is None else self._losses(outputs, batch, judged)
-        return OwnResult(None if loss is None else float(loss), arrays, found, each)
+        return OwnResult(None if loss is None else float(loss), arrays, found, each, outputs)
 
     def parts(self, batch: Batch, training: bool) -> PartResults:
         """What every part of the model gives for a batch that is not cut in time."""

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from pipeline.compiled.compiled import Compiled
-from pipeline.compiled.optimizer_slots import StartValues, described_slots
+from pipeline.compiled.optimizer_slots import Described, StartValues, described_slots
 from pipeline.compiled.trained_optimizers import (
     check_known,
     check_none_lost,
@@ -25,6 +27,8 @@ from pipeline.runtime.turns import Turns
 from pipeline.runtime.values import optimizer_slots_of, values_of
 from stages.worker import snapshot
 from stages.worker.hosted_stage import StageSpec
+
+Array = np.ndarray[Any, Any]
 
 
 class Workers:
@@ -135,6 +139,11 @@ class Workers:
         self._closed = True
         self.stop(why)
 
+    @property
+    def trainable_has_changed(self) -> bool:
+        """Whether layers of the user's own models were frozen or thawed since the workers were built."""
+        return self._trained_now() != self._trained_before()
+
     def needs_the_trainable_set(self, what: str) -> None:
         """Raise if layer.trainable changed since `compile`: the workers still train the variables of before.
 
@@ -144,7 +153,7 @@ class Workers:
         Raises:
             CompileError: It changed.
         """
-        if self._trained_now() != self._trained_before():
+        if self.trainable_has_changed:
             raise CompileError(
                 f"layer.trainable was changed after compile(), which takes effect with the next compile(); {what} "
                 "needs both to agree: call compile(...) again, or change it back"
@@ -194,11 +203,21 @@ class Workers:
         slots = {}
         if start.slots is not None:
             slots = start.slots.for_stages({i: some for i, some in described.items() if i not in start.anew})
-        if self.compiled is not None:
-            known = slots_here(self.compiled.optimizers, self._trainable())
-            slots |= known.for_stages({i: described[i] for i in known.own if i not in slots})
+        slots |= self._slots_here({i: some for i, some in described.items() if i not in slots})
         if slots:
             driver.set("optimizer", slots)
+
+    def _slots_here(self, described: Described) -> dict[int, list[Array]]:
+        """What optimizers that have trained in this process know of the stages' variables."""
+        if self.compiled is None:
+            return {}
+        known = slots_here(self.compiled.optimizers, self._trainable())
+        return known.for_stages({i: described[i] for i in known.own if i in described})
+
+    def take_slots(self) -> None:
+        """Give the stages' optimizers all that those in this process know, where these were built for the own model."""
+        driver = self.driver()
+        driver.set("optimizer", self._slots_here(described_slots(driver.descriptions)))
 
     def _trainable(self) -> list[list[Any]]:
         """For each stage the user's own variables that it trains, as far as they are known here."""

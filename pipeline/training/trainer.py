@@ -17,7 +17,7 @@ import tensorflow as tf
 from pipeline.batch.data import refuse_text
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
-from pipeline.errors import DataError
+from pipeline.errors import CompileError, DataError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
@@ -51,7 +51,8 @@ class Trainer(ModelWithoutLayers):
     """
 
     def __init__(self, pipe: Pipeline, session: Session) -> None:
-        super().__init__(name="pipeline")
+        original = session.setup.original
+        super().__init__(name="pipeline" if original is None else original.name)
         self.built = True
         self.pipe, self.session = pipe, session
         self._logs = RunningLogs()
@@ -60,12 +61,46 @@ class Trainer(ModelWithoutLayers):
         self._batches = 0
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
-        self.compile(optimizer=pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
+        keras.Model.compile(self, pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
         self.loss = None if session.workers.compiled is None else session.workers.compiled.loss
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Any, training: bool | None = None, mask: Any = None) -> Any:
         """One forward pass through the workers, in inference mode."""
+        return self.pipe(x, training, mask)
+
+    @property
+    def input_shape(self) -> Any:
+        """Of the model that was split."""
+        return self._one_model("input_shape").input_shape
+
+    @property
+    def output_shape(self) -> Any:
+        """Of the model that was split."""
+        return self._one_model("output_shape").output_shape
+
+    def _one_model(self, asked: str) -> Any:
+        if (original := self.session.setup.original) is None:
+            raise CompileError(
+                f"a callback asks for self.model.{asked}, and this pipeline was put together from parts; ask the "
+                "first or last of them"
+            )
+        return original
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's."""
+        return self.pipe.train_on_batch(*args, **kwargs)
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's."""
+        return self.pipe.test_on_batch(*args, **kwargs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The pipeline's."""
         return self.pipe.predict_on_batch(x)
+
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """The one model that the stages are, exported by Keras."""
+        self.pipe.merge().export(*args, **kwargs)
 
     def fit(
         self, *args: Any, callbacks: Any = None, verify_every: int | VerifyEvery | None = None, **kwargs: Any

@@ -222,9 +222,9 @@ class HostedStage:
 
         Args:
             what: ``model`` (all of the model's, seed states included), ``model 3`` (one of them, by place), ``weights``
-                (what Keras's `get_weights` gives), ``optimizer``, ``metrics``, ``states`` (what a forward pass changes
-                by itself), ``layer states`` (of stateful layers), or ``besides`` (what came along with losses and
-                layers and is none of the model's).
+                (what Keras's `get_weights` gives), ``optimizer``, ``count`` (of its updates), ``metrics``, ``states``
+                (what a forward pass changes by itself), ``layer states`` (of stateful layers), or ``besides`` (what
+                came along with losses and layers and is none of the model's).
         """
         model = self.stage.model
         if what.startswith("model "):
@@ -233,6 +233,7 @@ class HostedStage:
             "model": lambda: model.variables,
             "weights": lambda: model.weights,
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
+            "count": lambda: [v for v in found["optimizer"]() if v.name == "iteration"],
             "metrics": lambda: [*self.heads.variables, *(v for m in self.inner_metrics for v in m.variables)],
             "states": lambda: changed_by_calls(model),
             "layer states": lambda: states_of_layers(model),

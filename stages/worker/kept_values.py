@@ -33,6 +33,8 @@ class Kept:
             variables = self._hosted.variables(group)
             if group == "metrics" and len(values) != len(variables):
                 self._hosted.heads.reset()
+                inner = [v for metric in self._hosted.inner_metrics for v in metric.variables]  # listed last
+                snapshot.write(inner, values[len(values) - len(inner) :], group)
             else:
                 snapshot.write(variables, values, group)
         if self._hosted.stage.carried is not None and self._states is not None:

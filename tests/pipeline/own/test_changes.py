@@ -145,6 +145,49 @@ def test_numbers_of_the_optimizer_between_fits_and_in_callbacks(run_eagerly: boo
             same(pipe, plain, found, expected, 2e-6)
 
 
+def test_counts_of_updates_and_slots_that_are_assigned() -> None:
+    """In a callback and between calls: a count, of which a schedule and Adam's corrections are made; momentums."""
+
+    def optimizer() -> Any:
+        return keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5), use_ema=True)
+
+    def trained(twin: Any, losses: list[Any]) -> list[Any]:
+        own = twin.optimizer
+        restart = Every(lambda n: own.iterations.assign(9) if n == 1 else None)
+        losses.append(twin.fit(X, Y, callbacks=[restart], **FIT).history["loss"])
+        own.iterations.assign(0)
+        losses += [twin.train_on_batch(X, Y) for _ in range(2)]
+        own.iterations.assign(3)
+        return [*losses, twin.train_on_batch(X, Y), int(own.iterations)]
+
+    plain, model = made(), made()
+    for one in (plain, model):
+        one.compile(optimizer(), "mse", run_eagerly=True)
+        one.train_on_batch(X, Y)
+        for variable in one.optimizer.variables:
+            if "momentum" in variable.path:
+                variable.assign(variable + 0.5)
+    expected = trained(plain, [])
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile(model.optimizer, "mse", run_eagerly=True)
+        assert keras.tree.flatten(trained(pipe, [])) == pytest.approx(keras.tree.flatten(expected), rel=1e-6)
+        paths = [variable.path for variable in model.optimizer.variables]
+        place = next(k for k, path in enumerate(paths) if "momentum" in path)
+        slot, theirs = model.optimizer.variables[place], plain.optimizer.variables[place]
+        slot.assign(0 * slot)
+        with pytest.raises(CompileError, match=r"optimizer's variable '.*momentum' was assigned while"):
+            pipe.fit(X, Y, **FIT)
+    slot.assign(0 * slot)
+    theirs.assign(0 * theirs)
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile(model.optimizer, "mse", run_eagerly=True)
+        pipe.fit(X, Y, **FIT)
+        plain.fit(X, Y, **FIT)
+        slot.assign(0 * slot)
+        theirs.assign(0 * theirs)
+        same(pipe, plain, pipe.fit(X, Y, **FIT), plain.fit(X, Y, **FIT))
+
+
 def test_what_would_change_an_optimizers_slots_is_refused() -> None:
     with Pipeline.split(made(), stages=2, microbatches=2, transport="inproc") as pipe:
         pipe.compile(keras.optimizers.SGD(0.1), "mse")
@@ -218,6 +261,93 @@ def test_a_layers_factor_that_a_callback_sets(run_eagerly: bool) -> None:
         pipe.compile("sgd", "mse", run_eagerly=run_eagerly)
         found = pipe.fit(X, Y, callbacks=[Every(lambda n: model.layers[1].factor.assign(n + 0.5))], **FIT)
         same(pipe, plain, found, expected)
+
+
+def test_layers_that_are_frozen_are_said_to_go_on_until_the_next_compile() -> None:
+    model = made()
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        pipe.fit(X, Y, **FIT)
+        model.layers[0].trainable = False
+        with pytest.warns(UserWarning, match=r"layer.trainable was changed after compile\(\)"):
+            pipe.fit(X, Y, **FIT)
+        pipe.evaluate(X, Y, verbose=0)  # said once
+
+
+class Table(L.Layer):
+    """Multiplies by numbers from a table of 4 MiB."""
+
+    gain = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(name="table")
+        self.table = np.ones((1024, 1024), "float32")
+
+    def call(self, x: Any) -> Any:
+        return self.gain * x * self.table[0, : x.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda low, table: table.table.__setitem__((0, 0), 5.0), "the layer 'table' got table=other values"),
+        (lambda low, table: setattr(table, "gain", 3.0), "the layer 'table' got gain=3.0"),
+        (lambda low, table: setattr(low, "activation", ops.tanh), "the layer 'low' got activation="),
+        (lambda low, table: setattr(low.kernel, "regularizer", keras.regularizers.L2(0.1)), "kernel' got regularizer="),
+        (lambda low, table: setattr(low, "activity_regularizer", keras.regularizers.L2()), "activity_regularizer="),
+        (lambda low, table: setattr(low, "dtype_policy", "mixed_bfloat16"), "'low' got dtype_policy='mixed_bfloat16'"),
+        (lambda low, table: setattr(low.kernel, "constraint", keras.constraints.NonNeg()), "kernel' got constraint="),
+    ],
+    ids=[
+        "in a large array",
+        "a new attribute",
+        "a function",
+        "regulariser",
+        "activity regulariser",
+        "policy",
+        "constraint",
+    ],
+)
+def test_what_else_is_changed_in_place_is_refused_by_name(change: Any, told: str) -> None:
+    """Before the workers start, with the first training, it takes effect."""
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3, name="low"), Table(), L.Dense(1)])
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        pipe.train_on_batch(X, Y)
+        change(*model.layers[:2])
+        with pytest.raises(CompileError, match=told):
+            pipe.fit(X, Y, **FIT)
+
+
+@pytest.mark.parametrize("when", ["before compile", "before the first training"])
+def test_what_is_changed_after_the_split_and_before_the_workers_start_is_trained(when: str) -> None:
+    """Weights, statistics, attributes, functions, regularisers, constraints, rates, frozen layers: all at once."""
+
+    def build() -> Any:
+        keras.utils.set_random_seed(3)
+        middle = [Table(), L.Dropout(0.5, seed=2), L.BatchNormalization(), L.Dense(2, name="frozen")]
+        return keras.Sequential([keras.Input((4,)), L.Dense(3, name="low"), *middle, L.Dense(1)])
+
+    def change(model: Any) -> None:
+        low, table, drop, norm, frozen = model.layers[:5]
+        low.kernel.assign(low.kernel * 3)
+        low.kernel.regularizer, low.activation = keras.regularizers.L2(0.1), ops.tanh
+        low.activity_regularizer, low.kernel.constraint = keras.regularizers.L1(0.1), keras.constraints.MaxNorm(0.9)
+        table.gain, drop.rate, norm.epsilon, norm.momentum = 3.0, 0.0, 0.5, 0.5
+        table.table[0, 1] = 2.0
+        norm.moving_mean.assign(norm.moving_mean + 1)
+        frozen.trainable = False
+
+    plain, model = build(), build()
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        for twin, own in ((plain, plain), (pipe, model)):
+            if when == "before compile":
+                change(own)
+            twin.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+            if when != "before compile":
+                change(own)
+        same(pipe, plain, pipe.fit(X, Y, **FIT), plain.fit(X, Y, **FIT))
+        assert pipe.predict(X, verbose=0) == pytest.approx(plain.predict(X, verbose=0), rel=1e-6)
 
 
 @MODES

@@ -180,3 +180,65 @@ def test_it_is_looked_once_after_each_compile(monkeypatch: pytest.MonkeyPatch) -
         pipe.compile("sgd", "mean_absolute_error")
         pipe.train_on_batch(*batch())
         assert runs == [True, False, True]
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class ErrorElsewhereDoubled(keras.metrics.MeanAbsoluteError):
+    """A metric that depends on where it runs."""
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        factor = 1.0 if threading.current_thread() is MAIN else 2.0
+        return super().update_state(factor * y_true, factor * y_pred, sample_weight)
+
+
+def test_a_metric_that_is_another_one_in_the_workers_is_refused() -> None:
+    whole = model()
+    with Pipeline.split(whole, stages=2, microbatches=4, transport="inproc") as pipe:
+        pipe.compile("sgd", "mean_squared_error", metrics=["mae", ErrorElsewhereDoubled(name="error")])
+        with pytest.raises(FirstBatchError, match=r"the metric 'error' .* is another one in the workers"):
+            pipe.train_on_batch(*batch())
+
+
+@pytest.mark.filterwarnings("ignore:.*is computed over the whole batch")
+def test_metrics_that_are_right_raise_no_alarm_and_count_as_without_the_look() -> None:
+    """Metrics that jump, on predictions that are all alike; that weigh; that give a number a batch or one a class."""
+
+    def spread(y_true: Any, y_pred: Any) -> Any:
+        return keras.ops.sqrt(keras.ops.mean(keras.ops.reshape(keras.ops.cast(y_true, "float32"), (-1, 1)) * y_pred))
+
+    x, y = batch()
+    labels, weights = (y[:, 0] > 0).astype("int32"), np.linspace(0.1, 2, len(x)).astype("float32")
+    logs = []
+    for look in (True, False):
+        whole = keras.Sequential(
+            [keras.Input((6,)), layers.Dense(8), layers.Dense(3, "softmax", kernel_initializer="zeros")]
+        )
+        with Pipeline.split(whole, stages=2, microbatches=3, transport="inproc", check_first_batch=look) as pipe:
+            metrics = ["accuracy", spread, keras.metrics.SparseTopKCategoricalAccuracy(2)]
+            pipe.compile("sgd", "sparse_categorical_crossentropy", metrics=metrics, weighted_metrics=["accuracy"])
+            logs.append(pipe.train_on_batch(x, labels, weights, return_dict=True))
+    assert logs[0] == logs[1]
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class Stepping(layers.Layer):
+    """Counts its calls in training, and grows with them."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self.steps = self.add_weight(shape=(), initializer="zeros", trainable=False, name="steps")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.steps.assign_add(1.0)
+        return x * (1 + self.steps)
+
+
+def test_a_layer_that_changes_itself_in_every_microbatch_is_named_once() -> None:
+    for microbatches in (3, 1):
+        with split(model(Stepping(name="stepping")), microbatches=microbatches) as pipe:
+            if microbatches > 1:
+                with pytest.warns(UserWarning, match=r"'stepping' changes .*/steps' .* each of 3 microbatches"):
+                    pipe.train_on_batch(*batch())
+            pipe.train_on_batch(*batch())
+            pipe.test_on_batch(*batch())

@@ -1,6 +1,5 @@
 """Keras's own callbacks do on a pipeline what they do on the unsplit model; those that cannot say so at the start."""
 
-import json
 from importlib.util import find_spec
 
 import keras
@@ -179,27 +178,6 @@ def test_a_callback_that_runs_the_model_leaves_the_logs_of_keras(callback):
         pair.assert_fit_alike(XN, YN, batch_size=8, epochs=2, callbacks=lambda: [callback()])
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda model: model.layers[0],
-        lambda model: model.get_layer("a"),
-        lambda model: model.weights,
-        lambda model: model.trainable_variables,
-        lambda model: model.trainable_weights,
-    ],
-)
-def test_a_callback_that_asks_for_layers_is_told_where_they_are(ask):
-    """Keras would give it an empty list, and what it wrote would change nothing."""
-    with Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc") as pipe:
-        pipe.compile(**squares(), run_eagerly=True)
-        asking = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: ask(pipe._trainer))
-        with pytest.raises(
-            CompileError, match=r"a callback asks for self\.model\.\w+.* in the workers.*pipe\.merge\(\)"
-        ):
-            pipe.fit(XN, YN, verbose=0, callbacks=[asking])
-
-
 def test_a_callback_that_freezes_or_compiles_is_told_that_nothing_would_hear_it():
     def freeze(model):
         model.trainable = False
@@ -247,30 +225,3 @@ def test_metric_objects_have_the_values_of_keras_whenever_they_are_read(microbat
         theirs, ours = seen_by(pair.model, made[0]), seen_by(pair.pipe, made[1])
         assert theirs[0] != theirs[1]
         np.testing.assert_allclose(ours, theirs, rtol=0 if microbatches == 1 else 1e-5)
-
-
-def test_a_callback_asks_the_model_what_it_would_ask_in_keras():
-    """Its loss and its numbers of parameters, the loss object, and the model as JSON."""
-    loss = keras.losses.Huber()
-    with Pipeline.split(regressor(), stages=2, microbatches=1, transport="inproc") as pipe:
-        pipe.compile("sgd", loss, run_eagerly=True)
-        seen = {}
-
-        def look(**_):
-            model = pipe._trainer
-            lines = []
-            model.summary(print_fn=lines.append)
-            seen.update(
-                count=model.count_params(),
-                loss=model.loss,
-                counted=float(model.metrics[0].result()),
-                names=[layer["config"]["name"] for layer in json.loads(model.to_json())["config"]["layers"]],
-                summary=lines,
-            )
-
-        history = pipe.fit(
-            XN, YN, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_end=lambda logs: look())]
-        )
-        assert seen["count"] == regressor().count_params() and seen["loss"] is loss
-        assert seen["counted"] == np.float32(history.history["loss"][0])
-        assert seen["names"][-2:] == ["a", "b"] and "stage0" in seen["summary"][0]
