@@ -40,6 +40,7 @@ def in_the_models_order(pipe: Pipeline, model: Any, x: Any, y: Any) -> list[Any]
     return [found[id(variable)] for variable in model.trainable_variables]
 
 
+@pytest.mark.filterwarnings("ignore:the layer .* changes its variable")  # SpectralNormalization, by power iterations
 @pytest.mark.parametrize("name", in_turn(list(CASES), 2, 15))
 def test_microbatches_are_one_tape(name: str) -> None:
     """Gradients of microbatches of 3, 3 and 2 samples, and what the calls of one update leave behind."""
