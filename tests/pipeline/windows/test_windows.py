@@ -194,6 +194,10 @@ def test_states_kept_over_batches_are_values_only():
         assert not np.allclose(again, second)
         pipe.reset_state()
         assert_same_arrays([pipe.predict_on_batch(x[:, :half])], [first])
+        pipe.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=True)
+        pipe.reset_state()
+        pipe.train_on_batch(x[:, :half], y[:, :half])  # training leaves its states, too
+        assert_same_arrays([pipe.predict_on_batch(x[:, half:])], [second])
 
 
 @pytest.mark.gate
