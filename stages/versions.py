@@ -20,6 +20,9 @@ from typing import Any
 SUPPORTED = {"tensorflow": ((2, 18), (2, 22)), "keras": ((3, 8), (3, 16))}
 """{distribution: (the first release that will do, the first that was not tried)}; `pyproject.toml` says the same."""
 
+OTHER_NAMES = {"tensorflow": ("tensorflow-cpu", "tensorflow-gpu", "tf-nightly")}
+"""{distribution: others that hold the same package}."""
+
 
 def check_versions() -> None:
     """Look at the installed releases, without importing them; one that is not found is not judged.
@@ -31,9 +34,8 @@ def check_versions() -> None:
         UserWarning: One is newer than any that was tried.
     """
     for name, (first, beyond) in SUPPORTED.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
+        found = _installed(name)
+        if found is None:
             continue
         release = tuple(map(int, re.findall(r"\d+", found)[:2]))
         if release < first:
@@ -47,6 +49,14 @@ def check_versions() -> None:
                 f"otherwise; pip install '{name}>={_dotted(first)},<{_dotted(beyond)}', or verify what you train",
                 stacklevel=2,
             )
+
+
+def _installed(name: str) -> str | None:
+    """The release of a distribution, or of another one with the same package; None: there is none."""
+    for one in (name, *OTHER_NAMES.get(name, ())):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(one)
+    return None
 
 
 def check_backend() -> None:

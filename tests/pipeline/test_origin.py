@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+import zipfile
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_the_same_packages_through_another_path_are_ours(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to(ROOT)
     hidden_by(monkeypatch, "transport", tmp_path / "link" / "transport" / "__init__.py")
     stages.origin.check_origins()
+
+
+def test_a_zip_file_is_refused_by_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
+        for name in ("pipeline/__init__.py", "pipeline/origin.py"):
+            packed.write(ROOT / name, name)
+    code = f"import sys; sys.path[:] = [{str(tmp_path / 'all.zip')!r}, *sys.path]; import pipeline"
+    found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+    said = f"ImportError: Tapeline needs its files in a folder, and {tmp_path / 'all.zip'} is none: unpack it"
+    assert said in found.stderr
 
 
 def test_it_works_where_stages_itself_is_hidden(tmp_path):

@@ -75,7 +75,7 @@ def test_settings_of_the_process_are_what_it_was_told():
         "tf.debugging.disable_check_numerics()\n"
         "print(internals.checks_numerics())\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert found.stdout.splitlines() == ["(False, False, None) (True, True, 7)", "False"], found.stderr
 
 

@@ -52,6 +52,12 @@ def test_an_older_one_is_refused_with_both_versions_and_the_command(monkeypatch,
         versions.check_versions()
 
 
+def test_tensorflow_under_another_distributions_name_is_judged_too(monkeypatch):
+    installed(monkeypatch, **{"tensorflow-cpu": "2.17.0"})
+    with pytest.raises(ImportError, match=r"runs with tensorflow from 2\.18, and 2\.17\.0 is installed"):
+        versions.check_versions()
+
+
 @pytest.mark.parametrize(("name", "found"), [("tensorflow", "2.22.0"), ("tensorflow", "3.0.0"), ("keras", "3.16.0")])
 def test_a_newer_one_is_named(monkeypatch, name, found):
     installed(monkeypatch, **{name: found})
