@@ -289,23 +289,24 @@ class Stage:
         self, output_gradients: Gradients, key: PassKey, state_gradient: Gradients | None = None
     ) -> Gradients:
         """`backward` on flat eager tensors, one gradient per output value; what a worker calls."""
-        found = self.backward_input_flat(output_gradients, key, state_gradient)
-        self.backward_weight_flat(key)
+        found = self._back(self._tapes.backward, output_gradients, key, state_gradient)
+        self._passes.close(key)
         return found
 
-    def backward_input_flat(
-        self, output_gradients: Gradients, key: PassKey, state_gradient: Gradients | None = None
-    ) -> Gradients:
+    def backward_input_flat(self, output_gradients: Gradients, key: PassKey) -> Gradients:
         """The half of `backward_flat` that gives dL/dinputs; `backward_weight_flat` adds up dL/dvariables later."""
+        return self._back(self._tapes.backward_input, output_gradients, key, None)
+
+    def _back(self, backward: Any, output_gradients: Gradients, key: PassKey, state: Gradients | None) -> Gradients:
         values = self._passes.of(key).values
         check_gradients(output_gradients, values, self._at(key))
-        states: Sequence[Any | None] = ()
         if self.carried is not None:
             waiting = PassKey(key.microbatch, key.window + 1) in self._passes
-            states = self.carried.gradients(key.microbatch, key.window, waiting, state_gradient)
+            states = self.carried.gradients(key.microbatch, key.window, waiting, state)
+            output_gradients = [*output_gradients, *states]
         inputs = self._passes.go_halfway(key)
         self._by_hand.forget(key)
-        found = self._tapes.backward_input(key, [*output_gradients, *states])
+        found: Gradients = backward(key, output_gradients)
         if self.carried is not None:
             self.carried.hand_back(key.microbatch, key.window, found[inputs:])
         return found[:inputs]
