@@ -68,7 +68,7 @@ def test_a_newer_one_is_named(monkeypatch, name, found):
 @pytest.fixture
 def before_keras(monkeypatch, tmp_path):
     """A process that has not imported Keras, whose user has nothing set."""
-    monkeypatch.delitem(sys.modules, "keras")
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     return tmp_path / "keras.json"
