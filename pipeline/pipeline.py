@@ -396,5 +396,5 @@ class Pipeline(WithoutModelNames):
             self._session.workers.needs_compile(what)
         self._trainer = self._trainer or Trainer(self, self._session)
         self._session.workers.driver()
-        self.changes.look(closely=what != "train_on_batch" or not self._session.values.ahead)
+        self.changes.look(what != "train_on_batch" or not self._session.values.ahead, what in ("fit", "train_on_batch"))
         return self._trainer

@@ -93,11 +93,12 @@ class Changes:
         if self._filled:
             self._attributes = Attributes(_objects(self._session))
 
-    def look(self, closely: bool = False) -> None:
+    def look(self, closely: bool = False, training: bool = False) -> None:
         """Take along, or refuse, what was changed since the last look.
 
         Args:
             closely: Whether to compare all attributes, and the own model's variables.
+            training: Whether a training begins, for which layers frozen since compile() are told, too.
 
         Raises:
             CompileError: Something was changed that cannot take effect; says what.
@@ -112,6 +113,7 @@ class Changes:
         if closely:
             self._take_model()
             self._take_slots()
+        if closely and training:
             self._warn_of_trainable()
 
     def take_variables(self) -> None:
@@ -199,7 +201,7 @@ class Changes:
             )
 
     def _warn_of_trainable(self) -> None:
-        """Say once, as Keras does, that layers were frozen or thawed."""
+        """Say once that layers were frozen or thawed and no compile() has followed."""
         if not self._told_of_trainable and self._session.workers.trainable_has_changed:
             self._told_of_trainable = True
             warnings.warn(

@@ -51,7 +51,7 @@ def test_a_built_model_is_kept():
         (lambda: Segment(parts.bottom, outputs=("x", "")), "expects a tuple of names"),
         (lambda: Segment(parts.bottom, name="a/b"), "must not be empty or contain '/'"),
         (lambda: Segment(parts.bottom, name=""), "must not be empty"),
-        (lambda: Segment.of(keras.layers.Dense(3)), "received Dense; wrap a layer"),
+        (lambda: Segment.of(keras.layers.Dense(3)), "a layer becomes one as keras.Sequential.*received Dense"),
         (lambda: Segment.of(parts.not_built()), "has no defined input"),
         (lambda: Segment.of(3), "received int"),
         (lambda: build_part(Built(f"{PARTS}:not_built", {}), "low"), "Sequential, which is not built"),
