@@ -131,6 +131,19 @@ KNOWN = {
         outputs=(6,),
         losses=("squares",),
     ),
+    # Three terms for one value in its own stage, one of them from its loss.
+    "judged and read twice in its stage": Sketch(
+        inputs=("floats",),
+        nodes=(
+            Node("dense", (0,), 5, 0),
+            Node("tanh", (1,), 0, 0),
+            Node("dense", (1,), 5, 0),
+            Node("concatenate", (2, 3), 0, 1),
+            Node("dense", (4,), 3, 1),
+        ),
+        outputs=(5, 1),
+        losses=("classes", "squares"),
+    ),
     # The regulariser of a layer in three stages counts once.
     "regularised in three stages": Sketch(
         inputs=("floats",),

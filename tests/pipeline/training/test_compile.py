@@ -30,6 +30,9 @@ WEIGHTS = np.linspace(0.1, 2, 20, dtype="float32")
 OPTIMIZERS = {
     "adadelta": "adadelta",
     "adafactor": "adafactor",
+    "ScheduleFreeAdamW": lambda: keras.optimizers.ScheduleFreeAdamW(0.03),
+    "accumulation": lambda: keras.optimizers.Adam(0.03, gradient_accumulation_steps=2),
+    "ema": lambda: keras.optimizers.Adam(0.03, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=2),
     "adagrad": "adagrad",
     "adam": "adam",
     "adamax": "adamax",
@@ -46,10 +49,7 @@ OPTIMIZERS = {
     "weight decay": lambda: keras.optimizers.AdamW(0.03, weight_decay=0.1),
     "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.05),
     "clipnorm": lambda: keras.optimizers.SGD(0.5, clipnorm=0.05),
-    "accumulation": lambda: keras.optimizers.Adam(0.03, gradient_accumulation_steps=2),
-    "ema": lambda: keras.optimizers.Adam(0.03, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=2),
     "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 6)),
-    "ScheduleFreeAdamW": lambda: keras.optimizers.ScheduleFreeAdamW(0.03),
 }
 
 

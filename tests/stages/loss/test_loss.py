@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.loss.head import Head, check_targets
+from stages.loss.heads import Heads, whole_batch
 from stages.recipe.describe import create, describe
 
 losses = keras.losses
@@ -169,6 +170,17 @@ def test_metrics_count_over_microbatches() -> None:
         found = {name: float(value) for name, value in head.results().items()}
         assert found == pytest.approx({"accuracy": float(accuracy.result()), "entropy": float(entropy.result())})
         head.reset()
+
+
+def test_a_loss_over_the_whole_batch_is_differentiated_scaled() -> None:
+    """Every gradient comes times the loss scale: in half precision it would be zero by the time it is multiplied."""
+    rng = np.random.default_rng(1)
+    y, prediction = (rng.standard_normal((5, 2)).astype("float32") for _ in range(2))
+    heads = Heads([Head(lambda y, p: keras.ops.sqrt(keras.ops.mean(keras.ops.square(y - p))))])
+    parts = [{0: tf.constant(prediction[:3])}, {0: tf.constant(prediction[3:])}]
+    plain, scaled = (whole_batch(heads, parts, heads.objective(y, None, 1.0), True, s).gradients for s in (1.0, 8.0))
+    for one, other in zip(plain, scaled, strict=True):
+        np.testing.assert_array_equal(other[0], 8.0 * one[0].numpy())
 
 
 def test_no_loss_is_zero() -> None:
