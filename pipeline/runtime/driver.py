@@ -97,7 +97,8 @@ class Driver:
         self._number = 0
         self._step = 0
         self._undecided = False
-        self._plans: dict[tuple[str, int, int], tuple[int, Plan]] = {}
+        self._plans: dict[tuple[str, int, int, tuple[int, ...]], tuple[int, Plan]] = {}
+        self._announced = 0
         self._crew = Crew(placement, incarnation, look_seconds)
         self.placement = self._crew.placement
         self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
@@ -342,11 +343,12 @@ class Driver:
 
     def _announce(self, plan: Plan) -> int:
         """Send a plan the first time it is used; return its number."""
-        key = (plan.name, plan.microbatches, plan.windows)
+        key = (plan.name, plan.microbatches, plan.windows, plan.placement)
         known = self._plans.get(key)
         if known is not None and known[1] == plan:
             return known[0]
-        identity = len(self._plans)
+        identity = self._announced  # never one that workers know another plan by
+        self._announced += 1
         self._plans[key] = (identity, plan)
         number = self._number + 1
         self._order(TakePlan(identity))

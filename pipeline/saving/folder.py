@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import glob
 import json
 import os
 import re
@@ -87,7 +88,7 @@ def writing(path: Path) -> Iterator[Path]:
         if older is not None:
             _remove(older, path)
         _flush_folder(path.parent)
-        for left in path.parent.glob(f"{_beginning(path)}*"):
+        for left in path.parent.glob(f"{glob.escape(_beginning(path))}*"):
             _remove_if_dead(left, path)
     finally:
         os.close(lock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from pipeline.errors import CheckpointError
@@ -37,8 +38,8 @@ def check_code(recipes: Sequence[Any], trust: bool | Sequence[str]) -> None:
         parts = module.split(".")
         if allowed & {".".join(parts[:n]) for n in range(1, len(parts) + 1)}:
             continue
-        own = module in sys.modules and parts[0] not in sys.stdlib_module_names
-        if kind == _BUILDER or not (own or parts[0] in _TRUSTED):
+        own = module in sys.modules and not _is_pythons(module)
+        if kind == _BUILDER or not (own or parts[0] in _TRUSTED) or _leads_elsewhere(module, name):
             refused[f"{module}:{name}"] = module
     if refused:
         shown = ", ".join(f"{name!r:.100}" for name in list(refused)[:5])
@@ -47,6 +48,20 @@ def check_code(recipes: Sequence[Any], trust: bool | Sequence[str]) -> None:
             f"loading this checkpoint would run {shown}. If that is your code, or that of somebody you trust, say "
             f"Pipeline.load(path, trust=[{modules}])"
         )
+
+
+def _is_pythons(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _leads_elsewhere(module: str, name: str) -> bool:
+    """Whether a name steps from its module into another one, or is something of Python itself under another name."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if isinstance(found, ModuleType):
+            return True
+    return _is_pythons(str(getattr(found, "__module__", None) or ""))
 
 
 def _named(recipes: Sequence[Any]) -> Iterator[tuple[str, str, str]]:

@@ -97,6 +97,29 @@ def test_masked_loss_over_microbatches_equals_the_whole_batch(build, schedule, e
         assert np.abs(ours - theirs).max() <= 1e-6 * largest
 
 
+def test_several_stages_a_worker_look_for_masks_by_a_plan_of_their_own():
+    """Batches of 4 and of 3 microbatches, in turn: training, evaluation and prediction are Keras's."""
+    keras.utils.set_random_seed(0)
+    model, plain = recurrent(), recurrent()
+    plain.set_weights(model.get_weights())
+    x, y = padded_batch(27)
+    arguments = {"batch_size": 24, "verbose": 0}
+    plain.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    with Pipeline.split(
+        model, at=["words", "lower", "upper"], microbatches=4, schedule="interleaved", transport="inproc"
+    ) as pipe:
+        pipe.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+        for _ in range(2):
+            np.testing.assert_allclose(pipe.predict(x, **arguments), plain.predict(x, **arguments), rtol=1e-5)
+            ours, theirs = (
+                one.fit(x, y, shuffle=False, epochs=2, validation_data=(x, y), **arguments).history
+                for one in (pipe, plain)
+            )
+            for name, values in theirs.items():
+                assert ours[name] == pytest.approx(values, rel=1e-5)
+            assert pipe.evaluate(x, y, **arguments) == pytest.approx(plain.evaluate(x, y, **arguments), rel=1e-5)
+
+
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 2))
 def test_masked_metrics_and_evaluation_equal_keras(eager):
     keras.utils.set_random_seed(0)

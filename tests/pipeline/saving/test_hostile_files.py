@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from os import system
 from pathlib import Path
 
 import keras
@@ -20,6 +21,7 @@ import pytest
 
 from pipeline import CheckpointError, Pipeline
 from pipeline.saving import folder
+from pipeline.saving.trust import check_code
 from tests.sources import ROOT
 
 X = np.ones((4, 3), "float32")
@@ -95,6 +97,7 @@ KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 from pipeline.saving import folder
+
 with folder.writing(pathlib.Path({path!r})) as place:
     with folder.new_file(place / "stage-0.npz") as file:
         os.write(file, b"x" * 1000)
@@ -103,20 +106,27 @@ with folder.writing(pathlib.Path({path!r})) as place:
 """
 
 
+assert callable(system)  # a name of Python itself in a module that is not
+
+
+def leftovers(folder):
+    return [entry for entry in folder.iterdir() if entry.name.startswith(".c[1].saving-")]
+
+
 def test_what_a_killed_save_left_is_cleaned_by_the_next_one_and_a_living_ones_is_not(pipe, tmp_path):
-    program = KILLED.format(root=str(ROOT), path=str(tmp_path / "c"))
+    program = KILLED.format(root=str(ROOT), path=str(tmp_path / "c[1]"))
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
     assert ended.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".c.saving-*"))) == 1
-    with folder.writing(tmp_path / "c") as living:
+    assert len(leftovers(tmp_path)) == 1
+    with folder.writing(tmp_path / "c[1]") as living:
         with folder.new_file(living / "stage-0.npz"):
             pass
-        pipe.save(tmp_path / "c")
-        assert list(tmp_path.glob(".c.saving-*")) == [living]
-        assert (tmp_path / "c" / "notes.txt").read_text() == "never thrown away"
+        pipe.save(tmp_path / "c[1]")
+        assert leftovers(tmp_path) == [living]
+        assert (tmp_path / "c[1]" / "notes.txt").read_text() == "never thrown away"
         with folder.new_file(living / "manifest.json"):
             pass
-    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c[1]"]
 
 
 def edit(path, change):
@@ -142,6 +152,14 @@ def test_a_recipe_runs_no_command(copy, tmp_path):
         edit(copy, builder(nested))
         refused(copy, f"would run '{nested}'")
     assert not trace.exists()
+
+
+def test_a_name_that_leads_out_of_its_module_is_judged_by_where_it_leads():
+    """Ours and Keras's modules import Python's own: what is reached through them is not ours."""
+    for name in ("pipeline.saving.folder:os.system", "keras.src.utils.file_utils:os.remove", f"{__name__}:system"):
+        with pytest.raises(CheckpointError, match=f"would run '{name}'"):
+            check_code([{"function": name}], False)
+    check_code([{"function": "keras.losses:mean_squared_error"}, {"function": f"{__name__}:leftovers"}], False)
 
 
 def test_a_class_of_a_module_that_nobody_imported_is_not_imported(copy, tmp_path, monkeypatch):
