@@ -21,7 +21,8 @@ _PLAIN = (bool, int, float, str, type(None))
 _BOOKKEEPING = ("built",)
 """Attributes by which Keras notes what became of an object: a model that is called builds its layers."""
 _BYTES = 1 << 16
-"""Arrays up to this size are compared bit for bit, larger ones by a checksum, and only where all is compared."""
+"""Arrays up to this size are compared bit for bit; larger ones, and those of objects, by a checksum, and only where
+all is compared."""
 _REPLACED = (FunctionType, BuiltinFunctionType, partial, keras.regularizers.Regularizer, keras.constraints.Constraint)
 """Of these another object is another value."""
 
@@ -131,7 +132,7 @@ def _of_value(name: str, read: Callable[[], Any], value: Any) -> Iterable[tuple[
     if isinstance(value, _PLAIN):
         yield name, read, value
     elif isinstance(value, np.ndarray):
-        yield name, read, (_Bits if value.nbytes <= _BYTES else _Sum).of(value)
+        yield name, read, (_Bits if value.nbytes <= _BYTES and not value.dtype.hasobject else _Sum).of(value)
 
 
 class _Bits(bytes):
@@ -143,11 +144,17 @@ class _Bits(bytes):
 
 
 class _Sum(int):
-    """A checksum of an array's bits."""
+    """A checksum of an array's bits; where they are addresses (text of any length, objects), of what is there."""
 
     @classmethod
     def of(cls, array: Any) -> _Sum:
-        return cls(zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data))
+        array = np.ascontiguousarray(array)
+        if not array.dtype.hasobject:
+            return cls(zlib.crc32(array.view(np.uint8).data))
+        if array.dtype.kind not in "OT":  # records with objects among their fields: not compared
+            return cls(0)
+        held = [each if isinstance(each, (*_PLAIN, bytes)) else id(each) for each in array.ravel().tolist()]
+        return cls(zlib.crc32(repr(held).encode("utf-8", "surrogatepass")))
 
 
 def _contents(cell: Any) -> Any:

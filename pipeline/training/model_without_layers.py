@@ -1,7 +1,8 @@
 """A Keras model without layers, which refuses in words the attributes that a callback would look for in vain.
 
 `self.model` in a callback is a Keras model without layers: they and their variables are in the workers. Keras would
-answer with empty lists, take what is set on it without effect, or say that there is no such attribute.
+answer with empty lists, take what is set on it without effect, or say that there is no such attribute. An attribute
+that is not here is an AttributeError, so that ``hasattr`` says False, and ``getattr`` takes another value instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 import keras
 
-from pipeline.errors import CompileError
+from pipeline.errors import CompileError, NotInPipelineError
 
 _INSTEAD = (
     "the layers and their variables are in the workers. To read, take self.model.get_weights(), or pipe.merge(), a "
@@ -26,6 +27,26 @@ _ELSEWHERE = {
 """What a callback cannot set, and what to do in its place."""
 
 
+_IN_THE_WORKERS = (
+    *("layers", "weights", "variables", "trainable_weights", "trainable_variables", "non_trainable_weights"),
+    *("non_trainable_variables", "losses", "input", "inputs", "output", "outputs", "operations"),
+)
+_OF_ONE_MODEL = ("input_shape", "output_shape")
+
+
+def in_words(name: str) -> str:
+    """Why `self.model` has no attribute of this name, and what to do."""
+    asked = f"a callback asks for self.model.{name}"
+    if name in _IN_THE_WORKERS:
+        return f"{asked}, and a pipeline has none here: {_INSTEAD}"
+    if name in _OF_ONE_MODEL:
+        return f"{asked}, and this pipeline was put together from parts; ask the first or last of them"
+    return (
+        f"{asked}: a pipeline shows callbacks a Keras model without layers, which has none; what you set on your own "
+        "model is there, and pipe.merge() is a model with the present weights"
+    )
+
+
 def _asked_by_keras() -> bool:
     """Whether the caller's caller is Keras: its own `fit` asks what to finalise, which the workers do."""
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("keras.")
@@ -37,7 +58,7 @@ def _in_the_workers(name: str) -> property:
     def refuse(_: Any) -> list[Any]:
         if _asked_by_keras():
             return []
-        raise CompileError(f"a callback asks for self.model.{name}, and a pipeline has none here: {_INSTEAD}")
+        raise NotInPipelineError(in_words(name))
 
     return property(refuse)
 
@@ -106,12 +127,10 @@ class ModelWithoutLayers(keras.Model):  # type: ignore[misc]
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        """Say where this is; Python asks here too where a property has raised an AttributeError."""
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise AttributeError(
-            f"a callback asks for self.model.{name}: a pipeline shows callbacks a Keras model without layers, which "
-            f"has none; what you set on your own model is there, and pipe.merge() is a model with the present weights"
-        )
+        raise NotInPipelineError(in_words(name))
 
 
 def _set_by_us() -> bool:

@@ -17,12 +17,12 @@ import tensorflow as tf
 from pipeline.batch.data import refuse_text
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
-from pipeline.errors import CompileError, DataError
+from pipeline.errors import DataError, NotInPipelineError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, watchers_among
-from pipeline.training.model_without_layers import ModelWithoutLayers
+from pipeline.training.model_without_layers import ModelWithoutLayers, in_words
 from pipeline.training.running_logs import RunningLogs
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Trainer(ModelWithoutLayers):
         self._logs = RunningLogs()
         self._watchers: tuple[StepWatcher, ...] = ()
         self._metrics_are_read = False
-        self._batches = 0
+        self._trained = self._tested = self._predicted = 0
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
         keras.Model.compile(self, pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
@@ -80,10 +80,7 @@ class Trainer(ModelWithoutLayers):
 
     def _one_model(self, asked: str) -> Any:
         if (original := self.session.setup.original) is None:
-            raise CompileError(
-                f"a callback asks for self.model.{asked}, and this pipeline was put together from parts; ask the "
-                "first or last of them"
-            )
+            raise NotInPipelineError(in_words(asked))
         return original
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,12 +107,12 @@ class Trainer(ModelWithoutLayers):
         callbacks = prepared(callbacks, self.session, finalize, _verifying(verify_every))
         refuse_text(args[0] if args else kwargs.get("x"))
         self._watchers, self._metrics_are_read = watchers_among(callbacks), own_metrics.reads_every_batch(callbacks)
-        self._batches = 0
+        before = self._trained
         try:
             history = super().fit(*args, callbacks=callbacks, **kwargs)
         finally:
             self._watchers, self._metrics_are_read = (), False
-        if history.epoch and not self._batches:
+        if history.epoch and self._trained == before:
             raise DataError(f"{_NO_BATCH}; nothing was trained")
         return history
 
@@ -123,19 +120,28 @@ class Trainer(ModelWithoutLayers):
         """Keras's `evaluate`, its list in Keras's order."""
         callbacks = prepared(callbacks, self.session, finalize=False)
         refuse_text(args[0] if args else kwargs.get("x"))
-        before = self._batches
+        before = self._tested
         logs = super().evaluate(*args, callbacks=callbacks, return_dict=True, **kwargs)
-        if self._batches == before:
+        if self._tested == before:
             raise DataError(f"{_NO_BATCH}; there is nothing to evaluate")
         return self.returned(logs, return_dict)
 
     def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
         """Keras's `predict`, with callbacks that were looked through first."""
         refuse_text(args[0] if args else kwargs.get("x"))
-        return super().predict(*args, callbacks=prepared(callbacks, self.session, finalize=False), **kwargs)
+        callbacks, before, outputs = prepared(callbacks, self.session, finalize=False), self._predicted, None
+        try:
+            outputs = super().predict(*args, callbacks=callbacks, **kwargs)
+        except UnboundLocalError:  # Keras's, where there is no batch
+            if self._predicted != before:
+                raise
+        if self._predicted == before:
+            raise DataError(f"{_NO_BATCH}; there is nothing to predict")
+        return outputs
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One batch: forward, backward, update."""
+        self._trained += 1
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
         asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
@@ -146,18 +152,19 @@ class Trainer(ModelWithoutLayers):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One batch: loss and metrics."""
+        self._tested += 1
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
         return self._count(*self.session.steps.test(x, y, sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """One batch: outputs."""
+        self._predicted += 1
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return keras.tree.map_structure(tf.convert_to_tensor, self.pipe.predict_on_batch(x))
 
     def _count(self, result: StepResult, size: int) -> dict[str, Any]:
         """The logs after one more batch."""
-        self._batches += 1
         compiled = self.session.workers.compiled
         logs = self._logs.add(result, () if compiled is None else compiled.loss_labels, size)
         if self._metrics_are_read:

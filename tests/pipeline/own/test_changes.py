@@ -277,13 +277,14 @@ def test_layers_that_are_frozen_are_said_to_go_on_until_the_next_compile() -> No
 
 
 class Table(L.Layer):
-    """Multiplies by numbers from a table of 4 MiB."""
+    """Multiplies by numbers from a table of 4 MiB; has a vocabulary of objects."""
 
     gain = 1.0
 
     def __init__(self) -> None:
         super().__init__(name="table")
         self.table = np.ones((1024, 1024), "float32")
+        self.vocabulary = np.array([f"word {n}" for n in range(9000)], dtype=object)
 
     def call(self, x: Any) -> Any:
         return self.gain * x * self.table[0, : x.shape[-1]]
@@ -293,6 +294,7 @@ class Table(L.Layer):
     ("change", "told"),
     [
         (lambda low, table: table.table.__setitem__((0, 0), 5.0), "the layer 'table' got table=other values"),
+        (lambda low, table: table.vocabulary.__setitem__(8999, "another"), "'table' got vocabulary=other values"),
         (lambda low, table: setattr(table, "gain", 3.0), "the layer 'table' got gain=3.0"),
         (lambda low, table: setattr(low, "activation", ops.tanh), "the layer 'low' got activation="),
         (lambda low, table: setattr(low.kernel, "regularizer", keras.regularizers.L2(0.1)), "kernel' got regularizer="),
@@ -302,6 +304,7 @@ class Table(L.Layer):
     ],
     ids=[
         "in a large array",
+        "in an array of objects",
         "a new attribute",
         "a function",
         "regulariser",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -41,14 +43,32 @@ def test_setting_what_nobody_reads_is_refused(pipe, name: str) -> None:
         setattr(pipe, name, False)
 
 
-@pytest.mark.parametrize("name", ["schedule", "microbatches", "recompute", "transport", "threads", "segments", "wires"])
-def test_what_it_was_made_with_stays(pipe, name: str) -> None:
-    before = getattr(pipe, name)
-    with pytest.raises(NotInPipelineError, match="make another"):
-        setattr(pipe, name, None)
-    assert getattr(pipe, name) is before
+def test_what_it_was_made_with_stays(pipe) -> None:
+    """Every option, also one that is not kept as an attribute: Python would take it, and nobody would read it."""
+    for name in [*inspect.signature(Pipeline.__init__).parameters, "wires"]:
+        if name == "self":
+            continue
+        before = pipe.__dict__.get(name)
+        with pytest.raises(NotInPipelineError, match=f"setting pipe.{name} would change nothing.*make another"):
+            setattr(pipe, name, 4)
+        assert pipe.__dict__.get(name) is before
     pipe.remark = "one's own"
     assert pipe.remark == "one's own"
+
+
+def test_what_is_said_is_true_of_reading_and_of_setting(pipe) -> None:
+    for name, reading, setting in [
+        ("loss", "what compile\\(\\) was given", "compile again"),
+        ("compiled", "pipe.optimizer is None before compile", "call compile"),
+        ("stop_training", "self.model.stop_training", "self.model.stop_training = True"),
+        ("train_function", "train_on_batch", "make another pipeline"),
+        ("name", "ask your own model", "make another pipeline"),
+    ]:
+        with pytest.raises(NotInPipelineError, match=reading) as read:
+            getattr(pipe, name)
+        assert "compile again" not in str(read.value)
+        with pytest.raises(NotInPipelineError, match=setting):
+            setattr(pipe, name, None)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +83,11 @@ def test_data_without_a_batch_are_refused(pipe, data) -> None:
         pipe.fit(*data, verbose=0, shuffle=False)
     with pytest.raises(DataError, match=r"the data gave no batch.*nothing to evaluate"):
         pipe.evaluate(*data, verbose=0)
+    with pytest.raises(DataError, match=r"the data gave no batch.*nothing was trained"):
+        pipe.fit(*data, validation_data=(X, Y), verbose=0, shuffle=False)
+    assert_same_arrays(pipe.get_weights(), before)
+    with pytest.raises(DataError, match=r"the data gave no batch.*nothing to predict"):
+        pipe.predict(data[0], verbose=0)
     with pytest.raises(DataError, match=r"the data gave no batch.*nothing to evaluate"):
         pipe.fit(X, Y, validation_data=data if len(data) > 1 else data[0], verbose=0, shuffle=False)
     assert any((a != b).any() for a, b in zip(before, pipe.get_weights(), strict=True))  # the last one's training

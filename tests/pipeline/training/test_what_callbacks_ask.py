@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import CompileError, DataError, Pipeline
+from pipeline import CompileError, DataError, NotInPipelineError, Pipeline
 from tests.pipeline.reference.twins import callback_model, numbers, regressor, squares, twins
 
 XN, YN = numbers(20)
@@ -38,14 +38,23 @@ def test_a_callback_that_asks_for_what_is_elsewhere_is_told_so():
 
         def ask_all(epoch, logs):
             for name, ask in REFUSED.items():
-                with pytest.raises(CompileError) as error:
+                with pytest.raises((CompileError, NotInPipelineError)) as error:
                     ask(model)
                 errors[name] = str(error.value)
             with pytest.raises(AttributeError) as error:
                 model.something.at_all()
             errors["something"] = str(error.value)
+            for name in ("layers", "weights", "inputs", "outputs", "input", "output", "operations", "losses"):
+                assert not hasattr(model, name) and getattr(model, name, None) is None, name
 
         pipe.fit(XN, YN, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=ask_all)])
+    with Pipeline([regressor()], microbatches=1, transport="inproc") as parts:
+        parts.compile(**squares(), run_eagerly=True)
+        assert getattr(callback_model(parts), "input_shape", None) is None
+        with pytest.raises(NotInPipelineError) as shape:
+            _ = callback_model(parts).input_shape
+        errors["input_shape"] = str(shape.value)
+        assert "put together from parts" in errors["input_shape"]
     for name, text in errors.items():
         assert re.match(rf"a callback (asks for|calls|sets) self\.model\.{name}\b.*pipe", text), text
 
