@@ -11,13 +11,12 @@
 Step, microbatch and window count from the prefix, whatever the header says: so the same header serves all messages of
 one tensor, and neither end makes or takes apart the same bytes twice.
 
-The way back carries numbers of regions that the receiver has done with.
+The way back carries numbers of regions that the receiver has done with, one or several in a datagram.
 """
 
 from __future__ import annotations
 
 import array
-import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,8 @@ PREFIX: Final = struct.Struct("<BBxxIIQqqq")
 NOWHERE: Final = (0, 0, 0)
 """Step, microbatch and window of a datagram that is no message."""
 NUMBER: Final = struct.Struct("<I")
+MOST_NUMBERS: Final = 1024
+"""So many numbers one datagram of the way back has at most: 4 KiB, which the smallest socket holds."""
 
 
 class Form(IntEnum):
@@ -59,7 +60,7 @@ Buffer = bytes | memoryview
 
 
 class Datagram(NamedTuple):
-    """One datagram to send, and the descriptor that travels with it, which is closed afterwards."""
+    """One datagram to send, and the descriptor that travels with it, which stays the pool's of its region."""
 
     buffers: tuple[Buffer, ...]
     descriptor: int | None = None
@@ -67,11 +68,6 @@ class Datagram(NamedTuple):
     def kept(self) -> Datagram:
         """The same with memory of its own."""
         return self._replace(buffers=(b"".join(self.buffers),))
-
-    def close(self) -> None:
-        """Let go of the descriptor."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
 
 
 def user_of(connection: socket.socket) -> int:
@@ -97,6 +93,7 @@ def parts_of_bytes(whole: memoryview, size: int) -> Iterator[memoryview]:
 __all__ = [
     "DATAGRAM_BYTES",
     "KNOWN_HEADERS",
+    "MOST_NUMBERS",
     "NOWHERE",
     "NUMBER",
     "PIECE_BYTES",

@@ -21,6 +21,7 @@ from transport.message import Message
 from transport.one_host.datagrams import (
     DATAGRAM_BYTES,
     KNOWN_HEADERS,
+    MOST_NUMBERS,
     NUMBER,
     PREFIX,
     RECEIVE_FLAGS,
@@ -44,15 +45,32 @@ class _Peer:
     Attributes:
         header: Parts of a long header so far.
         rest: The header, the array, how many bytes of it are there, and the place, of a message that comes in pieces.
+        untold: Numbers of regions that are done with, of which the sender does not know yet.
     """
 
-    __slots__ = ("header", "regions", "rest", "socket")
+    __slots__ = ("header", "regions", "rest", "socket", "untold")
 
     def __init__(self, socket: socketlib.socket) -> None:
         self.socket = socket
         self.regions = ReceivedRegions()
         self.header = bytearray()
         self.rest: tuple[codec.Header, codec.Raw, int, tuple[int, int, int]] | None = None
+        self.untold: list[int] = []
+
+    def give_back(self, number: int) -> None:
+        """Tell the sender that a region is free, and those before of which its socket took no word.
+
+        A number is never told twice, whenever Ctrl-C comes: the second time its region may hold the next message.
+        """
+        self.untold.append(number)
+        while self.untold:
+            numbers = self.untold[-MOST_NUMBERS:]
+            del self.untold[-MOST_NUMBERS:]
+            try:
+                self.socket.send(b"".join(map(NUMBER.pack, numbers)), SEND_FLAGS)
+            except OSError:  # the socket is full; or the sender is gone, and the region with it
+                self.untold += numbers
+                return
 
     def close(self) -> None:
         self.regions.close()
@@ -188,10 +206,9 @@ class LocalInbox(Inbox):
         """The message that one datagram completes; None where it completes none, or the sender is gone."""
         try:
             size, ancillary, flags, _ = peer.socket.recvmsg_into([self._scratch], ROOM, RECEIVE_FLAGS)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionError):
+            # A sender that closed with numbers unread is reported once, before what it sent: that is read next, then 0.
             return None
-        except ConnectionError:
-            size, ancillary, flags = 0, [], 0
         descriptors = descriptors_in(ancillary) if ancillary else ()
         try:
             if size == 0:  # its sender is gone; what it sent before was read
@@ -268,8 +285,7 @@ class LocalInbox(Inbox):
             peer.regions.read(number, raw)
         except ValueError as error:
             raise MalformedMessage(str(error)) from error
-        with contextlib.suppress(OSError):  # its sender is gone, and the region with it
-            peer.socket.send(NUMBER.pack(number), SEND_FLAGS)
+        peer.give_back(number)
 
     def _add_piece(self, peer: _Peer, body: memoryview) -> Message | None:
         if peer.rest is None:

@@ -26,6 +26,7 @@ from transport.limits import Limits
 from transport.message import Message
 from transport.one_host.datagrams import (
     KNOWN_HEADERS,
+    MOST_NUMBERS,
     NOWHERE,
     NUMBER,
     PIECE_BYTES,
@@ -75,6 +76,8 @@ class LocalOutbox(Outbox):
         header, raw = self._frames(message)
         place = (message.step, message.microbatch, message.window)
         with self._lock:
+            if self.closed:  # the thread that sends on what waits has found the receiver gone just now
+                raise _gone(self, message, self._lost)
             try:
                 for datagram in self._datagrams(header, raw, place):
                     self._post(datagram)
@@ -128,7 +131,7 @@ class LocalOutbox(Outbox):
         try:
             while self._queue and self._try(self._queue[0]):
                 self._queue.popleft()
-        except ConnectionError:
+        except OSError:  # whatever it is: nobody is here to be told, so the next `send` is
             self._lose()
 
     def _frames(self, message: Message) -> tuple[bytes, memoryview | None]:
@@ -207,16 +210,18 @@ class LocalOutbox(Outbox):
     def _take_back(self) -> None:
         """Hear which regions the receiver has done with."""
         with contextlib.suppress(BlockingIOError):
-            while told := self._socket.recv(NUMBER.size, SEND_FLAGS):
-                self._pool.give_back(*NUMBER.unpack(told))
+            while told := self._socket.recv(NUMBER.size * MOST_NUMBERS, SEND_FLAGS):
+                for (number,) in NUMBER.iter_unpack(told):
+                    self._pool.give_back(number)
 
     def _post(self, datagram: Datagram) -> None:
         """Send a datagram, or keep it behind those that wait already."""
         if self._queue or not self._try(datagram):
             self._queue.append(datagram.kept())
             if self._later is None:
-                self._later = threading.Thread(target=self._send_later, daemon=True, name="tapeline-send-later")
-                self._later.start()
+                later = threading.Thread(target=self._send_later, daemon=True, name="tapeline-send-later")
+                later.start()
+                self._later = later
 
     def _try(self, datagram: Datagram) -> bool:
         """Send a datagram; False if the socket takes none now."""
@@ -232,7 +237,8 @@ class LocalOutbox(Outbox):
             if error.errno in _FULL:
                 return False
             raise
-        datagram.close()
+        if datagram.descriptor is not None:
+            self._pool.passed_on(datagram.descriptor)
         return True
 
     def _lose(self, lost: bool = True) -> None:
@@ -241,8 +247,7 @@ class LocalOutbox(Outbox):
 
     def _release(self) -> None:
         """Close the socket and forget what waits."""
-        while self._queue:
-            self._queue.popleft().close()
+        self._queue.clear()
         self._pool.close()
         self._socket.close()
 

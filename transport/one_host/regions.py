@@ -76,6 +76,7 @@ class RegionPool:
     def __init__(self) -> None:
         self._regions: dict[int, SharedRegion] = {}
         self._free: dict[int, None] = {}  # in the order in which they came back
+        self._descriptors: set[int] = set()  # of regions that the receiver was not told of yet
         self._next = 0
 
     def take(self, size: int) -> tuple[int, SharedRegion] | None:
@@ -91,7 +92,9 @@ class RegionPool:
         return number, self._regions[number]
 
     def make(self, size: int) -> tuple[int, SharedRegion, int]:
-        """A new region of at least `size` bytes: its number, itself, and its descriptor, which is the caller's.
+        """A new region of at least `size` bytes: its number, itself, and its descriptor.
+
+        The descriptor stays open until `passed_on`, or until the pool is closed.
 
         Raises:
             OSError: there is no descriptor or no memory for it.
@@ -105,9 +108,15 @@ class RegionPool:
         except BaseException:
             os.close(descriptor)
             raise
+        self._descriptors.add(descriptor)
         number, self._next = self._next, self._next + 1
         self._regions[number] = region
         return number, region, descriptor
+
+    def passed_on(self, descriptor: int) -> None:
+        """The receiver has a region's descriptor in its socket, so this one is closed."""
+        self._descriptors.remove(descriptor)
+        os.close(descriptor)
 
     def give_back(self, number: int) -> None:
         """The receiver has copied a region; a number that is not out is ignored."""
@@ -129,9 +138,11 @@ class RegionPool:
         self._regions.pop(number).close()
 
     def close(self) -> None:
-        """Unmap all of them."""
+        """Unmap all of them, and close the descriptors that were not passed on."""
         for number in list(self._regions):
             self.forget(number)
+        for descriptor in list(self._descriptors):
+            self.passed_on(descriptor)
 
 
 class ReceivedRegions:
