@@ -122,12 +122,14 @@ class StartValues:
         slots: The optimizer's; None: what the user's own optimizers know, else as new.
         anew: The stages that are not to take them over, since they have another optimizer now.
         layer_states: For each stage the states of its stateful layers; empty: those of the user's own layers.
+        kept_states: For each stage what it begins its next batch with under `keep_state`; empty: the initial states.
     """
 
     model: dict[int, list[Array]] = field(default_factory=dict)
     slots: OptimizerSlots | None = None
     anew: frozenset[int] = frozenset()
     layer_states: dict[int, list[Array]] = field(default_factory=dict)
+    kept_states: dict[int, list[Array]] = field(default_factory=dict)
 
 
 def described_slots(descriptions: Mapping[int, StageDescription]) -> Described:

@@ -118,7 +118,8 @@ class Workers:
             kept = {i: numbers for i, numbers in self._trained_now().items() if i not in anew}
             slots = optimizer_slots_of(self._driver).among(self._trained_before(), kept) if kept else None
             values, states = values_of(self._driver, "model"), values_of(self._driver, "layer states")
-            self._start = StartValues(values, slots, anew, states)
+            kept_states = values_of(self._driver, "kept states") if self._setup.options.keep_state else {}
+            self._start = StartValues(values, slots, anew, states, kept_states)
             self.stop("compile() was called")
         elif self._start is not None:
             self._start = replace(self._start, anew=self._start.anew | anew)
@@ -199,6 +200,8 @@ class Workers:
         driver.set("model", start.model)
         if start.layer_states:
             driver.set("layer states", start.layer_states)
+        if start.kept_states:
+            driver.set("kept states", start.kept_states)
         described = described_slots(driver.descriptions)
         slots = {}
         if start.slots is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to continue as if never stopped, also over other cuts.
+"""Checkpoints: everything needed to continue between two sequences as if never stopped, also over other cuts.
 
     run/step-100/
         manifest.json    recipes of the segments, what compile was given, names and digests
@@ -12,6 +12,8 @@ Rules:
    than Keras's runs only if the user says so (`pipeline.saving.trust`). What a configuration leaves out is named on
    saving, and must be brought on loading (`pipeline.saving.own_objects`).
 3. Optimizer slots are kept by the variable they belong to, so that other cuts can take them over.
+4. States that one batch leaves for the next are not in it, neither those of `keep_state` nor those of layers with
+   ``stateful=True``, as with `model.save`.
 """
 
 from __future__ import annotations

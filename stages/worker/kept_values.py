@@ -11,6 +11,8 @@ from stages.worker.hosted_stage import HostedStage
 
 EVERYTHING = ("model", "optimizer", "metrics", "besides", "layer states")
 """All of a stage's variables, as `HostedStage.variables` calls them."""
+CHANGED_BY_STEPS = ("states", "metrics", "besides")
+"""Those that a step changes by itself: statistics, seeds, layer states, metrics, and variables of the user's losses."""
 
 
 class Kept:
@@ -83,8 +85,7 @@ class Undo:
 
 def _changed_by_steps(hosted: HostedStage) -> list[Any]:
     """TensorFlow's variables of statistics, seeds, metrics, and of the user's losses."""
-    groups = ("states", "metrics", "besides")
-    return [getattr(one, "value", one) for group in groups for one in hosted.variables(group)]
+    return [getattr(one, "value", one) for group in CHANGED_BY_STEPS for one in hosted.variables(group)]
 
 
 def _bits(kept: Any) -> list[list[tuple[str, tuple[int, ...], bytes]]]:

@@ -24,12 +24,17 @@ class Mode(StrEnum):
     GRADIENTS = "gradients"  # the same for a look at the gradients: what a forward pass changes is put back
     TEST = "test"  # forward, loss and metrics
     PREDICT = "predict"  # forward; outputs go to the driver
-    MASKS = "masks"  # forward; which elements of the predictions count, for the weights of the next step
+    MASKS = "masks"  # forward; which elements of the predictions count, for the weights of the next step; put back too
 
     @property
     def training(self) -> bool:
         """Whether layers run in training mode, under tapes, and gradients are there afterwards."""
         return self in (Mode.TRAIN, Mode.GRADIENTS)
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether all that a forward pass changes is put back at its end, kept states too."""
+        return self in (Mode.GRADIENTS, Mode.MASKS)
 
     @property
     def with_loss(self) -> bool:

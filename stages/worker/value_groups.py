@@ -56,9 +56,9 @@ def write_group(worker: BaseWorker, stage: int, what: str, arrays: Sequence[Arra
 
 
 def _begin_with(worker: BaseWorker, stage: int, values: Sequence[Array]) -> None:
-    """Let a stage begin with states that another run's batch left, microbatch after microbatch."""
+    """Let a stage begin with states that another run's batch left, microbatch after microbatch; none: begin anew."""
     carried = worker.hosted[stage].stage.carried
-    if values and carried is not None:
+    if carried is not None:
         count = len(carried)
         carried.kept = {
             k: tuple(to_tensor(np.array(value)) for value in values[k * count : (k + 1) * count])

@@ -21,7 +21,7 @@ from stages.errors import HandoffError
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
 from stages.worker.hosted_stage import HostedStage, StageSpec
-from stages.worker.kept_values import Undo
+from stages.worker.kept_values import CHANGED_BY_STEPS, Undo
 from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
 from stages.worker.reply import Reply, StepReply
@@ -56,10 +56,9 @@ class Worker(BaseWorker):
     def step(self, order: StepOrder) -> StepReply:
         """Run the stages' actions of a plan."""
         self._undo = {index: Undo(hosted) for index, hosted in self.hosted.items()}
-        before = self._keep(("states", "metrics")) if order.mode is Mode.GRADIENTS else {}
+        # Of a look at masks nothing is left either: so the undo of the step behind it is the undo of both.
+        before = self._keep(CHANGED_BY_STEPS) if order.mode.only_looks else {}
         if order.mode is Mode.MASKS:
-            looks = [hosted.inner_metrics or hosted.variables("layer states") for hosted in self.hosted.values()]
-            before = self._keep(("metrics", "layer states")) if any(looks) else {}
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
         links = Links(self._take, self._hand_over, self.incarnation, self.board)
