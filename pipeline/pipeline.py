@@ -111,9 +111,9 @@ class Pipeline(WithoutModelNames):
         self.history: Any = None
         self._session = Session.of(self.segments, self.wires, options, split)
         self.changes = Changes(self._session)
-        self._session.workers.filled, self._session.steps.begin = self.changes.hold, self.changes.look
-        if check_first_batch:
-            self._session.steps.look = FirstBatch(self._session, self.changes.hold_attributes).look
+        self._session.workers.filled, steps = self.changes.hold, self._session.steps
+        steps.begin, steps.calling_own = self.changes.look, self.changes.calling_own
+        steps.look = FirstBatch(self._session).look if check_first_batch else steps.look
         if not self.transport.startswith("inproc"):
             prestart()
 

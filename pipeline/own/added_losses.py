@@ -4,7 +4,8 @@
 
 `add_loss` and activity regularisers count with a microbatch's share of the batch, which is right for means and for
 constants. Only the layer itself is called again, in the user's process, on what it was given and on random numbers in
-its place. What it draws itself is the same for every sample meanwhile.
+its place. What it draws itself is the same for every sample meanwhile, and a BatchNormalization in it runs as in
+inference: what that takes from each microbatch is told of it elsewhere, and is nothing that the loss does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stages.keras_internals import layer_call, own_added_losses, replaced_draws
+from stages.keras_internals import layer_call, own_added_losses, replaced_draws, takes_training
 from stages.masks import mask_of, with_mask
 from stages.tape.eagerly import eagerly
 from stages.tensorflow_internals import replaced
@@ -103,6 +104,7 @@ def _tried(layer: Any, given: Sequence[Any], training: bool) -> str:
 
         with ExitStack() as stack:
             stack.enter_context(eagerly())
+            stack.enter_context(replaced(*layer_call(), _normalising_by_what_is_known))
             stack.enter_context(replaced_draws(dict.fromkeys(_DRAWS, _same_for_all) | {"dropout": _nothing_dropped}))
             whole = losses(0, total)
             if not np.isfinite(whole).all() or not np.array_equal(losses(0, total), whole):
@@ -176,6 +178,17 @@ def _same_for_all(draw: Callable[..., Any]) -> Callable[..., Any]:
         return tf.repeat(one, shape[0], axis=0)
 
     return drawn
+
+
+def _normalising_by_what_is_known(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Call layers, but a BatchNormalization as in inference, so that no sample's result depends on others."""
+
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, keras.layers.BatchNormalization) and takes_training(layer):
+            kwargs["training"] = False
+        return call(layer, *args, **kwargs)
+
+    return called
 
 
 def _nothing_dropped(_: Callable[..., Any]) -> Callable[..., Any]:

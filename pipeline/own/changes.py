@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -88,10 +89,19 @@ class Changes:
         known = [one for one in self._optimizers if variables_known_to(one)]
         self._slots = Held([v for one in known for v in one.variables if v.name not in ("iteration", "learning_rate")])
 
-    def hold_attributes(self) -> None:
-        """Keep what the own model's layers became by being called in this process: counters, for instance."""
-        if self._filled:
-            self._attributes = Attributes(_objects(self._session))
+    @contextmanager
+    def calling_own(self) -> Iterator[None]:
+        """The user's own objects run in this process meanwhile; what that makes of them, counters, is no change.
+
+        Raises:
+            CompileError: An attribute was changed before, which would be taken for what the run made of it.
+        """
+        self._refuse_attributes(None)
+        try:
+            yield
+        finally:
+            if self._filled:
+                self._attributes = Attributes(_objects(self._session))
 
     def look(self, closely: bool = False, training: bool = False) -> None:
         """Take along, or refuse, what was changed since the last look.
@@ -108,13 +118,17 @@ class Changes:
         closely, self.closely = closely or self.closely, False
         self.take_variables()
         self._take_numbers()
-        if (found := self._attributes.changed(None if closely else _AT_ONCE)) is not None:
-            raise CompileError(f"{found} after compile(), and the workers' copy is still as it was; {_AGAIN}")
+        self._refuse_attributes(None if closely else _AT_ONCE)
         if closely:
             self._take_model()
             self._take_slots()
         if closely and training:
             self._warn_of_trainable()
+
+    def _refuse_attributes(self, most: int | None) -> None:
+        """Refuse a changed attribute; as many are compared as `Attributes.changed` is told."""
+        if self._filled and (found := self._attributes.changed(most)) is not None:
+            raise CompileError(f"{found} after compile(), and the workers' copy is still as it was; {_AGAIN}")
 
     def take_variables(self) -> None:
         """Give the workers new values of variables that nothing but the user changes.

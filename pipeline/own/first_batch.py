@@ -11,7 +11,7 @@ run again with every variable changed by at most one rounding.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,11 @@ class FirstBatch:
 
     Args:
         session: The running pipeline.
-        after: Is called when the own objects ran, which may have changed their attributes.
     """
 
-    def __init__(self, session: Session, after: Callable[[], None] = lambda: None) -> None:
-        self._session, self._after = session, after
-        self._seen: dict[Mode, Any] = {}
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._seen: dict[tuple[Mode, bool], Any] = {}
         self._untold = ""
         self._warned = self._warned_of_state = False
 
@@ -66,23 +65,31 @@ class FirstBatch:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
 
         Args:
-            mode: `Mode.TRAIN`, `Mode.TEST` or `Mode.PREDICT`; each is looked at once.
+            mode: `Mode.TRAIN`, `Mode.TEST` or `Mode.PREDICT`; each is looked at once, and once more in several
+                microbatches where there was but one before, which says nothing of sums and of states.
             batch: The batch that is about to go through the pipeline.
 
         Raises:
             FirstBatchError: They differ by more than rounding; says where first, and what to do.
+            CompileError: An own object was changed after `compile`.
         """
-        setup, compiled = self._session.setup, self._session.workers.compiled
+        compiled = self._session.workers.compiled
         if self._untold:  # and yet the workers went through that batch
             untold, self._untold = self._untold, ""
             warnings.warn(
                 f"the first batch could not be compared with the model in this process: calling it raises {untold}",
                 stacklevel=2,
             )
-        if self._seen.get(mode, self) is compiled or self._cannot():
+        several = len(batch.sizes) > 1
+        if any(self._seen.get((mode, how), self) is compiled for how in (several, True)) or self._cannot():
             return
-        self._seen[mode] = compiled
         self._session.steps.plan(batch, training=mode.training)  # says what there is to say, of the batch as it is
+        with self._session.steps.calling_own():
+            self._seen[mode, several] = compiled
+            self._compare(mode, batch)
+
+    def _compare(self, mode: Mode, batch: Batch) -> None:
+        setup, compiled = self._session.setup, self._session.workers.compiled
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
         few, training, values = self._few(batch), mode.training, self._session.values.read("model")
         own.begin_with(self._session.values.read("layer states"))
@@ -93,13 +100,20 @@ class FirstBatch:
                 own.disturb(seed)
             return own.run(few, training)
 
+        def first_run() -> tuple[OwnResult, list[AddingCall]]:
+            with calls_that_add_losses() as calls:
+                return run(), calls
+
         besides = [variable for some in self._session.workers.besides().values() for variable in some]
         with lent([*own.variables, *besides]):
             try:
-                with calls_that_add_losses() as calls:
-                    theirs = run()
+                try:
+                    theirs, calls = first_run()
+                except Exception:  # a model may want microbatches of a certain size
+                    few = _as_it_is_cut(batch, len(few.sizes))
+                    theirs, calls = first_run()
             except Exception as error:
-                self._untold = f"{type(error).__name__}: {error}"  # if the batch is at fault, its worker tells it whole
+                self._untold = _told(error)  # if the batch is at fault, its worker tells it whole
                 return
             if mode is not Mode.PREDICT:
                 self._refuse_sums(calls, few, training)
@@ -108,7 +122,6 @@ class FirstBatch:
             if training and few.lengths and _differ(own.values(), values):
                 mode, training = Mode.TEST, False  # random numbers, which are drawn once a window there
                 theirs = run()
-            self._after()
             ours = self._through_the_pipeline(mode, few)
             plain = Tolerance.elsewhere(own.precision).relative
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > plain}
@@ -129,7 +142,12 @@ class FirstBatch:
         if not ours.metrics or compiled is None:
             return
         own = OwnMetrics(compiled, self._session.setup.wires)
-        if far := own.apart(ours.metrics, theirs.tensors, few, rounding):
+        try:
+            far = own.apart(ours.metrics, theirs.tensors, few, rounding)
+        except Exception as error:  # one may need what its worker has
+            self._untold = _told(error)
+            return
+        if far:
             raise FirstBatchError(
                 f"the first batch, looked at before it counts: {far} is another one in the workers, on equal "
                 f"predictions. {_MEANT}"
@@ -154,7 +172,7 @@ class FirstBatch:
                 f"the layer {layer!r} changes its variable {variable!r} whenever it is called, and it is called for "
                 f"each of {microbatches} microbatches, where Keras calls it once a batch: training differs. With "
                 "microbatches=1 it does not",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _cannot(self) -> bool:
@@ -174,16 +192,7 @@ class FirstBatch:
         if rows == samples or any(symbol.shape[0] is not None for symbol in inputs):
             return batch
 
-        def first(arrays: Mapping[str, Array]) -> dict[str, Array]:
-            return {name: array[:rows] for name, array in arrays.items()}
-
-        return replace(
-            batch,
-            inputs=first(batch.inputs),
-            targets=first(batch.targets),
-            sample_weights=first(batch.sample_weights),
-            sizes=_unequal(rows, parts),
-        )
+        return _first(batch, _unequal(rows, parts))
 
     def _refuse_sums(self, calls: Sequence[AddingCall], few: Batch, training: bool) -> None:
         """Refuse losses that layers add and that would count otherwise in microbatches than in the batch."""
@@ -249,6 +258,30 @@ def _differ(ours: StageValues, theirs: StageValues) -> bool:
     """Whether any bit of the stages' variables does."""
     pairs = (pair for i in ours for pair in zip(ours[i], theirs[i], strict=True))
     return any(a.tobytes() != b.tobytes() for a, b in pairs)
+
+
+def _first(batch: Batch, sizes: tuple[int, ...]) -> Batch:
+    """The first samples of a batch, in microbatches of these sizes."""
+
+    def first(arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: array[: sum(sizes)] for name, array in arrays.items()}
+
+    return replace(
+        batch,
+        inputs=first(batch.inputs),
+        targets=first(batch.targets),
+        sample_weights=first(batch.sample_weights),
+        sizes=sizes,
+    )
+
+
+def _as_it_is_cut(batch: Batch, parts: int) -> Batch:
+    """So many of a batch's first microbatches, whole."""
+    return _first(batch, tuple(batch.sizes[:parts]))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _unequal(rows: int, parts: int) -> tuple[int, ...]:

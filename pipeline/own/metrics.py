@@ -18,6 +18,7 @@ from pipeline.batch.step import Batch
 from pipeline.compiled.compiled import Compiled
 from pipeline.distance import distance
 from pipeline.model.wiring import Wires
+from pipeline.own.model import as_tensors
 from stages.loss.head import LossModel
 from stages.masks import mask_of, with_mask
 
@@ -74,10 +75,10 @@ class OwnMetrics:
                 continue
             judge = LossModel()
             judge.compile(optimizer=None, metrics=given.metrics, weighted_metrics=given.weighted_metrics)
-            judge.compute_metrics(None, batch.targets[label], tensors[name], batch.sample_weights.get(label))
+            target, weight = as_tensors(batch, label)
+            judge.compute_metrics(None, target, tensors[name], weight)
             judge.reset_metrics()  # what was made by the first call counts from zero as well
-            target = tf.convert_to_tensor(batch.targets[label])
-            judge.compute_metrics(None, target, tensors[name], batch.sample_weights.get(label))
+            judge.compute_metrics(None, target, tensors[name], weight)
             prefix = f"{label}_" if self._several else ""
             results = judge.get_metrics_result().items()
             found |= {f"{prefix}{key}": np.asarray(value).tolist() for key, value in results if key != "loss"}

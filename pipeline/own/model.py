@@ -255,9 +255,8 @@ class OwnModel:
             if one.label not in self._judges:
                 self._judges[one.label] = LossModel()
                 self._judges[one.label].compile(optimizer=None, loss=one.loss)
-            value = self._judges[one.label].compute_loss(
-                None, batch.targets[one.label], outputs[names[one.label]], batch.sample_weights.get(one.label)
-            )
+            target, weight = as_tensors(batch, one.label)
+            value = self._judges[one.label].compute_loss(None, target, outputs[names[one.label]], weight)
             found[one.label] = float(tf.reduce_sum(value))
         return found
 
@@ -279,13 +278,20 @@ class OwnModel:
                 loss_weights=(weights if several else [weights[labels[0]]]) if weighed else None,
             )
         predicted = {label: outputs[names[label]] for label in labels}
-        targets = {label: batch.targets[label] for label in labels}
-        weighted = {label: batch.sample_weights[label] for label in labels if label in batch.sample_weights}
+        given_with = {label: as_tensors(batch, label) for label in labels}
+        targets = {label: target for label, (target, _) in given_with.items()}
+        weighted = {label: weight for label, (_, weight) in given_with.items() if weight is not None}
         if len(labels) == 1:
             (label,) = labels
             return self._judge.compute_loss(None, targets[label], predicted[label], weighted.get(label))
         given = {label: weighted.get(label) for label in labels} if weighted else None
         return self._judge.compute_loss(None, targets, predicted, given)
+
+
+def as_tensors(batch: Batch, label: str) -> tuple[Any, Any | None]:
+    """The targets (n, ...) of an output and its sample weights, or None, as tensors: so Keras's `fit` gives them."""
+    weight = batch.sample_weights.get(label)
+    return tf.convert_to_tensor(batch.targets[label]), None if weight is None else tf.convert_to_tensor(weight)
 
 
 def _microbatches(batch: Batch) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,7 @@ class StepRunner:
         look: Is shown every batch before it is trained (`Mode.TRAIN`), evaluated (`Mode.TEST`) or predicted
             (`Mode.PREDICT`).
         begin: Is called before a batch is made ready.
+        calling_own: Makes what surrounds every run of the user's own layers, losses and metrics in this process.
 
     Raises:
         ScheduleError, PlanError: The schedule makes no plan for these stages and options that workers can run.
@@ -50,6 +52,7 @@ class StepRunner:
         self._setup, self._workers = setup, workers
         self.look: Callable[[Mode, Batch], None] = lambda mode, batch: None
         self.begin: Callable[[], None] = lambda: None
+        self.calling_own: Callable[[], AbstractContextManager[None]] = nullcontext
         self._plans: dict[tuple[int, int, bool, bool], Plan] = {}
         self._meaning: Meaning | None = None
         self._names = InputNames.of(setup.wires.inputs, getattr(setup.original, "input", None))

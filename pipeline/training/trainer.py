@@ -219,7 +219,8 @@ class Trainer(ModelWithoutLayers):
             one = one[:1]
             free = [*one.shape, *(1 for _ in shape)]
             sizes = [free[i] if size is None else size for i, size in enumerate(shape)]
-            own_metrics.build(compiled, label, one, tf.zeros([1, *sizes[1:]], dtype))
+            with self.session.steps.calling_own():
+                own_metrics.build(compiled, label, one, tf.zeros([1, *sizes[1:]], dtype))
 
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers; Keras does so where an epoch begins."""

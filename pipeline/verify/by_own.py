@@ -16,7 +16,8 @@ judged. Where something differs, the model's parts are run one by one to find th
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -125,12 +126,15 @@ class ByOwn:
     def _drawing(self, values: StageValues) -> str:
         return told(layers_that_draw(lambda: self._run(values)))
 
-    def _lent(self) -> AbstractContextManager[Lent]:
-        """Everything of the user's that a run may change."""
+    @contextmanager
+    def _lent(self) -> Iterator[Lent]:
+        """Everything of the user's that a run may change: variables come back, attributes are held anew."""
         session, compiled = self.session, self.session.workers.needs_compile("verify")
         besides = [variable for some in session.workers.besides().values() for variable in some]
         slots = [variable for one in compiled.optimizers if one is not None for variable in one.variables]
-        return lent({id(v): v for v in [*self.model.variables, *besides, *slots]}.values())
+        own = {id(v): v for v in [*self.model.variables, *besides, *slots]}.values()
+        with session.steps.calling_own(), lent(own) as loan:
+            yield loan
 
     def _step(self, values: StageValues, ours: Observed, predicted: Numbers) -> list[Judged]:
         try:

@@ -54,6 +54,19 @@ class Holding(layers.Layer):
         return self.inner(inputs)
 
 
+class Encoding(layers.Layer):
+    """Adds a loss of what it computes with a normalisation inside, as an encoder with a divergence does."""
+
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        super().__init__(name="adding")
+        self.dense, self.norm, self.loss = layers.Dense(4), layers.BatchNormalization(), loss
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        code = self.norm(self.dense(inputs), training=training)
+        self.add_loss(self.loss(code))
+        return code
+
+
 def model(*middle: Any) -> Any:
     keras.utils.set_random_seed(1)
     first = layers.Dense(4, "softmax", kernel_initializer="zeros", name="low")
@@ -73,11 +86,20 @@ def split(whole: Any, **options: Any) -> Pipeline:
         (lambda: [Adding(lambda x: ops.sum(x**2))], "a sum over samples"),
         (lambda: [Adding(lambda x: ops.sum(x**2), training_only=True)], "a sum over samples"),
         (lambda: [layers.BatchNormalization(), Holding(Adding(lambda x: ops.sum(x)))], "a sum over samples"),
+        (lambda: [Encoding(lambda x: ops.sum(x**2))], "a sum over samples"),
         (lambda: [Adding(lambda x: ops.sqrt(ops.mean(x**2) + 1e-3))], "neither"),
         (lambda: [Adding(lambda x: ops.sum(ops.mean(x, axis=0) ** 2))], "neither"),  # equal predictions at the start
         (lambda: [layers.Dense(4, activity_regularizer=lambda x: ops.mean(x**2), name="adding")], "neither"),
     ],
-    ids=["sum", "in training only", "in a layer", "root of a mean", "product of means", "activity regulariser"],
+    ids=[
+        "sum",
+        "in training only",
+        "in a layer",
+        "behind a normalisation in it",
+        "root of a mean",
+        "product of means",
+        "activity regulariser",
+    ],
 )
 def test_what_would_count_otherwise_is_refused_by_name_before_it_trains(middle: Any, what: str) -> None:
     with split(model(*middle())) as pipe:
@@ -112,6 +134,23 @@ def test_a_layers_own_chance_and_what_is_in_front_of_it_raise_no_alarm() -> None
     noisy = [layers.BatchNormalization(), layers.Dropout(0.5), Adding(lambda x: ops.mean(x**2)), Noised()]
     with split(model(*noisy)) as pipe:
         pipe.train_on_batch(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:.*takes its statistics from each microbatch")
+def test_a_mean_behind_a_normalisation_in_the_same_layer_raises_no_alarm() -> None:
+    """What it takes from a microbatch is told of the normalisation, not of the loss."""
+    regularised = layers.BatchNormalization(activity_regularizer="l2")
+    with split(model(Encoding(lambda x: ops.mean(ops.sum(ops.exp(x) - x, axis=-1))), regularised)) as pipe:
+        pipe.train_on_batch(X, Y)
+
+
+def test_a_sum_is_refused_also_where_a_batch_of_one_sample_came_first() -> None:
+    with split(model(Adding(lambda x: ops.sum(x**2)))) as pipe:
+        pipe.train_on_batch(X[:1], Y[:1])
+        before = pipe.get_weights()
+        with pytest.raises(FirstBatchError, match=r"layer 'adding' adds a loss .* a sum over samples"):
+            pipe.fit(X, Y, verbose=0)
+        assert_same_arrays(pipe.get_weights(), before)
 
 
 def test_one_microbatch_trains_a_sum_as_keras_does() -> None:

@@ -4,6 +4,7 @@ left alone, bit for bit."""
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline import FirstBatchError, Pipeline
+from pipeline import CompileError, FirstBatchError, Pipeline
 from stages.loss.head import Head
 from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
@@ -44,6 +45,62 @@ class OnlyInWorkers(layers.Layer):
         if threading.current_thread() is MAIN and tf.executing_eagerly():
             raise RuntimeError("not here")
         return x
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class Pairs(layers.Layer):
+    """A layer that adds to both samples of a pair their mean: it wants an even number of them."""
+
+    def call(self, x: Any) -> Any:
+        pairs = keras.ops.reshape(x, (-1, 2, x.shape[-1]))
+        return x + keras.ops.reshape(keras.ops.mean(pairs, axis=1, keepdims=True) + 0 * pairs, keras.ops.shape(x))
+
+
+@keras.saving.register_keras_serializable("tests.first_batch")
+class Counted(layers.Layer):
+    """Counts its calls in a plain number."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self.calls = 0
+
+    def call(self, x: Any) -> Any:
+        self.calls += 1
+        return x
+
+
+class Many(layers.Layer):
+    """A layer with more attributes than are compared before a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for k in range(200):
+            setattr(self, f"number{k}", k)
+
+    def call(self, inputs: Any) -> Any:
+        return inputs
+
+
+class CountedError(keras.metrics.MeanAbsoluteError):
+    """A metric that counts its updates in a plain number, and asks its targets and weights what only tensors know."""
+
+    updates = 0
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        assert y_true.shape.rank == y_true.get_shape().rank == 2 and y_true.dtype.is_floating
+        assert sample_weight is None or sample_weight.dtype.is_floating
+        self.updates += 1
+        return super().update_state(y_true, y_pred, sample_weight)
+
+
+class CountedScore(keras.metrics.F1Score):
+    """A metric that makes its variables with its first update, and counts updates in a plain number."""
+
+    updates = 0
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        self.updates += 1
+        return super().update_state(y_true, y_pred, sample_weight)
 
 
 def batch(samples: int = 24) -> tuple[np.ndarray, np.ndarray]:
@@ -242,3 +299,68 @@ def test_a_layer_that_changes_itself_in_every_microbatch_is_named_once() -> None
                     pipe.train_on_batch(*batch())
             pipe.train_on_batch(*batch())
             pipe.test_on_batch(*batch())
+
+
+def test_a_layer_that_changes_itself_is_named_also_where_a_batch_of_one_sample_came_first() -> None:
+    with split(model(Stepping(name="stepping")), microbatches=3) as pipe:
+        pipe.train_on_batch(*batch(1))
+        with pytest.warns(UserWarning, match=r"'stepping' changes .* each of 3 microbatches"):
+            pipe.train_on_batch(*batch())
+
+
+def test_a_model_that_wants_even_microbatches_is_compared_in_such() -> None:
+    with split(model(Pairs()), microbatches=3) as pipe:
+        for _ in range(2):
+            pipe.train_on_batch(*batch())
+    wrong = split(model(Pairs(), ElsewhereDoubled()), microbatches=3)
+    with wrong, pytest.raises(FirstBatchError, match="first to differ is stage 'stage0'"):
+        wrong.train_on_batch(*batch())
+
+
+def test_targets_and_weights_are_tensors_and_what_objects_count_in_the_look_is_no_change_of_the_users() -> None:
+    """Of a metric, which is run after the model, and of layers that are run again to see what rounding does."""
+    x, y = batch()
+    metrics = {"metrics": [CountedError(name="a")], "weighted_metrics": [CountedError(name="b")]}
+    deep = [layer for _ in range(6) for layer in (layers.Dense(16, "relu"), layers.BatchNormalization())]
+    with Pipeline.split(model(*deep, Counted()), stages=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mean_squared_error", **metrics)
+        logs = pipe.train_on_batch(x, y, np.ones(len(x), "float32"), return_dict=True)
+        assert logs["a"] == pytest.approx(logs["b"])
+        pipe.test_on_batch(x, y)
+        pipe.fit(x, y, verbose=0)
+
+
+def test_what_a_metric_counts_when_its_variables_are_made_is_no_change_of_the_users() -> None:
+    with Pipeline.split(model(), stages=2, transport="inproc", check_first_batch=False) as pipe:
+        pipe.compile("sgd", "mean_squared_error", metrics=[CountedScore(threshold=0.5)], run_eagerly=True)
+        for _ in range(2):
+            pipe.fit(*batch(), verbose=0)
+
+
+def test_a_metric_that_cannot_be_called_here_is_trained_with_a_warning() -> None:
+    def error(y_true: Any, y_pred: Any) -> Any:
+        from threading import current_thread, main_thread
+
+        if current_thread() is main_thread() and y_true.shape[0] > 1:
+            raise RuntimeError("not here")
+        return keras.ops.abs(y_true - y_pred)
+
+    whole = model()
+    with Pipeline.split(whole, stages=2, transport="inproc") as pipe:
+        pipe.compile("sgd", "mean_squared_error", metrics=[error])
+        pipe.train_on_batch(*batch())
+        with pytest.warns(UserWarning, match="RuntimeError"):
+            pipe.train_on_batch(*batch())
+
+
+def test_what_was_changed_is_refused_also_where_the_own_model_is_about_to_be_called() -> None:
+    """The look at the first prediction, and a verification, call it and keep what it became, but not the change."""
+    drop = layers.Dropout(0.5, name="drop")
+    whole = keras.Sequential([keras.Input((6,)), layers.Dense(2), Many(), drop, layers.Dense(1)])
+    with Pipeline.split(whole, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        pipe.train_on_batch(*batch())
+        drop.rate = 0.9
+        for ask in (partial(pipe.predict_on_batch, batch()[0]), partial(pipe.verify, *batch(), checks="own")):
+            with pytest.raises(CompileError, match=r"'drop' got rate=0.9 \(it was 0.5\)"):
+                ask()
