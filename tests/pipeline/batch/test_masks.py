@@ -97,6 +97,7 @@ def test_masked_loss_over_microbatches_equals_the_whole_batch(build, schedule, e
         assert np.abs(ours - theirs).max() <= 1e-6 * largest
 
 
+@pytest.mark.gate
 def test_several_stages_a_worker_look_for_masks_by_a_plan_of_their_own():
     """Batches of 4 and of 3 microbatches, in turn: training, evaluation and prediction are Keras's."""
     keras.utils.set_random_seed(0)

@@ -169,6 +169,7 @@ def test_the_users_own_variables_are_left_as_they_were() -> None:
         assert_same_bits(before, [variable.numpy() for variable in whole.variables], "variables")
 
 
+@pytest.mark.gate
 def test_several_outputs_weights_and_masks_raise_no_alarm() -> None:
     words = keras.Input((5,), dtype="int32")
     read = layers.LSTM(6, return_sequences=True, name="lstm")(layers.Embedding(9, 4, mask_zero=True)(words))

@@ -113,6 +113,7 @@ def test_what_a_layer_refuses_leaves_the_run_bit_for_bit_as_it_was(eager):
         assert trained(pipe, BY_DATA) == trained(twin, ())
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("left_out", in_turn(["gradients", "states", "metrics"], 1, 1))
 def test_the_oracle_sees_what_is_not_undone(left_out, monkeypatch):
     """A negative control: each thing that is left out of the undoing makes another run."""

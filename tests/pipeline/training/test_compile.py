@@ -175,6 +175,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", in_turn(list(LOSSES), 7, 7))
 def test_losses_by_name_object_and_function(name):
     given = LOSSES[name]

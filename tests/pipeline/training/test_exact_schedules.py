@@ -114,6 +114,7 @@ def folded(stages: int, microbatches: int, **_: Any) -> Plan:
     return placed(one_f_one_b(stages, microbatches), (0, 1, 0))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(("name", "schedule"), [("recurrent", folded), ("branched", "interleaved")])
 def test_two_stages_a_worker_hand_tensors_to_each_other(name: str, schedule: Any) -> None:
     """In two processes: tied weights of one worker, masks, skip edges, dropout; then a smaller batch, and all else.

@@ -102,6 +102,7 @@ def test_eager_windows_are_one_tape_bit_for_bit(case, stages, windows, truncate)
         assert f"{windows} windows" in report.headline
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("stages", "windows", "truncate", "recompute", "case"),
     in_turn(COMPILED, 1, 2, several=True),
@@ -141,6 +142,7 @@ def test_windows_are_the_full_length_of_the_uncut_model(case, run_eagerly):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.gate
 def test_truncation_changes_the_gradient_and_not_the_loss():
     x, y = tags()
     losses, gradients = [], []
@@ -332,6 +334,7 @@ def given_start():
     return keras.Model([x, h, c], layers.Dense(2, name="out")(y))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("stages", "run_eagerly"), in_turn([(3, True), (1, False), (1, True), (3, False)], 1, 2, several=True)
 )
