@@ -24,6 +24,19 @@ class Scale(keras.layers.Layer):
         return super().get_config() | {"factor": self.factor}
 
 
+@keras.saving.register_keras_serializable("tapeline_tests")
+class Counted(keras.layers.Layer):
+    """Counts its calls in a plain number."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
 class Shift(keras.layers.Layer):
     """A layer that nobody registered."""
 

@@ -5,11 +5,11 @@ import errno
 import os
 import socket
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.transport.ways import LARGE, PATIENCE, SMALL, activation, mapped_regions, open_descriptors
 from transport import (
     BadAddress,
     ChannelClosed,
@@ -25,39 +25,6 @@ from transport import (
 from transport.one_host import datagrams, local, regions
 from transport.one_host import inbox as receiving
 from transport.one_host import outbox as sending
-
-PATIENCE = 20.0
-ROOT = Path(__file__).resolve().parents[2]
-LARGE = np.arange(1 << 18, dtype=np.float32)
-"""An array that goes through a region."""
-SMALL = np.arange(6, dtype=np.float32)
-
-
-@pytest.fixture
-def pair():
-    """Two transports, as of two processes."""
-    with open_transport("local") as here, open_transport("local") as there:
-        yield here, there
-
-
-@pytest.fixture
-def way(pair):
-    """An inbox and an outbox that leads to it."""
-    here, there = pair
-    inbox = here.bind()
-    yield inbox, there.connect(inbox.address, PATIENCE)
-
-
-def activation(number, content=SMALL):
-    return Message("activation", step=3, tensor="x", microbatch=number, array=content)
-
-
-def open_descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def mapped_regions():
-    return Path("/proc/self/maps").read_text().count("tapeline-region")
 
 
 def test_regions_are_used_again_and_leave_no_descriptor_open(way):

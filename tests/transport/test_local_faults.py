@@ -3,34 +3,22 @@
 import errno
 import os
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.transport import ways
+from tests.transport.ways import PATIENCE, open_descriptors
 from transport import Message, PeerLost, open_transport
 from transport.one_host import outbox as sending
 
-PATIENCE = 20.0
 LARGE = np.arange(1 << 14, dtype=np.float32)
 """An array that goes through a region."""
 
 
-@pytest.fixture
-def way():
-    """An inbox and an outbox of another transport that leads to it."""
-    with open_transport("local") as here, open_transport("local") as there:
-        inbox = here.bind()
-        yield inbox, there.connect(inbox.address, PATIENCE)
-
-
 def activation(number, content=LARGE):
-    return Message("activation", step=3, tensor="x", microbatch=number, array=content)
-
-
-def open_descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))
+    return ways.activation(number, content)
 
 
 def test_regions_come_back_also_when_the_socket_does_not_hold_their_numbers(way):

@@ -5,62 +5,22 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
-import numpy as np
 import pytest
 
+from tests.transport.ways import LARGE, PATIENCE, ROOT, SMALL, activation, mapped_regions, receiving
 from transport import (
-    Message,
     PeerLost,
     TransportTimeout,
     open_transport,
 )
 from transport.one_host import outbox as sending
 
-PATIENCE = 20.0
-ROOT = Path(__file__).resolve().parents[2]
-LARGE = np.arange(1 << 18, dtype=np.float32)
-"""An array that goes through a region."""
-SMALL = np.arange(6, dtype=np.float32)
-
-
-@pytest.fixture
-def pair():
-    """Two transports, as of two processes."""
-    with open_transport("local") as here, open_transport("local") as there:
-        yield here, there
-
-
-def activation(number, content=SMALL):
-    return Message("activation", step=3, tensor="x", microbatch=number, array=content)
-
-
-def mapped_regions():
-    return Path("/proc/self/maps").read_text().count("tapeline-region")
-
-
-RECEIVER = """
-import sys
-from transport import open_transport
-with open_transport("local") as transport:
-    inbox = transport.bind(sys.argv[1])
-    print("bound", flush=True)
-    inbox.receive()
-    print("received", flush=True)
-    inbox.receive()
-"""
-
 
 @pytest.fixture
 def receiver():
-    """Another process that receives one message and waits for a second."""
-    address = f"local://test-{os.getpid()}"
-    command = [sys.executable, "-c", RECEIVER, address]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "bound\n"
-        yield process, address
-        process.kill()
+    with receiving(f"local://test-{os.getpid()}") as found:
+        yield found
 
 
 @pytest.mark.parametrize("content", [SMALL, LARGE], ids=["small", "large"])

@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from tests.strategies import sealed
+from tests.transport.ways import PATIENCE, ROOT, receiving
 from transport import (
     AddressInUse,
     BadAddress,
@@ -29,9 +30,6 @@ from transport import (
 )
 from transport.codec import encode
 from transport.keys import PROCESS_KEYS
-
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0
 
 
 @pytest.fixture(params=["ipc", "tcp"])
@@ -258,27 +256,10 @@ def test_something_else_at_the_port_is_a_timeout():
             transport.connect(address, 0.1)
 
 
-RECEIVER = """
-import sys
-from transport import open_transport
-with open_transport("ipc") as transport:
-    inbox = transport.bind(sys.argv[1])
-    print("bound", flush=True)
-    inbox.receive()
-    print("received", flush=True)
-    inbox.receive()
-"""
-
-
 @pytest.fixture
 def receiver(tmp_path):
-    """Another process that receives one message and waits for a second."""
-    address = f"ipc://{tmp_path}/inbox"
-    command = [sys.executable, "-c", RECEIVER, address]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "bound\n"
-        yield process, address
-        process.kill()
+    with receiving(f"ipc://{tmp_path}/inbox") as found:
+        yield found
 
 
 def test_a_killed_receiver_is_a_lost_peer(receiver):

@@ -16,6 +16,7 @@ from pipeline import CompileError, FirstBatchError, Pipeline
 from stages.loss.head import Head
 from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
+from tests.pipeline.parts import Counted
 
 layers = keras.layers
 MAIN = threading.main_thread()
@@ -54,19 +55,6 @@ class Pairs(layers.Layer):
     def call(self, x: Any) -> Any:
         pairs = keras.ops.reshape(x, (-1, 2, x.shape[-1]))
         return x + keras.ops.reshape(keras.ops.mean(pairs, axis=1, keepdims=True) + 0 * pairs, keras.ops.shape(x))
-
-
-@keras.saving.register_keras_serializable("tests.first_batch")
-class Counted(layers.Layer):
-    """Counts its calls in a plain number."""
-
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
-        self.calls = 0
-
-    def call(self, x: Any) -> Any:
-        self.calls += 1
-        return x
 
 
 class Many(layers.Layer):

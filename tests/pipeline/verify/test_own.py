@@ -18,21 +18,9 @@ from pipeline.verify.every import VerifyEvery
 from stages import put_back
 from tests.levels import in_turn
 from tests.one_tape import assert_same_bits
+from tests.pipeline.parts import Counted
 
 layers = keras.layers
-
-
-@keras.saving.register_keras_serializable("tests.own")
-class Calls(layers.Layer):
-    """Counts its calls in a plain number."""
-
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
-        self.calls = 0
-
-    def call(self, x: Any) -> Any:
-        self.calls += 1
-        return x
 
 
 def batch(samples: int = 11) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +69,7 @@ def test_it_is_made_unasked_and_compares_outputs_losses_gradients_and_an_update(
 
 
 def test_what_a_layer_counts_when_it_is_called_for_this_is_no_change_of_the_users() -> None:
-    whole = keras.Sequential([keras.Input((5,)), layers.Dense(4, name="low"), Calls(name="drop"), layers.Dense(3)])
+    whole = keras.Sequential([keras.Input((5,)), layers.Dense(4, name="low"), Counted(name="drop"), layers.Dense(3)])
     with running(whole) as pipe:
         pipe.fit(*batch(), epochs=2, verbose=0, verify_every=VerifyEvery(1, "own"))
         pipe.verify(*batch(), checks="own").raise_if_failed()
