@@ -171,7 +171,7 @@ class Predicting(keras.callbacks.Callback):
         self.model.predict(XN[:8], verbose=0)
 
 
-@pytest.mark.parametrize("callback", in_turn([Predicting, Evaluating], 1, 2))
+@pytest.mark.parametrize("callback", in_turn([Predicting, Evaluating], 0, 2))
 def test_a_callback_that_runs_the_model_leaves_the_logs_of_keras(callback):
     """An evaluation counts in the same metrics, as in Keras, so that an epoch ends with it; a prediction does not."""
     with twins(regressor, lambda: {**squares(), "metrics": ["mae"]}) as pair:

@@ -51,7 +51,10 @@ def test_compiled_halves_are_verified(name: str) -> None:
         pipe.verify(x, y, weights, steps=2).raise_if_failed()
 
 
-@pytest.mark.parametrize(("name", "recompute"), [("lstm", False), ("batch-normalization", True), ("attention", False)])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    in_turn([("lstm", False), ("batch-normalization", True), ("attention", False)], 1, 3, several=True),
+)
 def test_compiled_halves_are_one_tape_within_rounding(name: str, recompute: bool) -> None:
     chosen = stack(name)
     x, y = chosen.data(20)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from pipeline import Pipeline
 from stages.tape.model_call import states_of_layers
 from tests.faults.live import recorded_workers, replaced
+from tests.levels import in_turn
 
 layers = keras.layers
 pytestmark = pytest.mark.filterwarnings("ignore:the layer .* is stateful")
@@ -48,7 +49,7 @@ class ResetsByHand(keras.callbacks.Callback):
             layer.reset_state()
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_states_go_on_stop_and_begin_anew_as_under_keras(eager: bool) -> None:
     whole, plain, (x, y) = model(), model(), data()
     plain.compile("sgd", "mse", run_eagerly=eager)
@@ -92,7 +93,7 @@ def test_looking_for_masks_moves_no_state() -> None:
     assert ours.history["loss"] == made[1].fit(x, target, **given).history["loss"]
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_verify_begins_with_the_states_leaves_them_and_sees_a_stage_that_forgets_them(eager: bool) -> None:
     whole, (x, y) = model(), data()
     asked = {"checks": ("tape", "steps"), "steps": 2}

@@ -65,7 +65,7 @@ def of_the_tape(tape, value, models) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
-@pytest.mark.parametrize("how", ["list", "tensor", "stop"])
+@pytest.mark.parametrize("how", in_turn(["list", "tensor", "stop"], 1, 3))
 @pytest.mark.parametrize("carry", in_turn([True, False], 1, 1), ids=["runs on", "anew"])
 def test_both_stages_have_the_gradients_of_one_tape(how, carry, eager):
     keras.utils.set_random_seed(3)

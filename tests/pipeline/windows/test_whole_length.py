@@ -41,6 +41,7 @@ def test_split_and_stateful_refuse():
             cut(behind(layers.Softmax(axis=1, name="over")))
 
 
+@pytest.mark.gate
 def test_masked_steps_at_the_begin_of_a_window_repeat_the_output_before_them():
     """As Keras over the whole length, also where the mask is dropped behind them, or a whole window is masked."""
     words = np.array([[1, 2, 0, 0, 3, 4], [1, 2, 3, 0, 0, 0], [0, 0, 0, 1, 0, 2], [1, 0, 2, 3, 0, 4]])
