@@ -318,10 +318,10 @@ class TcpTransport(ZeromqTransport):
     scheme = "tcp"
 
     def __init__(
-        self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS, keys: RunKeys = PROCESS_KEYS
+        self, directory: Path | None = None, limits: Limits = DEFAULT_LIMITS, keys: RunKeys | None = None
     ) -> None:
         super().__init__(directory, limits)
-        self._keys = keys
+        self._keys = PROCESS_KEYS if keys is None else keys
         self._doorkeeper: Doorkeeper | None = None
         self._pid = os.getpid()
 

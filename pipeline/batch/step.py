@@ -10,8 +10,8 @@ import numpy as np
 
 from stages.loss.precision import loss_number
 from stages.loss.ways import Way, Ways
-from stages.worker.hosted_stage import StageSpec
 from stages.worker.reply import StepReply
+from stages.worker.stage_spec import StageSpec
 
 
 @dataclass(frozen=True)

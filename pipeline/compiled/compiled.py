@@ -31,7 +31,7 @@ from stages.recipe.by_value import copied
 from stages.recipe.describe import described
 from stages.recipe.optimizer_state import rate_is_a_variable
 from stages.recipe.stage_objects import Judging
-from stages.worker.hosted_stage import HeadSpec
+from stages.worker.stage_spec import HeadSpec
 
 
 class Compiled:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cutting.costs import assignment
-from pipeline.cutting.measure import measure, weigh
 from pipeline.cutting.optimise import BALANCES, balanced_cuts
 from pipeline.cutting.prediction import Prediction, predict
 from pipeline.cutting.transfer import measure_transfer
@@ -68,6 +67,8 @@ def balance(
     """
     if by not in BALANCES:
         raise SplitError(f"balance must be one of {', '.join(map(repr, BALANCES))}, received {by!r}")
+    from pipeline.cutting.measure import measure, weigh  # what only balancing takes is imported with the first
+
     if sample is None:
         if by != "parameters":
             raise SplitError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.keras_internals import layers_of, own_other_variables, own_seed_generators, replace_in
 from stages.recipe.segment import Segment
-from stages.worker.hosted_stage import Tie
+from stages.worker.stage_spec import Tie
 
 
 def groups(segments: Sequence[Segment]) -> list[list[tuple[int, int]]]:

@@ -28,11 +28,12 @@ from stages.errors import HandoffError
 from stages.tape.accumulate import dense
 from stages.tape.tensors import to_array
 from stages.worker.base import BaseWorker, serve
-from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.hosted_stage import HostedStage
 from stages.worker.kept_values import Kept
 from stages.worker.observers import Sight, ValueObserver
 from stages.worker.orders import Apply, Mode, Order, StepOrder
 from stages.worker.reply import Reply, StepReply
+from stages.worker.stage_spec import StageSpec
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import Batch
-from stages.worker.hosted_stage import StageSpec
 from stages.worker.orders import Mode
+from stages.worker.stage_spec import StageSpec
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]

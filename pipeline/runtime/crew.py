@@ -29,14 +29,13 @@ from pipeline.runtime.launch import Launcher, LocalLauncher, ThreadLauncher, Wor
 from pipeline.runtime.post_mortem import describe_worker, died, failed, stalled
 from pipeline.runtime.socket_directory import SocketDirectory
 from stages.recipe.settings import settings
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 from transport.channel import Outbox, Transport
 from transport.endpoints import tcp_host_port
 from transport.errors import BadAddress, ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
-from transport.keys import RunKeys
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
-from transport.registry import open_transport
+from transport.registry import new_keys, open_transport
 
 START_SECONDS = 120.0
 """How long a worker may take until it can be talked to; a cold start imports TensorFlow."""
@@ -96,7 +95,7 @@ class Crew:
         self._directory = SocketDirectory() if scheme == "ipc" else None
         self._launcher = ThreadLauncher() if scheme == "inproc" else LocalLauncher()
         directory = None if self._directory is None else self._directory.path
-        keys = RunKeys.new() if scheme == "tcp" else None
+        keys = new_keys(scheme)
         self._transport = open_transport(scheme, directory, keys=keys)
         inbox = self._transport.bind(transport if "://" in transport else None)
         self._mailbox = Mailbox(inbox, incarnation=self.incarnation)
@@ -106,7 +105,7 @@ class Crew:
                 "incarnation": self.incarnation,
                 "transport": scheme,
                 "directory": directory,
-                "keys": None if keys is None else keys.plain(),
+                "keys": keys,
                 "driver": inbox.address,
                 "stages": [stage.plain() for stage in specs],
                 "own_process": scheme != "inproc",

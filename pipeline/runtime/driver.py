@@ -37,7 +37,6 @@ from pipeline.runtime.turns import Turns
 from stages.actions import actions_to_array
 from stages.grid import Grid, is_over_time
 from stages.worker.description import StageDescription, TensorInfo
-from stages.worker.hosted_stage import StageSpec
 from stages.worker.observers import Sight
 from stages.worker.orders import (
     Apply,
@@ -59,6 +58,7 @@ from stages.worker.orders import (
     Unmask,
 )
 from stages.worker.reply import Reply, StepReply
+from stages.worker.stage_spec import StageSpec
 from transport.errors import PeerLost, TransportError, Watched
 from transport.message import Message
 from transport.registry import AUTO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 from transport.message import DRIVER
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import StalledError, WorkerDiedError, WorkerError
 from pipeline.runtime.launch import WorkerHandle
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 from stages.worker.status import Phase, Status
 from transport.errors import ClosedError, TransportError, Unsendable
 from transport.message import DRIVER

@@ -10,7 +10,7 @@ from pipeline.model.shared_variables import ties
 from pipeline.model.wiring import Wires
 from stages.recipe.segment import Segment
 from stages.recipe.stage_objects import StageObjects
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 
 
 class SpecOptions(NamedTuple):

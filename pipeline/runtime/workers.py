@@ -26,7 +26,7 @@ from pipeline.runtime.stage_specs import SpecOptions, stage_specs
 from pipeline.runtime.turns import Turns
 from pipeline.runtime.values import optimizer_slots_of, values_of
 from stages.worker import snapshot
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 
 Array = np.ndarray[Any, Any]
 

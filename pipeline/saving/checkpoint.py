@@ -46,9 +46,9 @@ from pipeline.saving.reading import damage_told, read_arrays, read_manifest
 from pipeline.saving.trust import check_code
 from stages.errors import RecipeError
 from stages.recipe.describe import create
+from stages.recipe.optimizer_state import leave_undecayed
 from stages.recipe.segment import Segment
 from stages.worker import snapshot
-from stages.worker.hosted_stage import leave_undecayed
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
-from pipeline.saving import checkpoint, keras_files
+from pipeline.saving import keras_files
 from pipeline.saving.merged import merged
 from pipeline.saving.own_objects import COMPILE, Own
 
@@ -48,6 +48,8 @@ def save(pipe: Pipeline, filepath: str | Path, overwrite: bool = True, **options
             "name ends with .keras"
         )
     else:
+        from pipeline.saving import checkpoint  # what only files take is imported with the first
+
         checkpoint.save(pipe, path, overwrite)
 
 
@@ -121,6 +123,8 @@ def load(
     if path.suffix in _MODELS:
         pipe = keras_files.load(kind, path, stages, at, options)
     else:
+        from pipeline.saving import checkpoint
+
         pipe = checkpoint.load(kind, path, stages, at, options, own, trust)
     pipe.session.workers.loaded_from = path.name
     return pipe

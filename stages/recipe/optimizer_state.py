@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 
+from stages.keras_training_internals import names_excluded_from_decay
 from stages.recipe.attributes import blank
 from stages.recipe.keras_kinds import kinds, samples
 
@@ -124,3 +125,9 @@ __all__ = [
     "set_attributes",
     "unbuilt_state",
 ]
+
+
+def leave_undecayed(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Exclude variables from weight decay, besides those that the optimizer's pattern of names excludes."""
+    names = names_excluded_from_decay(optimizer)
+    optimizer.exclude_from_weight_decay(list(variables), None if names is None else [names])

@@ -32,7 +32,7 @@ from stages.actions import Action, actions_from_array
 from stages.errors import HandoffError
 from stages.recipe.settings import settle
 from stages.worker.failure_report import failure_report
-from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.hosted_stage import HostedStage
 from stages.worker.kept_values import EVERYTHING, Kept
 from stages.worker.observers import NormObserver, ValueObserver
 from stages.worker.orders import (
@@ -55,13 +55,13 @@ from stages.worker.orders import (
 )
 from stages.worker.reply import Reply, StepReply
 from stages.worker.services import do_service
+from stages.worker.stage_spec import StageSpec
 from stages.worker.states import WorkerState, after
 from stages.worker.status import StatusBoard
 from stages.worker.told import Abandoned, Stopped, obeyed
 from stages.worker.value_groups import read_group, write_group
 from transport.channel import Outbox
 from transport.errors import TransportError, Unsendable
-from transport.keys import RunKeys
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import open_transport
@@ -84,8 +84,7 @@ def serve(kind: type[BaseWorker], spec: Mapping[str, Any], board: Array) -> None
         board: Memory of the status board, int64 of shape (8,).
     """
     settle(spec["settings"], number=spec["worker"], own_process=spec["own_process"])
-    keys = spec["keys"] and RunKeys(*spec["keys"])
-    transport = open_transport(spec["transport"], spec["directory"], keys=keys)
+    transport = open_transport(spec["transport"], spec["directory"], keys=spec["keys"])
     with transport, transport.bind(None) as inbox, transport.connect(spec["driver"], CONNECT_SECONDS) as driver:
         worker = kind(spec, board, Mailbox(inbox, incarnation=spec["incarnation"]), driver, transport.connect)
         worker.greet(inbox.address)

@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 from stages.actions import Action
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 
 _CHARACTERS = 12000
 

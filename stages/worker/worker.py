@@ -20,11 +20,12 @@ from stages.actions import Action
 from stages.errors import HandoffError
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
-from stages.worker.hosted_stage import HostedStage, StageSpec
+from stages.worker.hosted_stage import HostedStage
 from stages.worker.kept_values import CHANGED_BY_STEPS, Undo
 from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
 from stages.worker.reply import Reply, StepReply
+from stages.worker.stage_spec import StageSpec
 from stages.worker.step_program import Links, Program
 from transport.message import Message
 

@@ -50,7 +50,11 @@ STRANGERS = (plain, other_pair, other_run, password)
 @pytest.mark.parametrize("guarded", [True, False], ids=["handler", "handler ended"])
 def test_only_who_has_the_keys_of_the_run_is_heard(guarded):
     keys = RunKeys.new()
-    with open_transport("tcp", keys=keys) as here, open_transport("tcp", keys=keys) as there, zmq.Context() as context:
+    with (
+        open_transport("tcp", keys=keys.plain()) as here,
+        open_transport("tcp", keys=keys.plain()) as there,
+        zmq.Context() as context,
+    ):
         inbox = here.bind()
         if not guarded:
             here._doorkeeper.close()
@@ -74,7 +78,7 @@ def test_only_who_has_the_keys_of_the_run_is_heard(guarded):
 
 def test_an_inbox_of_somebody_else_is_no_inbox_of_the_run():
     one, other = RunKeys.new(), RunKeys.new()
-    with open_transport("tcp", keys=one) as here, open_transport("tcp", keys=other) as there:
+    with open_transport("tcp", keys=one.plain()) as here, open_transport("tcp", keys=other.plain()) as there:
         address = here.bind().address
         with pytest.raises(TransportTimeout, match="no inbox answered"):
             there.connect(address, 0.5)

@@ -13,10 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.reference.one_tape.batch import owned, owner
-from stages.recipe.optimizer_state import as_unbuilt
+from stages.recipe.optimizer_state import as_unbuilt, leave_undecayed
 from stages.tape.optimizer_update import rescaled, update
 from stages.worker import snapshot
-from stages.worker.hosted_stage import HostedStage, leave_undecayed
+from stages.worker.hosted_stage import HostedStage
 
 Array = np.ndarray[Any, Any]
 

@@ -19,7 +19,7 @@ from pipeline.runtime.crew import Crew
 from pipeline.runtime.launch.shared import shared_server
 from pipeline.runtime.turns import Turns
 from pipeline.saving import checkpoint, folder
-from stages.worker.hosted_stage import StageSpec
+from stages.worker.stage_spec import StageSpec
 from tests.failures import NOTICED_SECONDS, X, Y, tripping
 from tests.levels import in_turn
 from tests.pipeline.runtime.launch.processes import DEADLINE, children

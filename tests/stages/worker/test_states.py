@@ -13,7 +13,6 @@ from stages.errors import HandoffError
 from stages.grid import Grid
 from stages.process.status_board import BOARD_SLOTS
 from stages.worker.base import BaseWorker
-from stages.worker.hosted_stage import StageSpec
 from stages.worker.orders import (
     ORDERS,
     Apply,
@@ -36,6 +35,7 @@ from stages.worker.orders import (
     of_wire,
 )
 from stages.worker.reply import Reply
+from stages.worker.stage_spec import StageSpec
 from stages.worker.states import COMMANDS, LEGAL, MEANING, WorkerState
 from stages.worker.worker import Worker
 from transport.codec import decode, encode
