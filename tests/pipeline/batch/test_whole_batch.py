@@ -195,7 +195,7 @@ FEW = sum(not kinds_first(case) for case in CASES)
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("case", in_turn(sorted(CASES, key=kinds_first), FEW, len(CASES)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", in_turn(sorted(CASES, key=kinds_first), FEW, 20), ids=lambda case: case.name)
 def test_every_loss_and_reduction(case: Case) -> None:
     """Gradients and loss of the pipeline are those of the unsplit model on the whole batch, weighted and not."""
     x, y, weights = case.data()

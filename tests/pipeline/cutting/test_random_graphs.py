@@ -177,7 +177,7 @@ def test_known_graphs_are_one_tape(name: str, eager: bool) -> None:
     check(replace(KNOWN[name], eager=eager))
 
 
-@pytest.mark.parametrize("part", in_turn(range(10), 0, 3))
+@pytest.mark.parametrize("part", in_turn(range(10), 0, 2))
 def test_random_graphs_are_one_tape(part: int) -> None:
     """Several parts, so that none runs into its time limit; the gate names a failing sketch, the soak shrinks it."""
     phases = list(Phase) if SOAK else [Phase.explicit, Phase.generate]

@@ -43,7 +43,7 @@ def optimizer() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "microbatches", "samples", "schedule", "recompute"), in_turn(ROWS, 2, 10, several=True)
+    ("name", "stages", "microbatches", "samples", "schedule", "recompute"), in_turn(ROWS, 2, 8, several=True)
 )
 def test_equals_one_tape_within_rounding(
     name: str, stages: int, microbatches: int, samples: int, schedule: str, recompute: bool

@@ -41,7 +41,7 @@ def in_the_models_order(pipe: Pipeline, model: Any, x: Any, y: Any) -> list[Any]
 
 
 @pytest.mark.filterwarnings("ignore:the layer .* changes its variable")  # SpectralNormalization, by power iterations
-@pytest.mark.parametrize("name", in_turn(list(CASES), 1, 15))
+@pytest.mark.parametrize("name", in_turn(list(CASES), 1, 10))
 def test_microbatches_are_one_tape(name: str) -> None:
     """Gradients of microbatches of 3, 3 and 2 samples, and what the calls of one update leave behind."""
     case = CASES[name]
