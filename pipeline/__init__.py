@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import WorkerError as WorkerError
     from pipeline.model.stateful import stateful as stateful
     from pipeline.norms.boundary_norms import BoundaryNorms as BoundaryNorms
+    from pipeline.parties.leakage.leak_meter import LeakMeter as LeakMeter
     from pipeline.pipeline import Pipeline as Pipeline
     from pipeline.plan.plan import Plan as Plan
     from pipeline.plan.plan import validate as validate
@@ -101,6 +102,7 @@ _HOME = {
     "microbatch_sizes": "pipeline.batch.microbatch",
     # watching training
     "BoundaryNorms": "pipeline.norms.boundary_norms",
+    "LeakMeter": "pipeline.parties.leakage.leak_meter",
     "VerifyEvery": "pipeline.verify.every",
     # what verify and explain answer
     "Explanation": "stages.explanation.rows",

@@ -53,6 +53,7 @@ ORDER = {
             "norms",
             "training",
             "pipeline",
+            "parties",
             "testing",
             "pytest_plugin",
             "commands",

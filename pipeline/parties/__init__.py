@@ -1,0 +1,1 @@
+"""Split learning between organisations: each keeps data, labels, weights and optimizer; a plan says what crosses."""
