@@ -35,7 +35,7 @@ def leaks_in_a_line(meter: LeakMeter) -> str:
             leak = meter.worst(about)
             said.append(
                 f"{about} leak most through {tensor_name(leak)} to {leak.crossing.receiver!r}: {leak.measure.name} "
-                f"{figure_of(leak.value)} ({figure_of(leak.measure.nothing)} nothing, {figure_of(leak.measure.everything)} "
+                f"{shown(leak.value)} ({shown(leak.measure.nothing)} nothing, {shown(leak.measure.everything)} "
                 f"everything) in epoch {leak.epoch}"
             )
     return "; ".join(map(printable, said))
@@ -46,7 +46,7 @@ def tensor_name(leak: Leak) -> str:
     return f"dL/d{leak.crossing.tensor}" if leak.crossing.what == GRADIENT else leak.crossing.tensor
 
 
-def figure_of(value: float | None) -> str:
+def shown(value: float | None) -> str:
     """Short."""
     return "" if value is None else "-" if math.isnan(value) else f"{value:.3f}" if math.isfinite(value) else "inf"
 
@@ -64,7 +64,7 @@ def _table(meter: LeakMeter) -> Table:
             first.crossing.receiver,
             tensor_name(first),
             first.measure.name,
-            *map(figure_of, (first.value, last.value, first.measure.nothing, first.measure.everything)),
+            *map(shown, (first.value, last.value, first.measure.nothing, first.measure.everything)),
             first.measure.told,
         )
         table.add_row(*map(harmless, cells))
