@@ -155,7 +155,7 @@ class ByOwn:
         if self.session.workers.needs_compile("verify").optimizer is None:
             return []
         update = OwnUpdate(self.session, self.batch, self.names, self.model, self.rule)
-        return update.judged(values, self._trained, lambda seed: self._run(values, seed))
+        return update.judged(values, self._trained, lambda seed, kinds: self._run(values, seed, kinds))
 
     @cached_property
     def model(self) -> OwnModel:
@@ -168,20 +168,31 @@ class ByOwn:
         """What may differ."""
         return Rule(self.model.precision, self.tolerance)
 
-    def _run(self, values: StageValues, seed: int | None = None) -> Numbers:
-        """Everything that the own model gives: outputs in inference, losses, gradients and statistics of training."""
-        self._given(values, seed)
-        inference = self.model.run(self._inputs, training=False)
-        numbers: dict[NumberKey, Array | None] = {("prediction", name): a for name, a in inference.outputs.items()}
+    def _run(self, values: StageValues, seed: int | None = None, kinds: frozenset[str] = frozenset()) -> Numbers:
+        """What the own model gives: outputs in inference, losses, gradients and statistics of training.
+
+        Args:
+            values: What the variables begin with.
+            seed: As `OwnModel.disturb` takes it; None: as they are.
+            kinds: Of `NumberKey`; what none of them needs is not computed. Default: all.
+        """
+        numbers: dict[NumberKey, Array | None] = {}
+        if not kinds or "prediction" in kinds:
+            self._given(values, seed)
+            inference = self.model.run(self._inputs, training=False)
+            numbers |= {("prediction", name): array for name, array in inference.outputs.items()}
+            if kinds == {"prediction"}:
+                return numbers
         self._given(values, seed)
         compiled = self.session.workers.needs_compile("verify")
         scale = None if compiled.loss_scaling is None else compiled.loss_scaling.scale
-        found = self.model.run(self.batch, training=True, gradients=True, loss_scale=scale)
+        gradients = not kinds or "gradient" in kinds
+        found = self.model.run(self.batch, training=True, gradients=gradients, loss_scale=scale)
         numbers["loss", ""] = number(found.loss)
         for one in compiled.objectives:
             if one.label in found.losses:
                 numbers |= _losses(one.label, found.losses[one.label], one.weight)
-        for i, part in enumerate(self.model.trainable):
+        for i, part in enumerate(self.model.trainable) if gradients else ():
             numbers |= {("gradient", i, k): found.gradients.get(id(v)) for k, v in enumerate(part)}
         after = self.model.values()
         numbers |= {("after", i, n): value for i, part in after.items() for n, value in enumerate(part)}
@@ -232,7 +243,7 @@ class ByOwn:
                 OwnPair(("gradient", i, k), "gradient", stages[i], name, order_of_sum(names, i, k), ("gradient",))
                 for (i, k), name in names.variables.items()
             ]
-        return compared(pairs, ours, theirs, lambda seed: self._run(values, seed), self.rule)
+        return compared(pairs, ours, theirs, lambda seed, kinds: self._run(values, seed, kinds), self.rule)
 
     def _first_difference(self, values: StageValues, ours: Observed) -> list[Judged]:
         """What every part gives to others, and its own losses; nothing of a batch that is cut in time."""
@@ -243,7 +254,7 @@ class ByOwn:
         mine: dict[NumberKey, Array | None] = {("given", tensor): array for (_, tensor), array in sent.items()}
         mine |= {("own losses", i): number(value) for i, value in ours.result.own_losses.items()}
 
-        def run(seed: int | None = None) -> Numbers:
+        def run(seed: int | None = None, _: frozenset[str] = frozenset()) -> Numbers:
             self._given(values, seed)
             parts = self.model.parts(self.batch, training=True)
             found: dict[NumberKey, Array | None] = {("given", tensor): parts.tensors[tensor] for _, tensor in sent}

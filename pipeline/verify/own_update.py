@@ -6,7 +6,7 @@ tiny second moments would make different updates of gradients that differ in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from pipeline.compare.tolerance import FUSED_EPS
 from pipeline.compiled.optimizer_slots import OptimizerSlots, Place
 from pipeline.own.model import OwnModel
 from pipeline.own.optimizer import OwnOptimizer
-from pipeline.verify.own_numbers import NumberKey, Numbers, OwnPair, Rule, compared
+from pipeline.verify.own_numbers import NumberKey, Numbers, OnceMore, OwnPair, Rule, compared
 from pipeline.verify.tape import UPDATE, Names
 from stages.tape.embedding_rows import from_parts
 
@@ -50,9 +50,7 @@ class OwnUpdate:
     model: OwnModel
     rule: Rule
 
-    def judged(
-        self, values: Mapping[int, Sequence[Array]], trained: Numbers, again: Callable[[int | None], Numbers]
-    ) -> list[Judged]:
+    def judged(self, values: Mapping[int, Sequence[Array]], trained: Numbers, again: OnceMore) -> list[Judged]:
         """Let the pipeline make an update, and compare.
 
         Args:
@@ -78,7 +76,7 @@ class OwnUpdate:
             for i, part in values.items()
         }
 
-        def run(seed: int | None = None) -> Numbers:
+        def run(seed: int | None = None, _: frozenset[str] = frozenset()) -> Numbers:
             self.model.assign(begin)  # a forward pass may change what is trained, too: SpectralNormalization does
             if seed is not None:
                 self.model.disturb(seed)
