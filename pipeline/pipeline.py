@@ -113,7 +113,7 @@ class Pipeline(WithoutModelNames):
         self.changes = Changes(self._session)
         self._session.workers.filled, steps = self.changes.hold, self._session.steps
         steps.begin, steps.calling_own = self.changes.look, self.changes.calling_own
-        steps.look = FirstBatch(self._session).look if check_first_batch else steps.look
+        FirstBatch(self._session).watch(check_first_batch)
         if not self.transport.startswith("inproc"):
             prestart()
 

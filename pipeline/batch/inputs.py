@@ -2,10 +2,14 @@
 
 model of a list, or of one input    x: a list in that order, or a dict by the inputs' names
 model of a dict                     x: a dict with the same keys (not the inputs' names), or a list in the keys' order
+
+Keys that a model does not take are left out, as by Keras. Of a model of a dict Keras warns then, and gives it the
+arrays in the order of *all* keys: so there only keys that are behind the model's own in the alphabet may be too much.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +24,22 @@ class InputNames:
 
     Attributes:
         keys: One per input, in the pipeline's order: the model's own keys where it takes a dict, else names.
-        exact: Whether a dict may have no other keys. Keras leaves others out, but for a model that takes a dict.
+        exact: Whether a dict may have no other keys; so where no Keras model says how they are nested.
+        ordered: Whether other keys must be behind these, and are told of.
         sequence: Whether x may be a list. Keras refuses one for a dict whose keys are not in alphabetical order.
     """
 
     keys: tuple[str, ...]
     exact: bool = True
     sequence: bool = True
+    ordered: bool = False
 
     @classmethod
     def of(cls, names: Sequence[str], structure: Any = None) -> InputNames:
         """From the inputs' names and the nesting of inputs of the model that was split (`model.input`), if one was."""
         if isinstance(structure, Mapping) and len(structure) == len(names):
             keys = tuple(sorted(structure))
-            return cls(keys, True, list(keys) == list(structure))
+            return cls(keys, False, list(keys) == list(structure), True)
         return cls(tuple(names), structure is None)
 
     def arrays(self, x: Any) -> list[Any]:
@@ -45,11 +51,17 @@ class InputNames:
         takes = f"the pipeline takes {len(self.keys)} input(s) ({', '.join(self.keys)})"
         if isinstance(x, Mapping) and not any(isinstance(value, Mapping | list | tuple) for value in x.values()):
             missing, more = [key for key in self.keys if key not in x], [key for key in x if key not in self.keys]
-            if missing or (more and self.exact):
+            mixed = self.ordered and not missing and min(more, default=self.keys[-1]) < self.keys[-1]
+            if missing or (more and self.exact) or mixed:
                 which = [
                     f"{what} {', '.join(map(repr, some))}" for what, some in (("lacks", missing), ("has", more)) if some
                 ]
                 raise DataError(f"{takes}, x is a dict that {' and '.join(which)}; pass a dict with these keys")
+            if more and self.ordered:
+                warnings.warn(
+                    f"{takes}, x is a dict that has {', '.join(map(repr, more))} besides; left out, as by Keras",
+                    stacklevel=2,
+                )
             return [x[key] for key in self.keys]
         leaves = flatten(x) if isinstance(x, list | tuple | Mapping) and not self._is_rows(x) else [x]
         if len(leaves) != len(self.keys):

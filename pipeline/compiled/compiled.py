@@ -172,6 +172,11 @@ class Compiled:
         """What judges these outputs."""
         return [self._judging[label] for label in labels]
 
+    @property
+    def judges(self) -> list[Any]:
+        """The losses and metrics that were given, nested as they were."""
+        return [self._given[name] for name in ("loss", "metrics", "weighted_metrics") if name in self._given]
+
     def copies(self) -> dict[str, Any]:
         """The arguments of `keras.Model.compile` for a model of its own, nothing shared with the user's objects."""
         weights = keras.tree.map_structure(_value, self._loss_weights)

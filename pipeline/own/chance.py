@@ -57,14 +57,20 @@ def layers_that_draw(run: Callable[[], Any]) -> dict[str, str]:
     return found
 
 
-def told(found: dict[str, str]) -> str:
-    """What draws, in words; "" if nothing does."""
+def told(found: dict[str, str], threads: bool) -> str:
+    """What draws, in words; "" if nothing does.
+
+    Args:
+        found: As `layers_that_draw` gives it.
+        threads: Whether stages are threads of one process.
+    """
     drawing = {layer: kind for layer, kind in found.items() if kind not in CALLS_PYTHON} or found
     words = [f"layer {layer!r} ({kind})" if layer else f"the model ({kind})" for layer, kind in drawing.items()]
     if not words:
         return ""
     verb = "draws" if len(words) == 1 else "draw"
-    return f"{', '.join(words)} {verb} random numbers that are not Keras's and differ from process to process"
+    where = "come in turns, to whichever thread asks first" if threads else "differ from process to process"
+    return f"{', '.join(words)} {verb} random numbers that are not Keras's and {where}"
 
 
 __all__ = ["layers_that_draw", "told"]

@@ -11,7 +11,8 @@ run again with every variable changed by at most one rounding.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from pipeline.compare.tolerance import MARGIN, TRIES, Tolerance
 from pipeline.distance import distance
 from pipeline.errors import FirstBatchError
 from pipeline.model.merge import StageValues
-from pipeline.own.added_losses import AddingCall, calls_that_add_losses, no_mean
+from pipeline.own.added_losses import no_mean
 from pipeline.own.chance import layers_that_draw, told
+from pipeline.own.coupling import THE_MODEL, coupling
+from pipeline.own.layer_calls import LayerCall, recorded_calls
 from pipeline.own.lent import lent
 from pipeline.own.metrics import OwnMetrics
 from pipeline.own.model import OwnModel, OwnResult
@@ -59,7 +62,14 @@ class FirstBatch:
         self._session = session
         self._seen: dict[tuple[Mode, bool], Any] = {}
         self._untold = ""
-        self._warned = self._warned_of_state = False
+        self._warned = self._warned_of_state = self._warned_of_coupling = False
+        self._parts_of: Any = self
+        self._coupling_of: Any = self
+
+    def watch(self, wanted: bool) -> None:
+        """Be shown every batch, if wanted, before it counts."""
+        if wanted:
+            self._session.steps.look, self._session.steps.look_at_parts = self.look, self.look_at_parts
 
     def look(self, mode: Mode, batch: Batch) -> None:
         """Compare the pipeline with the user's own objects on part of a batch; nothing stays changed.
@@ -88,54 +98,79 @@ class FirstBatch:
             self._seen[mode, several] = compiled
             self._compare(mode, batch)
 
-    def _compare(self, mode: Mode, batch: Batch) -> None:
+    def look_at_parts(self, batch: Batch) -> None:
+        """Say or refuse what counts otherwise in microbatches than in the batch, unless a look at training did.
+
+        Args:
+            batch: What is about to be verified; nothing stays changed.
+
+        Raises:
+            FirstBatchError: A layer adds a loss that microbatches would count otherwise than Keras does.
+        """
+        compiled = self._session.workers.compiled
+        known = self._seen.get((Mode.TRAIN, True), self) is compiled or self._parts_of is compiled
+        if len(batch.sizes) == 1 or known or self._cannot():
+            return
+        self._parts_of = compiled
+        with self._session.steps.calling_own(), self._own_runs(batch, training=True) as runs:
+            try:
+                _, calls = runs.first(batch)
+            except Exception:  # verify tells of it
+                return
+            self._look_at_parts(Mode.TRAIN, batch, runs, calls)
+
+    @contextmanager
+    def _own_runs(self, batch: Batch, training: bool) -> Iterator[_Runs]:
+        """Runs of the own model on some samples, with the workers' values; everything is put back."""
         setup, compiled = self._session.setup, self._session.workers.compiled
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
-        few, training, values = self._few(batch), mode.training, self._session.values.read("model")
+        values = self._session.values.read("model")
         own.begin_with(self._session.values.read("layer states"))
-
-        def run(seed: int | None = None) -> OwnResult:
-            own.assign(values)
-            if seed is not None:
-                own.disturb(seed)
-            return own.run(few, training)
-
-        def first_run() -> tuple[OwnResult, list[AddingCall]]:
-            with calls_that_add_losses() as calls:
-                return run(), calls
-
         besides = [variable for some in self._session.workers.besides().values() for variable in some]
         with lent([*own.variables, *besides]):
+            yield _Runs(own, values, self._few(batch), training)
+
+    def _compare(self, mode: Mode, batch: Batch) -> None:
+        with self._own_runs(batch, mode.training) as runs:
+            own = runs.own
             try:
-                try:
-                    theirs, calls = first_run()
-                except Exception:  # a model may want microbatches of a certain size
-                    few = _as_it_is_cut(batch, len(few.sizes))
-                    theirs, calls = first_run()
+                theirs, calls = runs.first(batch)
             except Exception as error:
                 self._untold = _told(error)  # if the batch is at fault, its worker tells it whole
                 return
-            if mode is not Mode.PREDICT:
-                self._refuse_sums(calls, few, training)
-            if mode is Mode.TRAIN and len(batch.sizes) > 1:
-                self._warn_of_state(own.changed_by_calls(values), len(batch.sizes))
-            if training and few.lengths and _differ(own.values(), values):
-                mode, training = Mode.TEST, False  # random numbers, which are drawn once a window there
-                theirs = run()
-            ours = self._through_the_pipeline(mode, few)
+            moved = runs.training and bool(runs.few.lengths) and _differ(own.values(), runs.values)
+            self._look_at_parts(mode, batch, runs, calls)
+            if moved:
+                mode, runs.training = Mode.TEST, False  # random numbers, which are drawn once a window there
+                theirs = runs()
+            ours, few = self._through_the_pipeline(mode, runs.few), runs.few
             plain = Tolerance.elsewhere(own.precision).relative
             apart = {what: by for what, by in _apart(ours, theirs).items() if by > plain}
             changes: list[dict[str, float]] = []
             if apart:
-                if any(_apart(run(), theirs).values()):
-                    self._warn_of_chance(told(layers_that_draw(run)))
+                if any(_apart(runs(), theirs).values()):
+                    threads = self._session.setup.options.scheme == "inproc"
+                    self._warn_of_chance(told(layers_that_draw(runs), threads))
                     return
                 while (far := _beyond(apart, changes, own.precision)) and len(changes) < TRIES:
-                    changes.append(_apart(run(len(changes)), theirs))
+                    changes.append(_apart(runs(seed=len(changes)), theirs))
                 if far:
-                    own.assign(values)
-                    raise FirstBatchError(self._sentence(far, ours, theirs, apart[far], own, few, training))
+                    own.assign(runs.values)
+                    raise FirstBatchError(self._sentence(far, ours, theirs, apart[far], own, few, runs.training))
             self._compare_metrics(ours, theirs, few, max([plain, *(MARGIN * max(some.values()) for some in changes)]))
+
+    def _look_at_parts(self, mode: Mode, batch: Batch, runs: _Runs, calls: Sequence[LayerCall]) -> None:
+        """Say or refuse what microbatches change, just after the first run, whose calls added these losses."""
+        changed = runs.own.changed_by_calls(runs.values)
+        if mode is not Mode.PREDICT:
+            self._refuse_sums(calls, runs.few, runs.training)
+        if len(batch.sizes) == 1:
+            return
+        if mode is Mode.TRAIN:
+            self._warn_of_state(changed, len(batch.sizes))
+        if self._coupling_of is not self._session.workers.compiled:
+            self._coupling_of = self._session.workers.compiled
+            self._warn_of_coupling(_coupling(runs, changed), batch)
 
     def _compare_metrics(self, ours: OwnResult, theirs: OwnResult, few: Batch, rounding: float) -> None:
         compiled = self._session.workers.compiled
@@ -158,7 +193,7 @@ class FirstBatch:
         if drawing and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{drawing}, and are others than Keras would draw in one process, so neither the first batch nor "
+                f"{drawing}, and are others than Keras would draw, so neither the first batch nor "
                 "verify can judge this model; draw by keras.random, with a SeedGenerator of the layer's own",
                 stacklevel=2,
             )
@@ -173,6 +208,18 @@ class FirstBatch:
                 f"each of {microbatches} microbatches, where Keras calls it once a batch: training differs. With "
                 "microbatches=1 it does not",
                 stacklevel=4,
+            )
+
+    def _warn_of_coupling(self, layer: str, batch: Batch) -> None:
+        """Say once which layer gives a sample something else because of the others in its batch."""
+        if layer and not self._warned_of_coupling:
+            self._warned_of_coupling = True
+            what = layer if layer == THE_MODEL else f"the layer {layer}"
+            warnings.warn(
+                f"{what} lets the samples of a batch depend on each other, and sees microbatches of {max(batch.sizes)} "
+                f"samples, where Keras shows it the batch of {sum(batch.sizes)}: results differ. With microbatches=1 "
+                "they do not",
+                stacklevel=5,
             )
 
     def _cannot(self) -> bool:
@@ -194,7 +241,7 @@ class FirstBatch:
 
         return _first(batch, _unequal(rows, parts))
 
-    def _refuse_sums(self, calls: Sequence[AddingCall], few: Batch, training: bool) -> None:
+    def _refuse_sums(self, calls: Sequence[LayerCall], few: Batch, training: bool) -> None:
         """Refuse losses that layers add and that would count otherwise in microbatches than in the batch."""
         if len(few.sizes) == 1 or not (what := no_mean(calls, len(few.sizes), training)):
             return
@@ -252,6 +299,45 @@ class FirstBatch:
                 return f"The first to differ is stage {name!r}, in what it gives as {tensor!r}."
         last = self._session.setup.wires.names[-1]
         return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
+
+
+class _Runs:
+    """Runs of the own model, each from the values that the workers have.
+
+    Args:
+        own: The user's own model and loss.
+        values: Of its variables.
+        few: Some samples, in microbatches.
+        training: Whether layers run as in training.
+    """
+
+    def __init__(self, own: OwnModel, values: StageValues, few: Batch, training: bool) -> None:
+        self.own, self.values, self.few, self.training = own, values, few, training
+
+    def __call__(self, batch: Batch | None = None, seed: int | None = None) -> OwnResult:
+        """One run, of `few` where no other batch is given; with a seed, every variable is changed by one rounding."""
+        self.own.assign(self.values)
+        if seed is not None:
+            self.own.disturb(seed)
+        return self.own.run(self.few if batch is None else batch, self.training)
+
+    def first(self, batch: Batch) -> tuple[OwnResult, list[LayerCall]]:
+        """The first run, and the calls in which losses were added; `few` becomes what the model can be called with."""
+        for few in (self.few, _as_it_is_cut(batch, len(self.few.sizes))):
+            self.few = few
+            try:
+                with recorded_calls(adding=True) as calls:
+                    return self(), calls
+            except Exception as error:  # a model may want microbatches of a certain size
+                failed = error
+        raise failed
+
+
+def _coupling(runs: _Runs, changed: Collection[str]) -> str:
+    try:
+        return coupling(runs, runs.few, runs.training, runs.own.precision, changed)
+    except Exception:  # the model may want microbatches of a certain size
+        return ""
 
 
 def _differ(ours: StageValues, theirs: StageValues) -> bool:

@@ -41,6 +41,7 @@ class StepRunner:
     Attributes:
         look: Is shown every batch before it is trained (`Mode.TRAIN`), evaluated (`Mode.TEST`) or predicted
             (`Mode.PREDICT`).
+        look_at_parts: Is shown every batch before it is verified.
         begin: Is called before a batch is made ready.
         calling_own: Makes what surrounds every run of the user's own layers, losses and metrics in this process.
 
@@ -51,6 +52,7 @@ class StepRunner:
     def __init__(self, setup: Setup, workers: Workers) -> None:
         self._setup, self._workers = setup, workers
         self.look: Callable[[Mode, Batch], None] = lambda mode, batch: None
+        self.look_at_parts: Callable[[Batch], None] = lambda batch: None
         self.begin: Callable[[], None] = lambda: None
         self.calling_own: Callable[[], AbstractContextManager[None]] = nullcontext
         self._plans: dict[tuple[int, int, bool, bool], Plan] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import h5py
 import keras
@@ -19,16 +20,25 @@ from pipeline.compiled.optimizer_slots import OptimizerSlots, Place, StartValues
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.model.merge import Merged
+from pipeline.runtime.session import Session
 from pipeline.saving.merged import merged as merged_of
+from pipeline.saving.own_objects import warn_of_what_a_keras_file_leaves_out
 from stages.worker.snapshot import optimizer_slots, read
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
 
+_TOLD: WeakSet[Session] = WeakSet()
+"""Whose files were told of."""
+
 
 def save(pipe: Pipeline, path: Path, overwrite: bool, **options: Any) -> None:
-    """Write the trained model as a ``.keras`` file, compiled like the pipeline."""
-    _trained(pipe).model.save(path, overwrite=overwrite, **options)
+    """Write the trained model as a ``.keras`` file, compiled like the pipeline; what it leaves out is told once."""
+    model, compiled = _trained(pipe).model, pipe.session.workers.compiled
+    model.save(path, overwrite=overwrite, **options)
+    if pipe.session not in _TOLD:
+        _TOLD.add(pipe.session)
+        warn_of_what_a_keras_file_leaves_out(model, [] if compiled is None else compiled.judges, path)
 
 
 def load(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ import numpy as np
 from pipeline.cutting.splitter import Split, split_model
 from pipeline.errors import CheckpointError
 from stages.errors import HandoffError
+from stages.keras_internals import has_layers, layers_of
 from stages.put_back import random_numbers_put_back
 from stages.recipe.describe import Recipe, create, described, why_own
 from stages.recipe.differences import lost
@@ -74,6 +76,44 @@ def warn_of_what_is_not_in_it(manifest: Mapping[str, Any], path: Any) -> None:
             f"{brought}). {'. '.join(needed.values())}",
             stacklevel=4,
         )
+
+
+def warn_of_what_a_keras_file_leaves_out(model: Any, judges: Any, path: Any) -> None:
+    """Tell, when a ``.keras`` file is saved, what whoever loads it will find otherwise: so it is in Keras.
+
+    Args:
+        model: As it was saved.
+        judges: Losses and metrics that it is compiled with, nested.
+        path: The file.
+    """
+    with random_numbers_put_back(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = _lost(model, lambda classes: keras.models.load_model(path, classes, compile=False))
+        for one in keras.tree.flatten(judges):
+            if isinstance(one, keras.losses.Loss | keras.metrics.Metric):
+                found += _lost(one, partial(_by_configuration, one))
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        warnings.warn(
+            f"{path} has configurations and weights only, as Keras's files have: {'; '.join(found[:_SHOWN])}{more}. A "
+            "checkpoint, pipe.save(folder), comes back with them in your own model: Pipeline.load(folder, model=...)",
+            stacklevel=4,
+        )
+
+
+def _lost(thing: Any, remade: Callable[[dict[str, Any]], Any]) -> list[str]:
+    """What becomes of a model, loss or metric; nothing where Keras itself refuses to make it again."""
+    classes = {type(one).__name__: type(one) for one in (layers_of(thing) if has_layers(thing) else [thing])}
+    try:
+        copy = remade(classes)
+    except Exception:  # whatever a constructor makes of its configuration; whoever loads the file is told
+        return []
+    return lost(thing, copy)
+
+
+def _by_configuration(thing: Any, classes: dict[str, Any]) -> Any:
+    config = keras.saving.serialize_keras_object(thing)
+    return keras.saving.deserialize_keras_object(config, custom_objects=classes)
 
 
 def check_brought(manifest: Mapping[str, Any], own: Own) -> None:
@@ -149,4 +189,13 @@ def write_values(segments: Sequence[Segment], values: Mapping[int, Sequence[np.n
                 ) from error
 
 
-__all__ = ["COMPILE", "Own", "check_brought", "model_recipe", "own_parts", "warn_of_what_is_not_in_it", "write_values"]
+__all__ = [
+    "COMPILE",
+    "Own",
+    "check_brought",
+    "model_recipe",
+    "own_parts",
+    "warn_of_what_a_keras_file_leaves_out",
+    "warn_of_what_is_not_in_it",
+    "write_values",
+]

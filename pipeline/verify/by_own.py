@@ -124,7 +124,7 @@ class ByOwn:
             return self._drawing(self.session.values.read("model"))
 
     def _drawing(self, values: StageValues) -> str:
-        return told(layers_that_draw(lambda: self._run(values)))
+        return told(layers_that_draw(lambda: self._run(values)), self.session.setup.options.scheme == "inproc")
 
     @contextmanager
     def _lent(self) -> Iterator[Lent]:

@@ -80,6 +80,7 @@ def verify(
 
     Raises:
         VerificationError: An unknown check, or a number that cannot be.
+        FirstBatchError: A layer adds a loss that microbatches would count otherwise than Keras does.
     """
     question = Question.of(checks, steps=steps, tolerance=tolerance, memory_limit=memory_limit, seed=seed)
     from pipeline.verify.verification import verified  # what only a verification takes is imported with the first

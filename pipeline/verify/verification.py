@@ -44,6 +44,7 @@ def verified(session: Session, x: Any, y: Any, sample_weight: Any, question: Que
     """Verify one batch; see `Pipeline.verify`."""
     compiled = session.workers.needs_compile("verify")
     batch = session.steps.batch(x, y, sample_weight, compiled.judged)
+    session.steps.look_at_parts(batch)
     with session.reference.telling():
         return Verification(session, batch, question).run()
 

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from stages.keras_internals import layers_of
+from stages.keras_internals import has_layers, layers_of
 from stages.recipe.attributes import attributes_of
 from stages.recipe.keras_state import state_of
 
@@ -32,10 +32,13 @@ def lost(ours: Any, copy: Any) -> list[str]:
     """What a copy of a model has otherwise, one phrase for each layer and attribute; empty: nothing.
 
     Args:
-        ours: The user's model, built.
-        copy: A model of the same architecture.
+        ours: The user's model, built; or a loss or metric.
+        copy: One of the same architecture.
     """
     found = []
+    if not has_layers(ours):
+        apart = _apart(state_of(ours), state_of(copy), "", set(), 0)
+        return [f"{path!r} of {type(ours).__name__}, {_said(x)}, would become {_said(y)}" for path, x, y in apart]
     pairs = zip(layers_of(ours), layers_of(copy), strict=False)
     seen: set[tuple[int, int]] = {(id(a), id(b)) for a, b in pairs}
     for a, b in zip(layers_of(ours), layers_of(copy), strict=False):

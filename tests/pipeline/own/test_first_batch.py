@@ -216,7 +216,8 @@ def test_it_is_looked_once_after_each_compile(monkeypatch: pytest.MonkeyPatch) -
     right = OwnModel.run
 
     def run(self: OwnModel, few: Any, training: bool) -> Any:
-        runs.append(training)
+        if len(few.sizes) > 1:  # once more in one, to see whether samples depend on each other
+            runs.append(training)
         return right(self, few, training)
 
     monkeypatch.setattr(OwnModel, "run", run)

@@ -111,3 +111,55 @@ def test_what_a_configuration_says_is_not_reported_as_lost() -> None:
             theirs.assign(ours.numpy())
         found[name] = lost(model, copy)
     assert len(found) > 60 and {name for name, words in found.items() if words} <= {"Activation"}  # ops.gelu
+
+
+class Gained(L.Layer):
+    """A layer as most are written; Keras notes what it was made with."""
+
+    def __init__(self, gain: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.gain = gain
+
+    def call(self, inputs: Any) -> Any:
+        return self.gain * inputs
+
+
+class Weighted(keras.losses.Loss):
+    """A loss as most are written."""
+
+    def __init__(self, weight: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.weight = weight
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return self.weight * keras.ops.square(y_true - y_pred)
+
+
+def changed_later() -> Any:
+    layer = Gained(name="mine")
+    layer.gain = 3.0
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "loss", "said"),
+    [
+        (changed_later, "mse", r"'gain' of the layer 'mine' \(Gained\), 3.0, would become 1.0"),
+        (lambda: L.Dense(3), Weighted(5.0), "'weight' of Weighted, 5.0, would become 1.0"),
+        (adapted, Weighted(), ""),  # Keras's files have what adapt found
+    ],
+    ids=["a layer", "a loss", "nothing"],
+)
+def test_what_a_keras_file_leaves_out_is_named_once_when_it_is_saved(
+    layer: Callable[[], Any], loss: Any, said: str, tmp_path: Path
+) -> None:
+    """What is told is what plain Keras gives back."""
+    with Pipeline.split(of(layer()), stages=2, **INPROC) as pipe:
+        pipe.compile("sgd", loss, run_eagerly=True)
+        if said:
+            with pytest.warns(UserWarning, match=f"configurations and weights only.*{said}"):
+                pipe.save(tmp_path / "m.keras")
+        pipe.save(tmp_path / "m.keras")
+        right = pipe.predict(X, verbose=0)
+    again = keras.models.load_model(tmp_path / "m.keras", {"Gained": Gained, "Weighted": Weighted})
+    assert np.array_equal(again.predict(X, verbose=0), right) == ("mine" not in said)
