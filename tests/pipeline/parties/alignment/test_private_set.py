@@ -54,7 +54,7 @@ def test_what_travels_is_fresh_in_every_exchange_and_tells_no_order():
     assert len(first) == len(second) == 30 * POINT and first != second
     cut = lambda sent: {sent[at : at + POINT] for at in range(0, len(sent), POINT)}  # noqa: E731
     assert not cut(first) & cut(second)
-    assert list(first[at : at + POINT] for at in range(0, len(first), POINT)) == sorted(cut(first))
+    assert [first[at : at + POINT] for at in range(0, len(first), POINT)] == sorted(cut(first))
 
 
 @pytest.mark.parametrize("ids", [["a", "a"], [1, np.int64(1)], [], [1.5], [True], [b"x"], [None]])
