@@ -336,18 +336,17 @@ class Pipeline(WithoutModelNames):
         trainer = self._ready("train_on_batch")
         sample_weight = sample_or_class_weights(y, sample_weight, class_weight, len(self.wires.labels))
         trainer.reset_metrics()
-        self.changes.closely = False
         self._session.values.ahead = True
-        logs = trainer.train_step((x, y, sample_weight))
-        return trainer.returned(logs, return_dict)
+        with self.changes.looked():
+            return trainer.returned(trainer.train_step((x, y, sample_weight)), return_dict)
 
     @counting()
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Loss and metrics of one batch, as `keras.Model.test_on_batch`."""
         trainer = self._ready("test_on_batch")
         trainer.reset_metrics()
-        self.changes.closely = False
-        return trainer.returned(trainer.test_step((x, y, sample_weight)), return_dict)
+        with self.changes.looked():
+            return trainer.returned(trainer.test_step((x, y, sample_weight)), return_dict)
 
     gradients = one_turn(questions.gradients)
     verify = one_turn(questions.verify)

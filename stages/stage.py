@@ -29,7 +29,7 @@ from stages.tape.by_hand import ByHand, nested
 from stages.tape.compiled import CompiledTapes
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.eager import EagerTapes
-from stages.tape.misfit_message import named_misfit
+from stages.tape.misfit_message import MISFITS, named_misfit
 from stages.tape.model_call import Part
 from stages.tape.open_passes import OpenPasses
 from stages.tape.output_gradients import check_gradients, flat_gradients
@@ -95,13 +95,18 @@ class Stage:
         self._part = Part(model, self.name, input_gradients)
         self._consumed = None if consumed is None else tuple(consumed)
         self._tapes: Tapes
+        ends = self.carried is None and not any(self._consumed or ())  # only losses come back to the stage
         if run_eagerly:
             self._tapes = EagerTapes(self._part, self.heads, recompute, tied)
         else:
-            only_losses = self.carried is None and not any(self._consumed or ())  # come back to the stage
-            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends=only_losses)
+            self._tapes = CompiledTapes(self._part, self.heads, recompute, ends)
         self._by_hand = ByHand(self._part, self.name, recompute, 0 if self.carried is None else len(self.carried))
         self._passes = OpenPasses(self.name)
+
+    @property
+    def traces(self) -> int | None:
+        """As of `Tapes`."""
+        return self._tapes.traces
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -174,10 +179,7 @@ class Stage:
             target: What the loss compares with, (n, ...); with several heads a list, one per head.
             sample_weight: (n,) or None; with several heads a list, or None.
             microbatch: Number under which the tape is kept.
-            window: As in `forward`, like `share` and `state`.
-            weight: What the loss of this microbatch (and window) weighs in the batch's.
-            share: As in `forward`.
-            state: As in `forward`.
+            window: As in `forward`, like `share` and `state`; `weight` is what this loss weighs in the batch's.
 
         Returns:
             The weighted loss, a float scalar tensor.
@@ -222,8 +224,7 @@ class Stage:
         """
         key = PassKey(microbatch, window)
         self._by_hand.outside_functions(key, "backward")
-        values = self._passes.of(key).values
-        given = self._flat_gradients(output_gradients, values, key)
+        given = self._flat_gradients(output_gradients, self._passes.of(key).values, key)
         self._by_hand.closing(key, self._passes.of(key), output_gradients is not None or self.carried is not None)
         found = self.backward_flat(given, key, state_gradient)
         return found[0] if len(found) == 1 else list(found)
@@ -269,16 +270,15 @@ class Stage:
         values = (*inputs[:count], *entered)
         self._part.check_inputs(values, key.microbatch)
         given = PassInputs((*values, *inputs[count:]), share, tuple(masked), objective)
-        where = f"stage {self.name!r}, forward of microbatch {key.microbatch}"
-        if not training:
-            with named_misfit(where, self.model, values, training):
-                opened = self._tapes.infer(given, key.window)
-            return self._left(key, opened, entered, training)
-        self._passes.check_new(key)
-        with named_misfit(where, self.model, values, training):
-            opened = self._tapes.forward(key, given)
+        if training:
+            self._passes.check_new(key)
+        try:
+            opened = self._tapes.forward(key, given) if training else self._tapes.infer(given, key.window)
+        except MISFITS as error:
+            raise named_misfit(error, self._at(key, "forward"), self.model, values, training)  # noqa: B904 - has one
         opened = self._left(key, opened, entered, training)
-        self._passes.open(key, opened, count)
+        if training:
+            self._passes.open(key, opened, count)
         return opened
 
     def _left(self, key: PassKey, opened: Opened, entered: Sequence[Any], training: bool) -> Opened:
@@ -328,8 +328,8 @@ class Stage:
             variables with one path the second has ``#2`` behind it, and so on.
         """
         names = unique_names([variable.path for variable in self.trainable_variables])
-        values = self._tapes.gradients()
-        return {name: None if g is None else np.array(g) for name, g in zip(names, values, strict=True)}
+        found = zip(names, self._tapes.gradients(), strict=True)
+        return {name: None if g is None else np.array(g) for name, g in found}
 
     def accumulated(self) -> list[Any | None]:
         """The accumulated gradients as tensors, in the order of `trainable_variables`."""
@@ -396,5 +396,5 @@ class Stage:
             raise HandoffError(f"stage {self.name!r} has its loss on the tape; backward takes no output gradients")
         return flat_gradients(given, outputs, self._at(key))
 
-    def _at(self, key: PassKey) -> str:
-        return f"stage {self.name!r}, backward of microbatch {key.microbatch}"
+    def _at(self, key: PassKey, what: str = "backward") -> str:
+        return f"stage {self.name!r}, {what} of microbatch {key.microbatch}"

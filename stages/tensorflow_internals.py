@@ -38,6 +38,14 @@ def has_op_run() -> bool:
     return bool(current is not None and current._initialized)
 
 
+def sizes_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of an eager tensor as a plain tuple, which `tensor.shape` wraps at ten times the price.
+
+    Relies on `EagerTensor._shape_tuple`.
+    """
+    return tensor._shape_tuple()  # type: ignore[no-any-return]
+
+
 # -- settings of the process -------------------------------------------------------------------------------------
 
 

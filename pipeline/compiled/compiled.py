@@ -29,7 +29,7 @@ from stages.loss.head import Head
 from stages.loss.precision import loss_number
 from stages.recipe.by_value import copied
 from stages.recipe.describe import described
-from stages.recipe.optimizer_state import rate_is_a_variable
+from stages.recipe.optimizer_state import rate_is_a_variable, rate_now
 from stages.recipe.stage_objects import Judging
 from stages.worker.stage_spec import HeadSpec
 
@@ -272,9 +272,10 @@ class Compiled:
 
     def learning_rates(self, stages: int) -> dict[int, float]:
         """Every stage's rate for the next update, but where a schedule in its optimizer decides."""
-        pairs = list(zip(self.optimizers, self._constant_rates, strict=True))
-        each = pairs if len(pairs) > 1 else pairs * stages
-        return {i: float(one.learning_rate) for i, (one, constant) in enumerate(each) if constant}
+        pairs = zip(self.optimizers, self._constant_rates, strict=True)
+        rates = [rate_now(one) if constant else None for one, constant in pairs]
+        each = rates if len(rates) > 1 else rates * stages
+        return {i: rate for i, rate in enumerate(each) if rate is not None}
 
     @property
     def constant_rate(self) -> bool:
@@ -289,9 +290,7 @@ class Compiled:
 
     def count_update(self) -> None:
         """Let the optimizers of the user's process know that the workers' made one more update."""
-        for iteration in self.counts.variables:
-            iteration.value.assign_add(1, read_value=False)
-        self.counts.hold()
+        self.counts.count()
 
     def go_on_from(self, slots: OptimizerSlots, rate: bool = False) -> None:
         """Take over the iterations, and if wanted the learning rate, that the workers' optimizers go on from."""

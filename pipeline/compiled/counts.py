@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.tape.tensors import quick_read
+
 Array = np.ndarray[Any, Any]
 
 
@@ -34,6 +36,12 @@ class Counts:
         """Remember them as they are now."""
         self._held = self._now()
 
+    def count(self) -> None:
+        """Count one more update, also in what is remembered."""
+        for iteration in self.variables:
+            iteration.value.assign_add(1, read_value=False)
+        self._held = [held + 1 for held in self._held]
+
     def set_by_hand(self, stages: int) -> dict[int, Array]:
         """{stage: its optimizer's count}, of those that are not what was held; from now on these are held.
 
@@ -50,7 +58,7 @@ class Counts:
     def _now(self) -> list[int]:
         if any(one is None or not one.built for one in self._optimizers):
             return []
-        return [int(np.asarray(one.value.read_value())) for one in self.variables]
+        return [int(np.asarray(quick_read(one))) for one in self.variables]
 
 
 __all__ = ["Counts"]

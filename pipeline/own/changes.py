@@ -47,12 +47,15 @@ class Changes:
 
     Args:
         session: What runs.
+
+    Attributes:
+        closely: Whether the next look compares all attributes, and the own model's variables.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._filled = False
-        self.closely = True
+        self.closely = self._due = True
 
     def hold(self) -> None:
         """Keep what the workers have just got from the user's objects, to compare with."""
@@ -103,6 +106,15 @@ class Changes:
             if self._filled:
                 self._attributes = Attributes(_objects(self._session))
 
+    @contextmanager
+    def looked(self) -> Iterator[None]:
+        """The next look inside is none: one was made just before, and nobody could change anything since."""
+        self._due = self.closely = False
+        try:
+            yield
+        finally:
+            self._due = True
+
     def look(self, closely: bool = False, training: bool = False) -> None:
         """Take along, or refuse, what was changed since the last look.
 
@@ -113,7 +125,8 @@ class Changes:
         Raises:
             CompileError: Something was changed that cannot take effect; says what.
         """
-        if not self._filled or not self._session.workers.are_running:
+        due, self._due = self._due, True
+        if not due or not self._filled or not self._session.workers.are_running:
             return
         closely, self.closely = closely or self.closely, False
         self.take_variables()

@@ -99,6 +99,7 @@ class Driver:
         self._undecided = False
         self._plans: dict[tuple[str, int, int, tuple[int, ...]], tuple[int, Plan]] = {}
         self._announced = 0
+        self._mask_plans: dict[tuple[int, int], Plan] = {}
         self._crew = Crew(placement, incarnation, look_seconds)
         self.placement = self._crew.placement
         self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
@@ -209,7 +210,10 @@ class Driver:
 
         What a microbatch weighs in a masked mean depends on the masks of all microbatches, so they go first.
         """
-        plan = forward_only(len(self._worker_of), len(batch.sizes), windows=max(1, len(batch.lengths)))
+        size = (len(batch.sizes), max(1, len(batch.lengths)))
+        plan = self._mask_plans.get(size)
+        if plan is None:
+            plan = self._mask_plans[size] = forward_only(len(self._worker_of), size[0], windows=size[1])
         return any(answer.masked for answer in self._step_of(_order_of(plan, Mode.MASKS, batch), plan, batch))
 
     def apply(
@@ -345,7 +349,7 @@ class Driver:
         """Send a plan the first time it is used; return its number."""
         key = (plan.name, plan.microbatches, plan.windows, plan.placement)
         known = self._plans.get(key)
-        if known is not None and known[1] == plan:
+        if known is not None and (known[1] is plan or known[1] == plan):
             return known[0]
         identity = self._announced  # never one that workers know another plan by
         self._announced += 1

@@ -94,12 +94,12 @@ class Heads:
     @property
     def couples_samples(self) -> bool:
         """Whether a loss needs the whole batch at once; then all of the stage's are computed so."""
-        return any(head.couples_samples for head in self)
+        return any(head.couples_samples for head in self._heads)
 
     @property
     def counts_at_once(self) -> bool:
         """Whether a metric gives a number of the whole batch; then all of the stage's count whole batches."""
-        return any(head.ways.metrics is Way.WHOLE for head in self)
+        return any(head.ways.metrics is Way.WHOLE for head in self._heads)
 
     def go(self, ways: Sequence[Ways | None]) -> None:
         """Say how each head's loss and metrics are made of microbatches; None: as it is known of Keras's own."""

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from stages.keras_training_internals import names_excluded_from_decay
 from stages.recipe.attributes import blank
 from stages.recipe.keras_kinds import kinds, samples
+from stages.tape.tensors import quick_read
 
 
 def excluded(optimizer: Any) -> list[Any]:
@@ -77,6 +79,12 @@ def set_attributes(optimizer: Any, attributes: Mapping[str, Any]) -> None:
 def rate_of(optimizer: Any) -> Any:
     """What an optimizer's learning rate is: a variable, a schedule or a function."""
     return optimizer._learning_rate
+
+
+def rate_now(optimizer: Any) -> float:
+    """The learning rate of the next update."""
+    rate = optimizer.learning_rate
+    return float(np.asarray(quick_read(rate)) if isinstance(rate, keras.Variable) else rate)
 
 
 def rate_is_a_variable(optimizer: Any) -> bool:

@@ -37,11 +37,11 @@ from stages.tape.compiled_layout import (
 from stages.tape.contract import Blocks, Opened, PassInputs, PassKey, Tapes
 from stages.tape.direct_calls import direct
 from stages.tape.embedding_rows import Rows, is_sparse, parts_of, sparse
-from stages.tape.model_call import Part, spread
+from stages.tape.model_call import Part
 from stages.tape.optimizer_update import rescaled, update
-from stages.tape.tensors import is_differentiable
 from stages.tape.traces import Traces
 from stages.tape.trained import Trained
+from stages.tensorflow_internals import sizes_of
 
 
 @dataclass
@@ -69,6 +69,13 @@ class CompiledTapes(Tapes):
     _reached: list[bool] = field(default_factory=list)
     _rows: Rows = field(default_factory=Rows)
     _trained: Trained = field(default_factory=Trained)
+    _settled: tuple[int, ...] | None = None
+    _traced: int = 0
+
+    @property
+    def traces(self) -> int:
+        """How many functions were traced so far."""
+        return self._traced
 
     def __post_init__(self) -> None:
         self._traces = Traces(self.part, self.heads, self._accumulators)
@@ -96,13 +103,11 @@ class CompiledTapes(Tapes):
             (*flat_arguments(inputs, objective), scalar(share), scalar(self.loss_scale))
         )
         _, own, losses, gradients = layout.results(results)
-        reached, count = layout.reached(frozenset((0,))), sum(layout.wanted)
-        half = HalfPass(functions, layout, left, reached[count:])
-        found = iter(gradients)
-        inside = [next(found) if there else None for there in reached[:count]]
+        way = layout.way_back(None)
+        half = HalfPass(functions, layout, left, way.variables)
         if not self.halves:
-            self._collected(left, layout, reached[count:])
-        input_gradients = spread(layout.wanted, inside)
+            self._collected(left, layout, way.variables)
+        input_gradients = tuple([None if n is None else gradients[n] for n in way.inputs])
         self._open[key] = OpenPass(None, (), (), share, input_gradients, half if self.halves else None)
         return Opened(None, (), own, losses)
 
@@ -121,23 +126,18 @@ class CompiledTapes(Tapes):
             self._halfway[key] = opened.half
             return opened.input_gradients
         layout, functions = opened.pair.layout, opened.pair.backward
-        given = dict(enumerate(output_gradients))
-        places = [i for i, output in enumerate(opened.outputs) if is_differentiable(output.dtype)]
-        seeds = [tf.zeros_like(opened.outputs[i]) if given.get(i) is None else given[i] for i in places]
-        alive = {n for n, i in enumerate(places) if given.get(i) is not None}
-        alive |= set(range(len(places), len(places) + layout.own + (layout.weighted is not None)))
-        seeds += [scalar(opened.share * self.loss_scale)] * layout.own
-        seeds += [scalar(self.loss_scale)] * (layout.weighted is not None)
-        reached, count = layout.reached(frozenset(alive)), sum(layout.wanted)
+        way = layout.way_back(tuple([gradient is not None for gradient in output_gradients]))
+        seeds = [output_gradients[i] if there else tf.zeros_like(opened.outputs[i]) for i, there in way.seeds]
+        if layout.own:
+            seeds.append(scalar(opened.share * self.loss_scale))
+        if layout.weighted is not None:
+            seeds.append(scalar(self.loss_scale))
         results, left = functions.run_first([*opened.kept, *seeds])
-        half = HalfPass(functions, layout, left, reached[count:])
+        half = HalfPass(functions, layout, left, way.variables)
         if not opened.pair.halved:
             self._collected(left, layout, half.reached)
         self._halfway[key] = half if opened.pair.halved else None
-        found = iter(results)
-        exists = [seeds_ is not None for seeds_ in layout.depends[:count]]
-        inside = [next(found) if there else None for there in exists]
-        return spread(layout.wanted, [r if there else None for r, there in zip(inside, reached, strict=False)])
+        return tuple([None if n is None else results[n] for n in way.inputs])
 
     def backward_weight(self, key: PassKey) -> None:
         """Run the weight half, which accumulates dL/dvariables, unless the input half was the whole backward."""
@@ -228,7 +228,11 @@ class CompiledTapes(Tapes):
 
     def _prepare(self) -> tuple[int, ...]:
         """The places of what is trained at present; a variable that is new gets an accumulator."""
+        if self._settled is not None:
+            return self._settled
         places = self._trained.places(self.part.trainable_variables)
+        if self.part.settled:
+            self._settled = places
         for variable in self._trained.variables[len(self._accumulators) :]:
             self._accumulators.append(tf.Variable(tf.zeros_like(variable.value), trainable=False))
             self._reached.append(False)
@@ -247,7 +251,7 @@ class CompiledTapes(Tapes):
         later = int(window > 0 and self.part.regularised > 0)
         tensors = inputs if objective is None else (*inputs, *objective.tensors())
         weighted = None if objective is None else objective.weighted
-        shapes = ((t.dtype, t.shape[1:] if t.shape.rank else None) for t in tensors)
+        shapes = [(t.dtype, sizes_of(t)[1:] or len(sizes_of(t))) for t in tensors]
         heads = None if objective is None else objective.heads
         places = self._prepare()
         counting = self.heads.counts_at_once
@@ -258,6 +262,7 @@ class CompiledTapes(Tapes):
             variables = tuple(self._trained.variables[place] for place in places)
             layout = Layout(len(inputs), tuple(masked), weighted, heads, later, variables, places)
             found = self._functions[key] = trace(layout, specs, self.halves)
+            self._traced += 1
         return found
 
     def _trace_apply(

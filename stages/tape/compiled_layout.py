@@ -7,7 +7,7 @@ backward   what is kept, seeds  ──► dL/dinputs, then values (n, ...) and p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -20,6 +20,7 @@ from stages.tape.accumulate import dense
 from stages.tape.backward_halves import Halves
 from stages.tape.direct_calls import unportable
 from stages.tape.embedding_rows import parts_of
+from stages.tape.tensors import is_differentiable
 
 
 def scalar_spec() -> Any:
@@ -35,6 +36,21 @@ def scalar(value: float) -> Any:
 @lru_cache(maxsize=256)
 def _scalar_of(value: float, dtype: str) -> Any:
     return tf.constant(value, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class WayBack:
+    """The places of a backward's values and results, for outputs of which some have a gradient.
+
+    Attributes:
+        seeds: (output, whether it has a gradient) of every seed that is no scalar.
+        inputs: For each input the number of its gradient among the results, or None.
+        variables: For each variable, whether its gradient depends on a seed that was given.
+    """
+
+    seeds: tuple[tuple[int, bool], ...]
+    inputs: tuple[int | None, ...]
+    variables: tuple[bool, ...]
 
 
 @dataclass
@@ -56,6 +72,7 @@ class Layout:
         depends: For each wanted input and then each variable, the seeds its gradient depends on; None if it has none.
         rows: Which variables' gradients are rows of an embedding.
         fixed_rows: Those of them that are looked up once for all samples.
+        ways_back: As `way_back` found them.
     """
 
     inputs: int
@@ -72,6 +89,7 @@ class Layout:
     depends: tuple[frozenset[int] | None, ...] = ()
     rows: tuple[int, ...] = ()
     fixed_rows: frozenset[int] = frozenset()
+    ways_back: dict[tuple[bool, ...] | None, WayBack] = field(default_factory=dict)
 
     def unpack(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Objective | None]:
         """Inputs, and the objective that stands behind them."""
@@ -96,9 +114,26 @@ class Layout:
         self.fixed_rows = frozenset(i for i in self.rows if values[i].shape[0] is not None)
         return [*(dense(gradient) for gradient in gradients[:inputs]), *values, *(pairs[i][1] for i in self.rows)]
 
-    def reached(self, alive: frozenset[int]) -> tuple[bool, ...]:
-        """For each wanted input and variable, whether its gradient depends on one of these seeds."""
-        return tuple(seeds is not None and not seeds.isdisjoint(alive) for seeds in self.depends)
+    def way_back(self, given: tuple[bool, ...] | None) -> WayBack:
+        """How a backward's values and results are placed; found out once.
+
+        Args:
+            given: Which outputs have a gradient; None: a fused function's, whose one seed is the losses'.
+        """
+        if given not in self.ways_back:
+            self.ways_back[given] = self._way_back(given)
+        return self.ways_back[given]
+
+    def _way_back(self, given: tuple[bool, ...] | None) -> WayBack:
+        there = dict(enumerate(given or ()))
+        places = [] if given is None else [i for i, dtype in enumerate(self.outputs) if is_differentiable(dtype)]
+        alive = {n for n, i in enumerate(places) if there.get(i)}
+        alive |= {0} if given is None else set(range(len(places), len(places) + scalar_seeds(self)))
+        reached = [seeds is not None and not seeds.isdisjoint(alive) for seeds in self.depends]
+        count, results, inputs = sum(self.wanted), accumulate((s is not None for s in self.depends), initial=0), []
+        numbers = iter([n if yes else None for n, yes in zip(results, reached[:count])])  # noqa: B905 - a prefix
+        inputs = [next(numbers) if yes else None for yes in self.wanted]
+        return WayBack(tuple((i, bool(there.get(i))) for i in places), tuple(inputs), tuple(reached[count:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,11 @@ class Tapes(ABC):
     blocks: Blocks
     halves: bool
 
+    @property
+    def traces(self) -> int | None:
+        """How many functions were traced so far; None where the part is run eagerly."""
+        return None
+
     @abstractmethod
     def forward(self, key: PassKey, given: PassInputs) -> Opened:
         """Run the part in training, with its heads' losses where there is an objective; its tape stays open."""

@@ -7,8 +7,7 @@ run once more, one layer after the other, up to the one that fails.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,30 +18,30 @@ from stages.keras_internals import graph_model, maker_of, node_arguments, nodes_
 from stages.tape.model_call import CallState
 from stages.tape.tensors import describe_tensor, flatten
 
+MISFITS = (tf.errors.InvalidArgumentError, ValueError)
+"""What an operation raises that is given tensors it cannot take."""
 
-@contextmanager
-def named_misfit(where: str, model: Any, inputs: Sequence[Any], training: bool) -> Iterator[None]:
-    """While a model runs: tell an operation that fails with its layer and what it was given.
+
+def named_misfit(error: Exception, where: str, model: Any, inputs: Sequence[Any], training: bool) -> Exception:
+    """The error that tells an operation which failed (`MISFITS`) with its layer and what it was given.
 
     Args:
+        error: What was raised while the model ran.
         where: Stage and microbatch, for the message.
         model: As in `misfit`, like the others.
         inputs: As in `misfit`.
         training: As in `misfit`.
 
-    Raises:
-        HandoffError: A layer's operation failed; any other error passes as it is.
+    Returns:
+        A HandoffError with the other as its cause; the other itself where no layer's operation fails.
     """
-    try:
-        yield
-    except (tf.errors.InvalidArgumentError, ValueError) as error:
-        found = misfit(model, inputs, training)
-        if found is None:
-            raise
-        plain = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # one line, without a terminal's colours
-        raise HandoffError(
-            f"{where}: {found}; change the model, or the data's shape. The error was: {plain}"
-        ) from error
+    found = misfit(model, inputs, training)
+    if found is None:
+        return error
+    plain = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())  # one line, without a terminal's colours
+    named = HandoffError(f"{where}: {found}; change the model, or the data's shape. The error was: {plain}")
+    named.__cause__ = error
+    return named
 
 
 def misfit(model: Any, inputs: Sequence[Any], training: bool) -> str | None:

@@ -20,6 +20,10 @@ from stages.keras_internals import input_structure, layers_of, let_inner_layers_
 from stages.masks import mask_of, with_mask
 from stages.put_back import values_put_back
 from stages.tape.tensors import compatible, describe_tensor, flatten, is_differentiable
+from stages.tensorflow_internals import sizes_of
+
+_KNOWN_SIZES = 256
+"""So many shapes of inputs that fit are remembered."""
 
 
 class Called(NamedTuple):
@@ -55,6 +59,7 @@ class Part:
         self._pack = packer(model)
         _let_inner_layers_mask(model)
         self._settled: tuple[list[Any], tuple[bool, ...]] | None = None
+        self._fitting: set[tuple[tuple[int, ...], ...]] = set()
         self._normalising = [x for x in layers_of(model) if isinstance(x, keras.layers.BatchNormalization)]
 
     @property
@@ -69,6 +74,11 @@ class Part:
         """
         self._settled = None
         self._settled = self.trainable_variables, self.modes()
+
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` was called."""
+        return self._settled is not None
 
     def modes(self) -> tuple[bool, ...]:
         """What decides how some layers run besides `training`: a frozen BatchNormalization is one that infers."""
@@ -136,6 +146,9 @@ class Part:
         Raises:
             HandoffError: A wrong number of tensors, a shape that cannot fit, or text where numbers belong.
         """
+        sizes = tuple([sizes_of(given) for given in inputs])
+        if sizes in self._fitting:
+            return
         expected = self.expected_inputs()
         if expected is None:
             return
@@ -148,6 +161,8 @@ class Part:
                     f"{where}: input {wanted.name!r} must have the shape {tuple(wanted.shape)} (None is any size), "
                     f"received {describe_tensor(given)}; the model before it, or the data, gives another shape"
                 )
+        if self.settled and len(self._fitting) < _KNOWN_SIZES:
+            self._fitting.add(sizes)
 
 
 def _let_inner_layers_mask(model: Any) -> None:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from stages.errors import HandoffError
 from stages.tape.tensors import describe_tensor, is_differentiable
+from stages.tensorflow_internals import sizes_of
 
 
 def flat_gradients(given: Any, outputs: Sequence[Any], where: str) -> list[Any | None]:
@@ -44,7 +45,7 @@ def check_gradients(given: Sequence[Any | None], outputs: Sequence[Any], where: 
     for i, (gradient, output) in enumerate(zip(given, outputs)):  # noqa: B905 - with the loss on the tape: none
         if gradient is None or not is_differentiable(output.dtype):
             continue
-        if gradient.shape != output.shape or gradient.dtype != output.dtype:
+        if sizes_of(gradient) != sizes_of(output) or gradient.dtype != output.dtype:
             raise HandoffError(
                 f"{where}: the gradient of output {i} must be like the output, {describe_tensor(output)}, received "
                 f"{describe_tensor(gradient)}"

@@ -41,6 +41,8 @@ class HostedStage:
 
     def __init__(self, spec: StageSpec, updates: bool = True) -> None:
         self.spec = replace(spec, objects=b"")
+        self._found: dict[str, tuple[int | None, list[Any]]] = {}
+        self._over_time: dict[tuple[str, int], bool] = {}
         if spec.seed is not None:
             keras.utils.set_random_seed(spec.seed)
         self.objects = StageObjects.of(spec.objects)
@@ -90,7 +92,18 @@ class HostedStage:
     @property
     def inner_metrics(self) -> list[Any]:
         """The metrics that layers of the model update when they are called, each once."""
-        return metrics_of_layers(self.stage.model)
+        return self._once_a_trace("inner", lambda: metrics_of_layers(self.stage.model))
+
+    def _once_a_trace(self, what: str, find: Callable[[], list[Any]]) -> list[Any]:
+        """What is found in the model's layers, looked for again after every new trace: only there can it change.
+
+        A model that is run eagerly may make variables in any call, and is looked through each time.
+        """
+        traces = self.stage.traces
+        known = self._found.get(what)
+        if known is None or traces is None or known[0] != traces:
+            known = self._found[what] = (traces, find())
+        return known[1]
 
     def inner_results(self) -> dict[str, Any]:
         """Their values so far, by the names that Keras's logs give them."""
@@ -112,11 +125,16 @@ class HostedStage:
 
     def takes_over_time(self, place: int) -> bool:
         """Whether an input has the time as its second axis."""
-        return is_over_time(_shape_of(self.stage.model, "inputs", place))
+        return self._is_over_time("inputs", place)
 
     def gives_over_time(self, place: int) -> bool:
         """Whether an output has the time as its second axis."""
-        return is_over_time(_shape_of(self.stage.model, "outputs", place))
+        return self._is_over_time("outputs", place)
+
+    def _is_over_time(self, what: str, place: int) -> bool:
+        if (what, place) not in self._over_time:
+            self._over_time[what, place] = is_over_time(_shape_of(self.stage.model, what, place))
+        return self._over_time[what, place]
 
     def _check_arity(self) -> None:
         """Refuse a segment whose names do not match its model."""
@@ -147,7 +165,7 @@ class HostedStage:
             "optimizer": lambda: [] if self.optimizer is None else self.optimizer.variables,
             "count": lambda: [v for v in found["optimizer"]() if v.name == "iteration"],
             "metrics": lambda: [*self.heads.variables, *(v for m in self.inner_metrics for v in m.variables)],
-            "states": lambda: changed_by_calls(model),
+            "states": lambda: self._once_a_trace("states", lambda: changed_by_calls(model)),
             "layer states": lambda: states_of_layers(model),
             "besides": lambda: self.objects.variables,
         }

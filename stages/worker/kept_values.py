@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages.tape.tensors import to_array
+from stages.tape.tensors import quick_read, to_array
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
 
@@ -69,7 +69,7 @@ class Undo:
 
     def __init__(self, hosted: HostedStage) -> None:
         self._hosted = hosted
-        self._held = {id(one): (one, one.read_value()) for one in _changed_by_steps(hosted)}
+        self._held = {id(one): (one, quick_read(one)) for one in _changed_by_steps(hosted)}
         self._states = None if hosted.stage.carried is None else hosted.stage.carried.kept
 
     def put_back(self) -> None:

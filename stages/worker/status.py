@@ -71,7 +71,7 @@ class StatusBoard:
     __slots__ = ("_slots",)
 
     def __init__(self, slots: BoardArray) -> None:
-        self._slots = slots
+        self._slots = slots.data  # as fast again as NumPy's items
 
     def idle(self) -> None:
         """An order is carried out; the next one is awaited."""
@@ -88,8 +88,13 @@ class StatusBoard:
 
     def begin(self, step: int, action: Action, done: int) -> None:
         """An action is next; its phase follows with `waiting` or `running`."""
-        self._slots[_STEP:_SOURCE] = (step, action.kind, action.stage, action.microbatch, action.window)
-        self._slots[_DONE] = done
+        slots = self._slots
+        slots[_STEP] = step
+        slots[_KIND] = action.kind
+        slots[_STAGE] = action.stage
+        slots[_MICROBATCH] = action.microbatch
+        slots[_WINDOW] = action.window
+        slots[_DONE] = done
 
     def waiting(self, source: int) -> None:
         """The action waits for a tensor of a stage, or of the driver."""
@@ -101,6 +106,6 @@ class StatusBoard:
         self._slots[_PHASE] = Phase.RUNNING
 
 
-_PHASE, _STEP, _, _STAGE, _, _, _SOURCE, _DONE = range(len(Status._fields))
+_PHASE, _STEP, _KIND, _STAGE, _MICROBATCH, _WINDOW, _SOURCE, _DONE = range(len(Status._fields))
 
 __all__ = ["Phase", "Status", "StatusBoard"]

@@ -18,6 +18,7 @@ import numpy as np
 
 from stages.actions import Action
 from stages.errors import HandoffError
+from stages.recipe.optimizer_state import rate_now
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
 from stages.worker.hosted_stage import HostedStage
@@ -104,7 +105,7 @@ class Worker(BaseWorker):
         self._undo = {}
         for index, hosted in self.hosted.items():
             rate = order.learning_rates.get(index)
-            if rate is not None and float(hosted.optimizer.learning_rate) != rate:
+            if rate is not None and rate_now(hosted.optimizer) != rate:
                 hosted.optimizer.learning_rate = rate
             if attributes := order.attributes.get(index):
                 hosted.adjust_optimizer(attributes)

@@ -34,6 +34,12 @@ def test_eager_tensors_and_variables_are_of_these_classes():
     assert found == [False]
 
 
+def test_sizes_of_eager_tensors_are_plain_tuples():
+    for value in (np.float32(1), np.ones(3), np.ones((2, 0, 4)), np.ones((2, 3), bool)):
+        sizes = internals.sizes_of(tf.constant(value))
+        assert type(sizes) is tuple and sizes == value.shape and all(type(size) is int for size in sizes)
+
+
 @pytest.mark.gate
 def test_the_first_operation_is_noticed_and_the_import_is_none():
     code = (

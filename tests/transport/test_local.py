@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,19 @@ def test_a_receiver_without_descriptors_says_so(way, monkeypatch):
     outbox.send(activation(0, LARGE))
     with pytest.raises(OSError, match="ulimit -n"):
         inbox.receive(PATIENCE)
+
+
+def test_a_receiver_without_descriptors_for_one_who_connects_says_so(way, monkeypatch):
+    inbox, _ = way
+    listener = inbox._listener
+    monkeypatch.setattr(inbox, "_listener", SimpleNamespace(accept=refuse))
+    with open_transport("local") as there:
+        late = there.connect(inbox.address, PATIENCE)
+        late.send(Message("hello"))
+        with pytest.raises(OSError, match=r"a process connects and no file descriptor is free \(ulimit -n\)"):
+            inbox.receive(PATIENCE)
+        monkeypatch.setattr(inbox, "_listener", listener)
+        assert inbox.receive(PATIENCE).kind == "hello"  # and is let in as soon as there is one
 
 
 def test_values_of_any_size_within_the_limits_arrive(way):

@@ -33,6 +33,7 @@ from transport.one_host.datagrams import (
 )
 from transport.one_host.regions import ReceivedRegions
 
+_NONE_FREE: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _VALUE: Final = 9
 """Where a header has the value."""
 _WITH_ARRAY, _IN_PIECES, _TRUNCATED = int(Form.WITH_ARRAY), int(Form.IN_PIECES), int(socketlib.MSG_TRUNC)
@@ -183,7 +184,14 @@ class LocalInbox(Inbox):
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while True:
-                socket, _ = self._listener.accept()
+                try:
+                    socket, _ = self._listener.accept()
+                except OSError as error:
+                    if error.errno not in _NONE_FREE:
+                        raise
+                    raise OSError(
+                        error.errno, "a process connects and no file descriptor is free (ulimit -n)"
+                    ) from error
                 if user_of(socket) != os.geteuid():
                     socket.close()
                     continue
