@@ -35,9 +35,8 @@ def test_eager_tensors_and_variables_are_of_these_classes():
 
 
 def test_sizes_of_eager_tensors_are_plain_tuples():
-    for value in (np.float32(1), np.ones(3), np.ones((2, 0, 4)), np.ones((2, 3), bool)):
-        sizes = internals.sizes_of(tf.constant(value))
-        assert type(sizes) is tuple and sizes == value.shape and all(type(size) is int for size in sizes)
+    found = [internals.sizes_of(tf.zeros(shape)) for shape in ((), (3,), (2, 0, 4))]
+    assert repr(found) == "[(), (3,), (2, 0, 4)]"
 
 
 @pytest.mark.gate
@@ -58,8 +57,7 @@ def test_tapes_follow_floating_and_complex_tensors_only():
     for dtype in (tf.float32, tf.bfloat16, tf.complex64):
         assert internals.is_trainable(dtype)
         with tf.GradientTape() as tape:
-            x = tf.ones((), dtype)
-            tape.watch(x)
+            tape.watch(x := tf.ones((), dtype))
             y = x * x
         assert tape.gradient(y, x) is not None
     for dtype in (tf.int32, tf.bool, tf.string):
@@ -107,9 +105,8 @@ def test_a_tape_that_stops_itself_stops_no_other():
 
 @pytest.mark.parametrize("accesses", [True, False])
 def test_a_tape_says_whether_it_watches_variables_that_are_read(accesses):
-    variable = tf.Variable(2.0)
     with tf.GradientTape(watch_accessed_variables=accesses) as tape:
-        y = variable * 2.0
+        y = (variable := tf.Variable(2.0)) * 2.0
     assert internals.watches_accessed_variables(tape) == accesses == (tape.gradient(y, variable) is not None)
 
 
@@ -125,8 +122,7 @@ def test_the_gradient_function_of_an_operation_can_be_called():
     for_a, for_b = internals.gradients_of_operation("MatMul", attributes, [a, b], [a @ b], [tf.ones((1, 1))])
     np.testing.assert_array_equal(for_a, [[5.0, 7.0]])
     np.testing.assert_array_equal(for_b, [[2.0], [3.0]])
-    floor = internals.gradients_of_operation("Floor", ("T", 1), [a], [tf.floor(a)], [tf.ones_like(a)])
-    assert floor is None or list(floor) == [None]
+    assert internals.gradients_of_operation("Floor", ("T", 1), [a], [tf.floor(a)], [a]) in (None, [None])
 
 
 def test_attributes_that_a_recorder_sees_serve_the_gradient_function():
@@ -134,9 +130,8 @@ def test_attributes_that_a_recorder_sees_serve_the_gradient_function():
     a = tf.constant([[2.0, 3.0]])
     with internals.seen_operations(lambda *given: seen.append(given)):
         out = tf.linalg.matmul(a, a, transpose_b=True)
-    name, inputs, attributes, _, *_ = next(given for given in seen if given[0] in ("MatMul", b"MatMul"))
-    name = name.decode() if isinstance(name, bytes) else name
-    for_a, for_b = internals.gradients_of_operation(name, attributes, list(inputs), [out], [tf.ones((1, 1))])
+    _, inputs, attributes, _, *_ = next(given for given in seen if given[0] in ("MatMul", b"MatMul"))
+    for_a, for_b = internals.gradients_of_operation("MatMul", attributes, list(inputs), [out], [tf.ones((1, 1))])
     np.testing.assert_array_equal(for_a, a)
     np.testing.assert_array_equal(for_b, a)
 
@@ -154,8 +149,7 @@ def test_a_replaced_gradient_function_serves_every_tape_until_it_is_put_back():
     def gradient():
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = tf.square(x)
-        return float(tape.gradient(y, x))
+            return float(tape.gradient(tf.square(x), x))
 
     with internals.replaced_gradient_function(sevens):
         assert gradient() == 7.0
@@ -193,7 +187,7 @@ def test_seeds_that_would_be_drawn_next_are_kept():
     found = [float(tf.random.normal(()))]
     with internals.drawing_seeds_from("others"):
         other = float(tf.random.normal(()))
-    found += [float(tf.random.normal(())) for _ in range(2)]
+    found += [float(tf.random.normal(())), float(tf.random.normal(()))]
     assert found == expected and other not in expected
 
 
