@@ -44,7 +44,19 @@ ORDER = {
         ),
     ),
     "pipeline": (
-        *("origin", "errors", "saying", "distance", "plan", "model", "batch", "compiled", "compare", "cutting"),
+        *(
+            "origin",
+            "errors",
+            "saying",
+            "distance",
+            "hosts",
+            "plan",
+            "model",
+            "batch",
+            "compiled",
+            "compare",
+            "cutting",
+        ),
         *("runtime", "own", "report"),
         *(
             "reference",

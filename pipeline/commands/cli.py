@@ -1,4 +1,4 @@
-"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `bench`.
+"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `doctor`, `bench`.
 
 Every command imports what it needs when it runs, so that `--help` and `plan` never load TensorFlow.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import doctor as doctor_command
 from pipeline.commands import explain as explain_command
 from pipeline.commands import verify as verify_command
 from pipeline.commands.quiet import import_quietly
@@ -77,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1 or zb-h2")
     plan.add_argument("--stages", type=_positive, default=3)
     plan.add_argument("--microbatches", type=_positive, default=8)
+    doctor = _command(
+        commands, "doctor", doctor_command.run, "say what this host has, and in what others differ (status 0: little)",
+        "tapeline doctor --json here.json    # then, on the other host: tapeline doctor here.json",
+    )  # fmt: skip
+    doctor_command.arguments(doctor)
     bench = _command(
         commands, "bench", _bench, "measure step times on this machine, against one process",
         "tapeline bench --width 512 --microbatch 64",
