@@ -16,6 +16,7 @@ from transport.lazy import load  # noqa: E402
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.batch.microbatch import microbatch_sizes as microbatch_sizes
+    from pipeline.cutting.auto_schedule import AutoSchedule as AutoSchedule
     from pipeline.cutting.cut_table import CutTable as CutTable
     from pipeline.cutting.prediction import Comparison as Comparison
     from pipeline.cutting.prediction import Prediction as Prediction
@@ -108,6 +109,7 @@ _HOME = {
     "Explanation": "stages.explanation.rows",
     "Report": "pipeline.report.report",
     # cuts
+    "AutoSchedule": "pipeline.cutting.auto_schedule",
     "Comparison": "pipeline.cutting.prediction",
     "CutTable": "pipeline.cutting.cut_table",
     "Prediction": "pipeline.cutting.prediction",

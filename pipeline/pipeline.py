@@ -43,8 +43,8 @@ class Pipeline(WithoutModelNames):
     Args:
         segments: Built Keras models or `Segment`s, in the order of the data flow.
         microbatches: Into how many parts a batch is cut; a batch with fewer samples is cut into as many as it has.
-        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, ``"zb-h2"``, or a function (stages,
-            microbatches) -> Plan; see docs/schedules.md.
+        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zb-h1"``, ``"zb-h2"``, ``"zb-v"``, or a function
+            (stages, microbatches) -> Plan; for `split` also ``"auto"`` or an `AutoSchedule`. See docs/schedules.md.
         transport: ``"auto"`` or ``"local"``: Unix sockets and shared memory; ``"ipc"``, ``"tcp"`` or a loopback address
             ``"tcp://127.0.0.1:5555"`` for the driver: ZeroMQ; ``"inproc"``: threads in this process, for tests.
         recompute: Keep only inputs between forward and backward and compute the forward pass again: less memory, more
@@ -135,15 +135,15 @@ class Pipeline(WithoutModelNames):
             stages: How many stages; the slowest (or largest) is made as small as it can be.
             at: Or: where to cut, in the order of the stages. Each entry is the name of a layer or tensor, or a list of
                 names: these and all they need come before the cut.
-            balance: What `stages` are balanced by: ``"parameters"``, or, measured on a sample, ``"time"`` (transfer
-                included) or ``"memory"``.
-            sample: One microbatch of inputs, as `fit` takes them. With it, `prediction` says what a step should cost.
+            balance: What `stages` are balanced by: ``"parameters"``, or, on a sample, ``"time"`` or ``"memory"``.
+            sample: One microbatch of inputs, as `fit` takes them: `prediction` and ``schedule="auto"`` measure on it.
             **options: As for `Pipeline`.
 
         Raises:
             SplitError: The model cannot be cut, or not there.
         """
-        return cls(split_model(model, stages, at, balance=balance, sample=sample, options=options), **options)
+        split = split_model(model, stages, at, balance=balance, sample=sample, options=options)
+        return cls(split, **(options if split.chosen is None else options | {"schedule": split.chosen}))
 
     cuts = staticmethod(cuts)
 

@@ -206,6 +206,14 @@ def called_graph(graph: Any, name: str) -> Any | None:
     return getattr(graph._get_function(name), "graph", None)
 
 
+def run_behind(operation: Any, earlier: Any) -> None:
+    """Let an operation of the graph that is being traced wait for another one, which must not depend on it.
+
+    Relies on `Operation._add_control_input`: `tf.control_dependencies` only reaches what is made inside it.
+    """
+    operation._add_control_input(earlier)
+
+
 @contextmanager
 def drawing_seeds_from(seed: str) -> Iterator[None]:
     """Draw the seeds that TensorFlow gives to random operations from a generator of our own for a while.

@@ -17,13 +17,15 @@ def graphs_of_calls(draw, largest=7):
         reads = tuple(draw(st.lists(st.sampled_from(there), min_size=1, max_size=3)))
         makes = tuple(range(len(there), len(there) + draw(st.integers(1, 2))))
         there += makes
+        backward = draw(seconds)
         calls.append(
             CallCost(
                 name=f"layer{position}",
                 reads=reads,
                 makes=makes,
                 forward=draw(seconds),
-                backward=draw(seconds),
+                backward=backward,
+                weight_half=backward * draw(st.sampled_from([0, 0.5, 1])),
                 weights=tuple(draw(st.lists(st.sampled_from(weights), max_size=2, unique=True))),
                 kept=tuple((f"kept{i}", sizes[i]) for i in draw(st.lists(st.integers(0, 4), max_size=3, unique=True))),
             )

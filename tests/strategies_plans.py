@@ -11,6 +11,8 @@ from stages.actions import Action, Kind, Wiring, dependencies
 
 WINDOWED = {name: SCHEDULES[name] for name in ("gpipe", "1f1b")}
 """The schedules that know windows of time; their backwards are whole."""
+PAIRED = ("interleaved", "zb-v")
+"""Schedules that need an even number of stages."""
 MILLISECONDS = st.integers(0, 50).map(lambda number: number / 1000)
 
 
@@ -31,7 +33,7 @@ def wirings(draw, most=6):
 def wired_plans(draw):
     """(plan, wiring): the plan of a built-in schedule over some wiring, windows included where it knows them."""
     wiring = draw(wirings())
-    names = [name for name in SCHEDULES if name != "interleaved" or len(wiring) % 2 == 0]
+    names = [name for name in SCHEDULES if name not in PAIRED or len(wiring) % 2 == 0]
     schedule = draw(st.sampled_from([*(SCHEDULES[name] for name in names), forward_only]))
     windows = draw(st.integers(1, 3)) if schedule in (*WINDOWED.values(), forward_only) else 1
     return schedule(len(wiring), draw(st.integers(1, 6)), windows=windows), wiring

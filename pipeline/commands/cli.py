@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _command(
         commands, "plan", _plan, "draw the plan of a schedule", "tapeline plan --stages 4 --microbatches 8"
     )  # fmt: skip
-    plan.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1 or zb-h2")
+    plan.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b (default), interleaved, zb-h1, zb-h2 or zb-v")
     plan.add_argument("--stages", type=_positive, default=3)
     plan.add_argument("--microbatches", type=_positive, default=8)
     doctor = _command(

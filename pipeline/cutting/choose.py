@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cutting.costs import assignment
+from pipeline.cutting.costs import Costs, Transfer, assignment
 from pipeline.cutting.optimise import BALANCES, balanced_cuts
 from pipeline.cutting.prediction import Prediction, predict
 from pipeline.cutting.transfer import measure_transfer
@@ -18,7 +18,7 @@ from pipeline.model.call_graph import CallGraph
 from pipeline.plan.plan import Plan
 from transport.registry import AUTO
 
-__all__ = ["Balanced", "balance"]
+__all__ = ["Balanced", "balance", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def balance(
     """
     if by not in BALANCES:
         raise SplitError(f"balance must be one of {', '.join(map(repr, BALANCES))}, received {by!r}")
-    from pipeline.cutting.measure import measure, weigh  # what only balancing takes is imported with the first
+    from pipeline.cutting.measure import weigh  # what only balancing takes is imported with the first
 
     if sample is None:
         if by != "parameters":
@@ -75,12 +75,41 @@ def balance(
                 f"balance={by!r} measures the model, for which it needs data: give one microbatch, sample=x[:32]"
             )
         return Balanced(balanced_cuts(weigh(graph), stages, by, allowed=allowed), None)
-    inside = transport.startswith("inproc")  # then the stages are threads that share this process's cores
-    costs = measure(graph, sample, threads=None if inside else threads)
-    messages = measure_transfer(transport.partition("://")[0])
+    costs, messages = _measured(graph, sample, transport, threads)
     cuts = balanced_cuts(costs, stages, by, microbatches=microbatches, transfer=messages, allowed=allowed)
     stage_of = assignment(cuts, len(costs.calls))
     return Balanced(
         cuts,
         predict(costs, stage_of, schedule=schedule, microbatches=microbatches, transfer=messages, recompute=recompute),
     )
+
+
+def predicted(
+    graph: CallGraph,
+    stage_of: Sequence[int],
+    sample: Any,
+    *,
+    microbatches: int = 8,
+    schedule: str | Callable[..., Plan] = "1f1b",
+    transport: str = AUTO,
+    threads: int | None = None,
+    recompute: bool | Sequence[bool] = False,
+) -> Prediction:
+    """What given stages should cost; arguments as `balance` has them, `stage_of` as `predict`.
+
+    Raises:
+        SplitError: The model cannot be measured.
+        DataError: The sample does not fit the model.
+    """
+    costs, messages = _measured(graph, sample, transport, threads)
+    return predict(
+        costs, stage_of, schedule=schedule, microbatches=microbatches, transfer=messages, recompute=recompute
+    )
+
+
+def _measured(graph: CallGraph, sample: Any, transport: str, threads: int | None) -> tuple[Costs, Transfer]:
+    from pipeline.cutting.measure import measure
+
+    inside = transport.startswith("inproc")  # then the stages are threads that share this process's cores
+    costs = measure(graph, sample, threads=None if inside else threads)
+    return costs, measure_transfer(transport.partition("://")[0])

@@ -63,6 +63,8 @@ class CallCost:
         backward: Seconds of its backward: gradients of inputs and variables, and their accumulation.
         weights: The layer's variables, moving statistics included.
         kept: (name, bytes) of the tensors that its backward reads. Calls in one stage share those of equal name.
+        weight_half: Seconds of that part of its backward that only gradients of variables need.
+        left: The same as `kept`, of what this part reads: held between the halves of a backward.
     """
 
     name: str
@@ -72,6 +74,8 @@ class CallCost:
     backward: float = 0.0
     weights: tuple[Weight, ...] = ()
     kept: tuple[tuple[str, int], ...] = ()
+    weight_half: float = 0.0
+    left: tuple[tuple[str, int], ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -126,6 +130,8 @@ class Costs:
                 forward=call.forward * factor,
                 backward=call.backward * factor,
                 kept=tuple((name, round(size * factor)) for name, size in call.kept),
+                weight_half=call.weight_half * factor,
+                left=tuple((name, round(size * factor)) for name, size in call.left),
             )
             for call in self.calls
         )

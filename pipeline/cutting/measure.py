@@ -3,7 +3,9 @@
 The whole model becomes **one** traced function that makes its calls one by one, reads a clock between them, and then
 goes backward call by call, each with a tape of its own:
 
-    t0 │ call 0 │ t1 │ call 1 │ t2 │ ... │ gradients of call 1 │ t │ gradients of call 0 │ t
+    t0 │ call 0 │ t1 │ call 1 │ t2 │ ... │ I of call 1 │ t │ W of call 1 │ t │ I of call 0 │ t │ W of call 0 │ t
+
+I is what dL/dinputs of the call need, W what only dL/dvariables need: the halves of `stages.tape.backward_halves`.
 
 Why so, and not one function or one eager tape per call: an eager call of a small layer takes its 200-1000 us mostly in
 Python, which a compiled stage does not pay; a function for each call costs a trace each (a hundred for MobileNetV2) and
@@ -16,8 +18,9 @@ Rules:
    dependency needs.
 2. The values are real: the sample's own activations, and the gradients that flow back from a seed that is an argument,
    so that nothing can be computed ahead.
-3. All variables of the model have the same bits afterwards as before, and no layer holds on to a loss of the trace.
-4. A worker has its share of the cores, this process all: with `threads`, it is kept to so many meanwhile.
+3. The halves of a call's backward are one set of gradients, asked for once: nothing is computed twice.
+4. All variables of the model have the same bits afterwards as before, and no layer holds on to a loss of the trace.
+5. A worker has its share of the cores, this process all: with `threads`, it is kept to so many meanwhile.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph
 from stages.put_back import values_put_back
 from stages.tape.accumulate import dense
-from stages.tape.graph_split import depending_on
+from stages.tape.graph_split import depending_on, needed_for
 from stages.tape.tensors import flatten, is_differentiable
+from stages.tensorflow_internals import run_behind
 
 __all__ = ["measure", "weigh"]
 
@@ -106,15 +110,18 @@ def _measured(
     found = run.sizes | {name: int(size) for name, size in zip(run.unknown, sizes, strict=True)}
     calls, count, samples = [], len(graph.calls), int(inputs[0].shape[0])
     for position, call in enumerate(graph.calls):
+        halves = seconds[3 * count - 2 * position - 2 :][:2]
         calls.append(
             CallCost(
                 name=call.name,
                 reads=call.reads,
                 makes=call.makes,
                 forward=float(seconds[position]),
-                backward=float(seconds[2 * count - 1 - position]),
+                backward=float(halves[0] + halves[1]),
+                weight_half=float(halves[1]),
                 weights=_weights(call),
                 kept=tuple((name, found[name]) for name in run.kept[position] if found[name]),
+                left=tuple((name, found[name]) for name in run.left[position] if found[name]),
             )
         )
     tensors = {
@@ -185,6 +192,7 @@ class _Run:
         unknown: The same for tensors whose size depends on the data; symbolic while tracing.
         sources: {tensor of the model: tensor in the trace}.
         kept: For each call the tensors in the trace that its backward reads.
+        left: The same of the weight half: all that is held between the halves.
     """
 
     graph: CallGraph
@@ -192,12 +200,13 @@ class _Run:
     unknown: dict[str, Any] = field(default_factory=dict)
     sources: dict[int, str] = field(default_factory=dict)
     kept: list[list[str]] = field(default_factory=list)
+    left: list[list[str]] = field(default_factory=list)
 
     def trace(self, seed: Any, *inputs: Any) -> tuple[Any, list[Any], list[Any]]:
         """Play all calls forward, then backward.
 
         Returns:
-            The clock's readings, one more than twice the number of calls; the sizes of `unknown`; what keeps the
+            The clock's readings, one more than three times the number of calls; the sizes of `unknown`; what keeps the
             measured operations from being removed.
         """
         tensors = dict(zip(self.graph.inputs, inputs, strict=True))
@@ -210,16 +219,26 @@ class _Run:
         scope = tf.compat.v1.get_default_graph()
         flowing: dict[int, Any] = {}
         results: list[Any] = []
-        operations: list[list[Any]] = []
+        operations: list[tuple[list[Any], set[str], Any]] = []
         for call, part in zip(reversed(self.graph.calls), reversed(played), strict=True):
             begin = len(scope.get_operations())
             with tf.control_dependencies(times[-1:]):
-                found = self._backward(call, part, flowing, seed)
-            times.append(_clock([*found, *times[-1:]]))
-            results += found
-            operations.append(scope.get_operations()[begin:])
-        late = depending_on([seed.op])
-        self.kept = [self._kept(each, late) for each in reversed(operations)]
+                flows, sums = self._backward(call, part, flowing, seed)
+            made = scope.get_operations()[begin:]
+            times.append(_clock([*flows, *times[-1:]]))
+            names = {operation.name for operation in made}
+            second = names - needed_for(flows, names)
+            times.append(_clock([*sums, *times[-1:]]))
+            results += [*flows, *sums]
+            operations.append((made, second, times[-2].op))
+        late = depending_on([seed.op])  # a loop's backward also makes operations that its forward needs
+        for made, second, between in reversed(operations):
+            backward = [operation for operation in made if operation.name in late]
+            weights = [operation for operation in backward if operation.name in second]
+            for operation in weights:
+                run_behind(operation, between)
+            self.kept.append(self._read(backward, late))
+            self.left.append(self._read(weights, second))
         used = [*results, *(output for part in played for output in part.outputs)]
         with tf.control_dependencies(times[-1:]):
             touched = [_touch(value) for value in used]
@@ -252,8 +271,8 @@ class _Run:
         tensors |= zip(call.makes, outputs, strict=True)
         return _Played(tape, wanted, sources, variables, outputs, own)
 
-    def _backward(self, call: Call, part: _Played, flowing: dict[int, Any], seed: Any) -> list[Any]:
-        """The gradients of one call; what flows on to earlier calls is added to `flowing`."""
+    def _backward(self, call: Call, part: _Played, flowing: dict[int, Any], seed: Any) -> tuple[list[Any], list[Any]]:
+        """The gradients of one call: of its inputs, which are added to `flowing`, and of its variables."""
         targets, seeds = list(part.own), [tf.cast(seed, loss.dtype) for loss in part.own]
         for tensor, output in zip(call.makes, part.outputs, strict=True):
             if is_differentiable(output.dtype):
@@ -261,24 +280,24 @@ class _Run:
                 given = flowing.pop(tensor, None)
                 seeds.append(tf.fill(tf.shape(output), tf.cast(seed, output.dtype)) if given is None else given)
         if not targets or not (part.sources or part.variables):
-            return []
+            return [], []
         found = part.tape.gradient(targets, [*part.sources, *part.variables], output_gradients=seeds)
         gradients = [dense(gradient) for gradient in found]
-        results = []
+        flows, sums = [], []
         for tensor, gradient in zip(part.wanted, gradients, strict=False):
             if gradient is not None:
                 flowing[tensor] = flowing[tensor] + gradient if tensor in flowing else gradient
-                results.append(flowing[tensor])
+                flows.append(flowing[tensor])
         for variable, gradient in zip(part.variables, gradients[len(part.wanted) :], strict=True):
             if gradient is not None:
-                results.append(gradient + tf.cast(variable, gradient.dtype))  # as long as adding to the sum takes
-        return results
+                sums.append(gradient + tf.cast(variable, gradient.dtype))  # as long as adding to the sum takes
+        return flows, sums
 
-    def _kept(self, operations: Sequence[Any], late: set[str]) -> list[str]:
-        """Names of what a backward reads and does not compute, by memory: rule 2 of `stages.tape.graph_split`."""
+    def _read(self, operations: Sequence[Any], own: set[str]) -> list[str]:
+        """Names of what operations read and do not compute, by memory: rule 2 of `stages.tape.graph_split`."""
         found = {}
-        for tensor in (tensor for operation in operations if operation.name in late for tensor in operation.inputs):
-            if tensor.op.name in late or tensor.dtype == tf.resource:
+        for tensor in (tensor for operation in operations for tensor in operation.inputs):
+            if tensor.op.name in own or tensor.dtype == tf.resource:
                 continue
             while tensor.op.type in _ALIASES:
                 tensor = tensor.op.inputs[0]

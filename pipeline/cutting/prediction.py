@@ -4,9 +4,10 @@
                                                                                       ║ beside
     Pipeline.timeline(x, y) ══════════════════════════════════════════════════════════╝ measured
 
-Halves of a backward are predicted to be equal (they are 0.4 to 0.6 of it in dense, convolutional and attention stages).
-A prediction knows the model and the plan. It does not know the loss and its metrics (the last stage computes them too),
-other programs on the machine, and stages that get in each other's way (memory bandwidth, fewer cores than stages).
+Halves of a backward are those of the calls; what a weight half reads is held until then, the rest only until the input
+half is done. A prediction knows the model and the plan. It does not know the loss and its metrics (the last stage
+computes them too), other programs on the machine, and stages that get in each other's way (memory bandwidth, fewer
+cores than stages).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from operator import attrgetter
 
 from rich.table import Table
 
@@ -26,7 +29,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan
 from pipeline.plan.simulator import Cost, simulate
 from pipeline.plan.timeline import Timeline
-from stages.actions import Wiring, open_tapes
+from stages.actions import Kind, Wiring
 from stages.plain_text import plain_text
 
 __all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
@@ -45,6 +48,8 @@ class StagePrediction:
         parameters: Elements of its variables.
         memory: Bytes of variables, gradients and optimizer slots.
         activations: Bytes that one open microbatch keeps for its backward.
+        weight_half: Seconds of that part of a backward that only gradients of variables need.
+        left: Bytes that a microbatch keeps between the halves of its backward.
     """
 
     name: str
@@ -55,6 +60,22 @@ class StagePrediction:
     parameters: int
     memory: int
     activations: int
+    weight_half: float = 0.0
+    left: int = 0
+
+    @property
+    def cost(self) -> Cost:
+        """What the simulator asks for."""
+        return Cost(self.forward, self.backward - self.weight_half, self.weight_half, self.transfer)
+
+    def bytes_of(self, kind: Kind) -> int:
+        """Bytes that are kept for a microbatch from an action on, less what it frees."""
+        return {
+            Kind.FORWARD: self.activations,
+            Kind.BACKWARD: -self.activations,
+            Kind.BACKWARD_INPUT: self.left - self.activations,
+            Kind.BACKWARD_WEIGHT: -self.left,
+        }[kind]
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,7 @@ class Prediction:
         microbatches: Microbatches per step.
         schedule: Name of the schedule, or the function that makes its plans.
         wiring: Stage -> the stages it takes tensors from.
+        why: Why the schedule was chosen, in one line; "" where the user named it.
     """
 
     stages: tuple[StagePrediction, ...]
@@ -74,6 +96,7 @@ class Prediction:
     microbatches: int
     schedule: str | Callable[..., Plan] = "1f1b"
     wiring: Mapping[int, Sequence[int]] | None = None
+    why: str = ""
 
     @cached_property
     def plan(self) -> Plan:
@@ -83,9 +106,7 @@ class Prediction:
     @cached_property
     def timeline(self) -> Timeline:
         """The simulated step."""
-        halves = [(stage.forward, stage.backward / 2, stage.backward / 2, stage.transfer) for stage in self.stages]
-        costs = [Cost(*each) for each in halves]
-        simulated = simulate(self.plan, costs, self.wiring)
+        simulated = simulate(self.plan, [stage.cost for stage in self.stages], self.wiring)
         return replace(simulated, name=f"{self.plan.headline()}, predicted")
 
     @property
@@ -105,10 +126,11 @@ class Prediction:
 
     def peak_memory(self) -> tuple[int, ...]:
         """For each stage bytes of variables, gradients, slots, and of what its most open microbatches keep."""
-        own = [[action for _, action in self.plan.actions() if action.stage == i] for i in range(len(self.stages))]
+        own: list[list[int]] = [[] for _ in self.stages]
+        for _, action in self.plan.actions():
+            own[action.stage].append(self.stages[action.stage].bytes_of(action.kind))
         return tuple(
-            stage.memory + stage.activations * max(open_tapes(actions))
-            for stage, actions in zip(self.stages, own, strict=True)
+            stage.memory + max(accumulate(sizes, initial=0)) for stage, sizes in zip(self.stages, own, strict=True)
         )
 
     def of(self, microbatches: int | None = None, samples: int | None = None) -> Prediction:
@@ -119,8 +141,9 @@ class Prediction:
             samples: In each; times change in proportion. None: as many as here.
         """
         factor = 1.0 if samples is None else samples / self.samples
-        return Prediction(
-            tuple(
+        return replace(
+            self,
+            stages=tuple(
                 replace(
                     stage,
                     forward=stage.forward * factor,
@@ -128,13 +151,13 @@ class Prediction:
                     transfer=stage.transfer * factor,
                     sent=stage.sent * factor,
                     activations=round(stage.activations * factor),
+                    weight_half=stage.weight_half * factor,
+                    left=round(stage.left * factor),
                 )
                 for stage in self.stages
             ),
-            self.samples if samples is None else samples,
-            self.microbatches if microbatches is None else microbatches,
-            self.schedule,
-            self.wiring,
+            samples=self.samples if samples is None else samples,
+            microbatches=self.microbatches if microbatches is None else microbatches,
         )
 
     def beside(self, measured: Timeline, samples: int | None = None) -> Comparison:
@@ -166,6 +189,7 @@ class Prediction:
         """The prediction as JSON."""
         found = {
             "plan": self.plan.headline(),
+            "why": self.why,
             "samples": self.samples,
             "step_time": self.step_time,
             "bubble": self.bubble,
@@ -199,7 +223,8 @@ class Prediction:
             f"Predicted, {self.plan.headline()} of {self.samples} sample(s): step {_ms(self.step_time)} ms, "
             f"bubble {self.bubble:.1%}"
         )
-        return f"{headline}\n{plain_text(self.table())}"
+        why = f"\nSchedule {self.why}" if self.why else ""
+        return f"{headline}{why}\n{plain_text(self.table())}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +343,7 @@ def _with_calls(
     """The stage with what its calls need; `again`: it computes its forward again in backward."""
     weights = {weight.key: weight for call in calls for weight in call.weights}.values()
     forward, backward = math.fsum(call.forward for call in calls), math.fsum(call.backward for call in calls)
-    kept = sum({name: size for call in calls for name, size in call.kept}.values())
+    kept, left = (sum(dict(pair for call in calls for pair in of(call)).values()) for of in (_KEPT, _LEFT))
     made = {tensor for call in calls for tensor in call.makes}
     if again and not made & set(costs.outputs):
         backward += forward
@@ -331,7 +356,12 @@ def _with_calls(
         parameters=sum(weight.count for weight in weights),
         memory=sum(weight.bytes * (2 + slots if weight.trainable else 1) for weight in weights),
         activations=kept,
+        weight_half=math.fsum(call.weight_half for call in calls),
+        left=left,
     )
+
+
+_KEPT, _LEFT = attrgetter("kept"), attrgetter("left")
 
 
 def _messages(costs: Costs, stage_of: Sequence[int]) -> dict[tuple[int, int], list[float]]:

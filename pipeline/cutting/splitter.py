@@ -17,7 +17,8 @@ from typing import Any
 
 import keras
 
-from pipeline.cutting.choose import balance
+from pipeline.cutting.auto_schedule import AutoSchedule, choose_schedule, in_windows
+from pipeline.cutting.choose import balance, predicted
 from pipeline.cutting.cores import default_threads
 from pipeline.cutting.cut_table import CutTable, cut_table
 from pipeline.cutting.prediction import Prediction
@@ -25,6 +26,7 @@ from pipeline.errors import SplitError
 from pipeline.model.call_graph import CallGraph, play, read_graph
 from pipeline.model.shared_variables import changes_by_itself
 from pipeline.model.stateful import converted, refuse_states_kept_by_some, refuse_what_mixes_time
+from pipeline.plan.schedules import TunedSchedule
 from pipeline.saying import is_whole, not_whole
 from stages.keras_internals import graph_model, output_structure
 from stages.recipe.overrides import why_training_would_differ
@@ -50,6 +52,8 @@ class Split:
         outputs: The names of the tensors that the model gives, in the model's order.
         labels: What Keras calls these outputs.
         prediction: What a step should cost, where that was measured.
+        chosen: The schedule, where it was not named; None where it was.
+        why: Why that one, in one line.
     """
 
     model: Any
@@ -59,6 +63,8 @@ class Split:
     outputs: tuple[str, ...]
     labels: tuple[str, ...]
     prediction: Prediction | None = None
+    chosen: TunedSchedule | None = None
+    why: str = ""
 
     def pack(self, outputs: Sequence[Any]) -> Any:
         """Flat outputs in the nesting in which the model gives them; as from Keras, a list of one is that one."""
@@ -105,11 +111,14 @@ def split_model(
         if (stages is None) == (at is None):
             raise SplitError("say either how many stages (stages=3) or where to cut (at=['pool2'])")
         if at is not None:
-            if balance != "parameters" or sample is not None:
-                raise SplitError("balance= and sample= choose the cuts for stages=; with at= they are chosen already")
+            if balance != "parameters":
+                raise SplitError("balance= chooses the cuts for stages=; with at= they are chosen already")
             stage_of = _stages_behind(graph, at)
+            if sample is not None:
+                prediction = predicted(graph, stage_of, sample, **_how(options, 1 + max(stage_of)))
         else:
             stage_of, prediction = _balanced(graph, stages, balance, sample, options)
+    prediction, chosen, why = _schedule(prediction, options)
     names = graph.tensor_names()
     carries = options.get("windows", 1) > 1 or bool(options.get("keep_state"))
     segments = _segments(graph, stage_of, carries)
@@ -125,6 +134,8 @@ def split_model(
         tuple(names[tensor] for tensor in graph.outputs),
         graph.labels,
         prediction,
+        chosen,
+        why,
     )
 
 
@@ -215,19 +226,37 @@ def _balanced(
         raise SplitError(
             f"the model has {calls} layer(s) to give to stages, {stages} stages were asked for; ask for at most {calls}"
         )
-    given = {name: options[name] for name in ("microbatches", "schedule", "recompute") if name in options}
-    transport = options.get("transport", "auto")
-    found = balance(
-        graph,
-        stages,
-        by,
-        sample,
-        transport=AUTO if transport == "auto" else transport,
-        threads=options.get("threads") or default_threads(stages),
-        allowed=can_cut(graph),
-        **given,
-    )
+    found = balance(graph, stages, by, sample, allowed=can_cut(graph), **_how(options, stages))
     return in_order(graph, found.cuts), found.prediction
+
+
+def _how(options: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    """The options that matter to costs."""
+    given = {name: options[name] for name in ("microbatches", "schedule", "recompute") if name in options}
+    wanted, transport = AutoSchedule.of(options.get("schedule")), options.get("transport", "auto")
+    if wanted is not None:
+        del given["schedule"]  # it is to be chosen by these costs
+        stages = max(1, stages // wanted.stages_per_worker)
+    threads = options.get("threads") or default_threads(stages)
+    return given | {"transport": AUTO if transport == "auto" else transport, "threads": threads}
+
+
+def _schedule(
+    prediction: Prediction | None, options: Mapping[str, Any]
+) -> tuple[Prediction | None, TunedSchedule | None, str]:
+    """The schedule where it is to be chosen, and why; with what a step should cost under it."""
+    wanted = AutoSchedule.of(options.get("schedule"))
+    if wanted is None:
+        return prediction, None, ""
+    if is_whole(windows := options.get("windows", 1), 2):
+        return prediction, *in_windows(wanted, windows)
+    if prediction is None:
+        raise SplitError(
+            "schedule='auto' chooses by what this model costs, which is measured: give one microbatch, sample=x[:32]"
+        )
+    found = choose_schedule(wanted, prediction)
+    assert isinstance(found.schedule, TunedSchedule)
+    return found, found.schedule, found.why
 
 
 def _segments(graph: CallGraph, stage_of: Sequence[int], carries: bool) -> list[Segment]:

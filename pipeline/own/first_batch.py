@@ -232,7 +232,7 @@ class FirstBatch:
     def _few(self, batch: Batch) -> Batch:
         """The first samples of a batch, in as many microbatches; all where the model wants a fixed number."""
         samples, parts = sum(batch.sizes), len(batch.sizes)
-        if not callable(self._session.setup.options.schedule):  # which may know of so many microbatches only
+        if self._session.setup.options.schedule_name:  # a user's function may know of so many microbatches only
             parts = min(parts, LOOKED_AT)
         rows = min(samples, ROWS * parts)
         inputs = [symbol for model in self._session.setup.models.values() for symbol in model.inputs]

@@ -71,7 +71,7 @@ class Meaning:
         self._said, schedule, models = True, self._setup.options.schedule, self._setup.models.values()
         samples, largest = sum(batch.sizes), max(batch.sizes)
         coupling = [name_of(self.compiled.heads[k].loss) for k, ways in batch.ways.items() if ways.loss is Way.WHOLE]
-        if coupling and schedule not in ("gpipe", gpipe):
+        if coupling and self._setup.options.schedule_name != "gpipe" and schedule is not gpipe:
             _warn(
                 f"the loss {coupling[0]} is a number of the whole batch, no mean or sum over its samples, so it is "
                 f"computed over the whole batch under schedule='gpipe' in place of {schedule!r}: stages keep the "

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pipeline.cutting.auto_schedule import AutoSchedule
 from pipeline.cutting.cores import default_threads
 from pipeline.errors import CompileError, OptionsError, PipelineError, ScheduleError
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules import SCHEDULES, schedule_named
+from pipeline.plan.schedules import SCHEDULES, TunedSchedule, schedule_named
 from pipeline.runtime.crew import check_transport
 from pipeline.saying import is_whole, not_whole
 from transport.errors import BadAddress
@@ -77,6 +78,11 @@ class Options:
                 f"{self.windows} makes no more; ask for more windows, or leave truncate out"
             )
         try:
+            if AutoSchedule.of(self.schedule) is not None:
+                raise ScheduleError(
+                    "schedule='auto' chooses by what a model costs, which is measured where it is split: "
+                    "Pipeline.split(model, stages=..., schedule='auto', sample=x[:32])"
+                )
             schedule_named(self.schedule)
         except ScheduleError as error:
             yield error
@@ -106,11 +112,18 @@ class Options:
         """The transport without an address."""
         return self.transport.partition("://")[0]
 
+    @property
+    def schedule_name(self) -> str | None:
+        """What the schedule is called; None for a function of the user's own."""
+        if isinstance(self.schedule, TunedSchedule):
+            return self.schedule.name
+        return self.schedule if isinstance(self.schedule, str) else None
+
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, as `Pipeline` takes it: all but what belongs to the machine."""
         return {
             "microbatches": self.microbatches,
-            "schedule": self.schedule if isinstance(self.schedule, str) else None,
+            "schedule": self.schedule_name,
             "recompute": list(self.recompute),
             "windows": self.windows,
             "truncate": self.truncate,
@@ -120,7 +133,8 @@ class Options:
 
 def _workers(schedule: Any, stages: int) -> int:
     """Into how many processes a schedule puts the stages; one each where that is not known before its plan is made."""
+    make = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
     try:
-        return SCHEDULES[schedule](stages, 1).workers if isinstance(schedule, str) else stages
-    except (KeyError, ScheduleError):  # said with all other faults
+        return make(stages, 1).workers if isinstance(schedule, str | TunedSchedule) and make is not None else stages
+    except ScheduleError:  # said with all other faults
         return stages

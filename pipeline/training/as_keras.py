@@ -62,6 +62,9 @@ def summary(
         show_trainable=show_trainable,
         layer_range=layer_range,
     )
+    split = pipe.session.setup.split
+    if split is not None and split.why:
+        text += f"\n Schedule {split.why}"
     (print if print_fn is None else print_fn)(text)
 
 

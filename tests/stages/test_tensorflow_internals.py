@@ -10,10 +10,12 @@ import tensorflow as tf
 
 from stages import tensorflow_internals as internals
 from tests.sources import ROOT
+from tests.stages import test_tensorflow_graphs
 
 
 def test_every_name_has_a_test_here():
-    tested = "\n".join(inspect.getsource(test) for name, test in globals().items() if name.startswith("test_"))
+    tests = {**globals(), **vars(test_tensorflow_graphs)}
+    tested = "\n".join(inspect.getsource(test) for name, test in tests.items() if name.startswith("test_"))
     for name, value in vars(internals).items():
         mine = getattr(value, "__module__", "") == internals.__name__ and not isinstance(value, type)
         if (inspect.isfunction(value) and mine) or name.isupper():
@@ -166,29 +168,6 @@ def test_a_variable_is_read_and_written_by_its_handle():
     np.testing.assert_array_equal(internals.read_behind(variable.handle, "float64"), [1.0, 2.0])
     internals.write_behind(variable.handle, tf.constant([3.0, 4.0], tf.float64))
     np.testing.assert_array_equal(variable, [3.0, 4.0])
-
-
-# -- graphs and random numbers -----------------------------------------------------------------------------------
-
-
-def test_the_graph_of_a_called_function_is_found_by_name():
-    inner = tf.function(lambda x: tf.sin(x))
-    graph = tf.function(lambda x: inner(x) + 1.0).get_concrete_function(tf.TensorSpec((), tf.float32)).graph
-    (call,) = [one for one in graph.get_operations() if "PartitionedCall" in one.type]
-    found = internals.called_graph(graph, call.get_attr("f").name)
-    assert "Sin" in {operation.type for operation in found.get_operations()}
-    assert internals.called_graph(graph, "no_such_function") is None
-
-
-def test_seeds_that_would_be_drawn_next_are_kept():
-    tf.random.set_seed(1)
-    expected = [float(tf.random.normal(())) for _ in range(3)]
-    tf.random.set_seed(1)
-    found = [float(tf.random.normal(()))]
-    with internals.drawing_seeds_from("others"):
-        other = float(tf.random.normal(()))
-    found += [float(tf.random.normal(())), float(tf.random.normal(()))]
-    assert found == expected and other not in expected
 
 
 # -- seeing what eager code does ---------------------------------------------------------------------------------

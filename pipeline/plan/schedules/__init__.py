@@ -16,12 +16,15 @@ from pipeline.plan.schedules.forward_only import forward_only
 from pipeline.plan.schedules.gpipe import gpipe
 from pipeline.plan.schedules.interleaved import interleaved
 from pipeline.plan.schedules.one_f_one_b import one_f_one_b
+from pipeline.plan.schedules.tuned import TunedSchedule
 from pipeline.plan.schedules.zero_bubble import zb_h1, zb_h2, zero_bubble
+from pipeline.plan.schedules.zero_bubble_v import zb_v
 from pipeline.saying import did_you_mean
 
 __all__ = [
     "SCHEDULES",
     "Schedule",
+    "TunedSchedule",
     "build_plan",
     "forward_only",
     "gpipe",
@@ -30,6 +33,7 @@ __all__ = [
     "schedule_named",
     "zb_h1",
     "zb_h2",
+    "zb_v",
     "zero_bubble",
 ]
 
@@ -48,6 +52,7 @@ SCHEDULES: Mapping[str, Schedule] = {
     "interleaved": interleaved,
     "zb-h1": zb_h1,
     "zb-h2": zb_h2,
+    "zb-v": zb_v,
 }
 
 

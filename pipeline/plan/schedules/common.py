@@ -11,7 +11,7 @@ from pipeline.errors import ScheduleError
 from pipeline.saying import is_whole, not_whole
 from stages.actions import Action, Kind
 
-__all__ = ["Block", "backwards", "blocks", "check_numbers", "forwards", "refuse_windows"]
+__all__ = ["Block", "backwards", "blocks", "check_numbers", "forwards", "refuse_windows", "workers_of"]
 
 Block = tuple[int, range]
 """A microbatch and the windows of it that gradients stay in."""
@@ -39,6 +39,23 @@ def refuse_windows(schedule: str, windows: int) -> None:
             f"{schedule} has no place for windows of time, whose states and gradients bind a stage's own actions to "
             f"each other; windows={windows} goes with '1f1b' and 'gpipe'"
         )
+
+
+def workers_of(schedule: str, stages: int, chunks: int) -> int:
+    """The number of workers with `chunks` stages each.
+
+    Raises:
+        ScheduleError: `chunks` is no whole number of at least 1, or the stages cannot be divided so.
+    """
+    if not is_whole(chunks):
+        raise ScheduleError(not_whole("`chunks`", chunks))
+    workers, left = divmod(stages, chunks)
+    if left:
+        raise ScheduleError(
+            f"{schedule} gives each worker {chunks} stages, and {stages} stage(s) cannot be divided so; cut the model "
+            f"into a multiple of {chunks}, such as {chunks * (workers + 1)}"
+        )
+    return workers
 
 
 def blocks(microbatches: int, windows: int, truncate: int | None = None) -> list[Block]:

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.errors import ScheduleError
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules.common import check_numbers, refuse_windows
-from pipeline.saying import is_whole, not_whole
+from pipeline.plan.schedules.common import check_numbers, refuse_windows, workers_of
 from stages.actions import Action, Kind
 
 __all__ = ["interleaved"]
@@ -42,14 +40,7 @@ def interleaved(
     """
     check_numbers(stages, microbatches, windows)
     refuse_windows("interleaved", windows)
-    if not is_whole(chunks):
-        raise ScheduleError(not_whole("`chunks`", chunks))
-    workers, left = divmod(stages, chunks)
-    if left:
-        raise ScheduleError(
-            f"interleaved gives each worker {chunks} stages, and {stages} stage(s) cannot be divided so; cut the model "
-            f"into a multiple of {chunks}, such as {chunks * (workers + 1)}"
-        )
+    workers = workers_of("interleaved", stages, chunks)
     full = -(-microbatches // workers) * workers  # what is missing in the last group is left out of the whole plan
     programs = tuple(
         tuple(action for action in _program(worker, workers, chunks, full) if action.microbatch < microbatches)

@@ -12,13 +12,15 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 from __future__ import annotations
 
 from pipeline.plan.plan import Plan
-from pipeline.plan.schedules.common import Block, backwards, blocks, check_numbers, forwards
+from pipeline.plan.schedules.common import Block, backwards, blocks, check_numbers, forwards, workers_of
 from stages.actions import Action
 
 __all__ = ["one_f_one_b"]
 
 
-def one_f_one_b(stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None) -> Plan:
+def one_f_one_b(
+    stages: int, microbatches: int, *, windows: int = 1, truncate: int | None = None, chunks: int = 1
+) -> Plan:
     """The 1F1B plan, stage i on worker i, for every wiring in which stages only feed higher numbers.
 
     Args:
@@ -26,31 +28,41 @@ def one_f_one_b(stages: int, microbatches: int, *, windows: int = 1, truncate: i
         microbatches: number of microbatches m, at least 1.
         windows: number of windows W, at least 1; the W windows of a microbatch form one block.
         truncate: number of windows k that a state's gradient goes back through; then every k windows form a block.
+        chunks: number of neighbouring stages that a worker has, which divides p; it takes them as if they were one.
 
     Returns:
         A plan with min(p-i, blocks) blocks of tapes in flight on worker i: min(p-i, m)·W tapes without truncation.
+        With chunks, p is the number of workers, and each block has a tape of every chunk.
 
     Raises:
-        ScheduleError: a number is no whole number of at least 1.
+        ScheduleError: a number is no whole number of at least 1, or the stages cannot be divided so.
     """
     check_numbers(stages, microbatches, windows)
+    workers = workers_of("1f1b", stages, chunks)
     every = blocks(microbatches, windows, truncate)
-    held = tuple(min(stages - stage, len(every)) for stage in range(stages))
+    held = tuple(min(workers - worker, len(every)) for worker in range(workers))
+    own = [range(worker * chunks, (worker + 1) * chunks) for worker in range(workers)]
     return Plan(
         name="1f1b",
         stages=stages,
         microbatches=microbatches,
         windows=windows,
-        programs=tuple(_program(stage, held[stage], every) for stage in range(stages)),
-        in_flight=tuple(count * min(windows, truncate or windows) for count in held),
+        programs=tuple(_program(some, count, every) for some, count in zip(own, held, strict=True)),
+        placement=tuple(stage // chunks for stage in range(stages)),
+        in_flight=tuple(count * chunks * min(windows, truncate or windows) for count in held),
         truncate=truncate,
     )
 
 
-def _program(stage: int, held: int, every: list[Block]) -> tuple[Action, ...]:
+def _program(stages: range, held: int, every: list[Block]) -> tuple[Action, ...]:
     """Fill up to `held` blocks, then each backward makes room for one more forward, then drain."""
-    program = forwards(stage, every[:held])
-    for done in range(len(every)):
-        program += backwards(stage, every[done : done + 1])
-        program += forwards(stage, every[done + held : done + held + 1])
-    return program
+    program: list[Action] = []
+    for block in every[:held]:
+        for stage in stages:
+            program += forwards(stage, [block])
+    for done, block in enumerate(every):
+        for stage in reversed(stages):
+            program += backwards(stage, [block])
+        for stage in stages:
+            program += forwards(stage, every[done + held : done + held + 1])
+    return tuple(program)

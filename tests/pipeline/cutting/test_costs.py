@@ -52,6 +52,33 @@ def test_sizes_of_a_chain_are_those_that_one_can_count():
     assert [size for _, size in b.kept] == [4 * 8 * 4] and set(b.kept) < set(a.kept)
 
 
+def test_between_the_halves_a_dense_layer_keeps_its_input_and_the_gradient_of_its_output():
+    """dL/dkernel is input times gradient; what only dL/dinput needed, relu's output, is free by then."""
+    model = stack(layers.Dense(8, "relu", name="a"), layers.Dense(5, name="b"), layers.Dense(3, name="c"))
+    a, b, c = costs_of(model, np.ones((4, 6))).calls
+    for call, inputs, outputs in ((b, 8, 5), (c, 5, 3)):
+        assert sum(size for _, size in call.left) == 4 * 4 * (inputs + outputs)
+    assert sum(size for _, size in a.left) == 4 * 4 * (
+        6 + 2 * 8
+    )  # all is weights: the input's gradient is not asked for
+    assert costs_of(model, np.ones((4, 6))).scaled(8).calls[1].left == tuple((name, 2 * n) for name, n in b.left)
+
+
+def test_both_halves_of_a_backward_take_time():
+    """Two products of matrices of the same size each; the layer below has one."""
+    model = stack(*(layers.Dense(256, name=name) for name in "ab"), shape=(256,))
+    a, b = costs_of(model, np.ones((64, 256)), repeats=5).calls
+    assert 0.1 * b.backward < b.weight_half < 0.9 * b.backward
+    assert a.weight_half > 0.9 * a.backward
+
+
+def test_a_loop_leaves_finished_sums_to_its_weight_half():
+    """A recurrent layer's gradients come out of one loop: nothing of what the loop keeps is needed any more."""
+    model = stack(layers.LSTM(8, return_sequences=True, name="r"), layers.LSTM(8, name="s"), shape=(20, 6))
+    _, second = costs_of(model, np.ones((3, 20, 6))).calls
+    assert sum(size for _, size in second.left) < kept(costs_of(model, np.ones((3, 20, 6))), "s") / 4
+
+
 def compiled_keeps(model, x):
     """Bytes that a compiled stage keeps between forward and backward, by the cut of its traced graph."""
 

@@ -25,9 +25,19 @@ from tests.strategies_plans import WINDOWED
 FREE = Transfer(0.0, 0.0)
 
 
-def chain(calls, forward=1.0, backward=2.0, size=10.0, samples=1):
+def chain(calls, forward=1.0, backward=2.0, size=10.0, samples=1, weight_half=1.0):
     made = tuple(
-        CallCost(f"c{i}", (i,), (i + 1,), forward, backward, (Weight(i, 5, 20),), ((f"k{i}", 100),))
+        CallCost(
+            f"c{i}",
+            (i,),
+            (i + 1,),
+            forward,
+            backward,
+            (Weight(i, 5, 20),),
+            ((f"k{i}", 100),),
+            weight_half,
+            ((f"k{i}", 100), (f"g{i}", 30)),
+        )
         for i in range(calls)
     )
     tensors = {i: TensorCost(f"t{i}", size) for i in range(calls + 1)}
@@ -51,11 +61,22 @@ def test_equal_stages_take_what_the_closed_form_says(schedule, stages):
     assert prediction.bubble == pytest.approx((stages - 1) / (4 + stages - 1))
 
 
-def test_a_backward_in_halves_is_predicted_to_be_two_equal_ones():
-    """Three equal stages F = 1, B = 2: zero bubble takes m(F+B) + (p-1)F, and 1F1B (m+p-1)(F+B)."""
-    prediction = predict(chain(3), assignment([1, 2], 3), schedule="zb-h1", microbatches=4, transfer=FREE)
-    assert prediction.step_time == pytest.approx(4 * 3.0 + 2 * 1.0)
-    assert prediction.peak_memory() == tuple(s.memory + 3 * s.activations for s in prediction.stages)
+def test_halves_take_what_they_were_measured_to_take():
+    """Three equal stages F = 1, B = 2: with equal halves m(F+B) + (p-1)F, with no weight half 1F1B's (m+p-1)(F+B)."""
+    for weight_half, expected in ((1.0, 4 * 3.0 + 2 * 1.0), (0.0, (4 + 3 - 1) * 3.0)):
+        costs = chain(3, weight_half=weight_half)
+        prediction = predict(costs, assignment([1, 2], 3), schedule="zb-h1", microbatches=4, transfer=FREE)
+        assert prediction.step_time == pytest.approx(expected)
+
+
+def test_between_halves_only_what_the_weight_half_reads_is_held():
+    """F0 F1 F2 hold 100 each, I0 turns one of them into 130; the first stage's backward is whole."""
+    prediction = predict(chain(3), assignment([1, 2], 3), schedule="zb-h1", microbatches=3, transfer=FREE)
+    held = [100, 200, 300, 330, 360, 390, 260, 130, 0]
+    plan = prediction.plan.text().splitlines()
+    assert plan[3].split("│")[1].split("·")[-1].split() == ["F0", "I0", "F1", "I1", "F2", "I2", "W0", "W1", "W2"]
+    fixed = 20 * 4
+    assert prediction.peak_memory() == (fixed + 300, prediction.peak_memory()[1], fixed + max(held[2:6]))
 
 
 @given(data=st.data())
@@ -67,6 +88,7 @@ def test_stages_add_up_to_the_model(data):
     prediction = predict(costs, stage_of, microbatches=2, transfer=Transfer(1.0, 0.5))
     assert math.fsum(stage.forward for stage in prediction.stages) == pytest.approx(costs.forward)
     assert math.fsum(stage.backward for stage in prediction.stages) == pytest.approx(costs.backward)
+    assert math.fsum(stage.weight_half for stage in prediction.stages) == math.fsum(c.weight_half for c in costs.calls)
     for stage, found in enumerate(prediction.stages):
         inside = [call for call, home in zip(costs.calls, stage_of, strict=True) if home == stage]
         made = {tensor for call in inside for tensor in call.makes}

@@ -21,11 +21,11 @@ from tests.levels import in_turn
 from tests.models import cross_entropy, grouped, stack
 from tests.one_tape import OneTape, assert_same_bits, difference
 
-GRID = [("recurrent", "zb-h1"), ("branched", "zb-h1"), ("convolutional", "zb-h2")]
+GRID = [("recurrent", "zb-h1"), ("branched", "zb-v"), ("branched", "zb-h1"), ("convolutional", "zb-h2")]
 GRID += [pair for pair in product(CASES, ("zb-h1", "zb-h2")) if pair not in GRID]
 
 
-@pytest.mark.parametrize(("name", "schedule"), in_turn(GRID, 1, 3, several=True))
+@pytest.mark.parametrize(("name", "schedule"), in_turn(GRID, 1, 4, several=True))
 def test_eager_gradients_are_those_of_1f1b_bit_for_bit(name: str, schedule: str) -> None:
     """A plan decides when a gradient is computed, and not what it is; 1F1B is one tape by other tests."""
     case = CASES[name]
@@ -41,12 +41,14 @@ def test_eager_gradients_are_those_of_1f1b_bit_for_bit(name: str, schedule: str)
     assert_same_bits(found[1][2], found[0][2], "weight")
 
 
-@pytest.mark.parametrize("name", in_turn(list(CASES), 0, 3))
-def test_compiled_halves_are_verified(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "schedule"), in_turn([*((name, "zb-h1") for name in CASES), ("branched", "zb-v")], 0, 4, several=True)
+)
+def test_compiled_halves_are_verified(name: str, schedule: str) -> None:
     """By one tape and by the user's own objects, gradients and updates."""
     case = CASES[name]
     x, y, weights = case.data(1)
-    with case.pipeline("zb-h1", eager=False) as pipe:
+    with case.pipeline(schedule, eager=False) as pipe:
         pipe.train_on_batch(x, y, weights)
         pipe.verify(x, y, weights, steps=2).raise_if_failed()
 
@@ -117,8 +119,10 @@ def folded(stages: int, microbatches: int, **_: Any) -> Plan:
     return placed(one_f_one_b(stages, microbatches), (0, 1, 0))
 
 
-@pytest.mark.gate
-@pytest.mark.parametrize(("name", "schedule"), [("recurrent", folded), ("branched", "interleaved")])
+SHARING = [("recurrent", folded), ("branched", "interleaved"), ("branched", "zb-v")]
+
+
+@pytest.mark.parametrize(("name", "schedule"), in_turn(SHARING, 0, 2, several=True))
 def test_two_stages_a_worker_hand_tensors_to_each_other(name: str, schedule: Any) -> None:
     """In two processes: tied weights of one worker, masks, skip edges, dropout; then a smaller batch, and all else.
 
