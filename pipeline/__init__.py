@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.norms.boundary_norms import BoundaryNorms as BoundaryNorms
     from pipeline.parties.leakage.leak_meter import LeakMeter as LeakMeter
     from pipeline.pipeline import Pipeline as Pipeline
+    from pipeline.plan.bottleneck import Bottleneck as Bottleneck
     from pipeline.plan.plan import Plan as Plan
     from pipeline.plan.plan import validate as validate
     from pipeline.plan.schedules import SCHEDULES as SCHEDULES
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.runtime.launch.errors import LaunchError as LaunchError
     from pipeline.runtime.launch.errors import ServerGoneError as ServerGoneError
     from pipeline.training.callbacks import PipelineCheckpoint as PipelineCheckpoint
+    from pipeline.training.trace_steps import TraceSteps as TraceSteps
     from pipeline.verify.every import VerifyEvery as VerifyEvery
     from stages.errors import HandoffError as HandoffError
     from stages.errors import RecipeError as RecipeError
@@ -99,11 +101,13 @@ _HOME = {
     "simulate": "pipeline.plan.simulator",
     "Span": "pipeline.plan.timeline",
     "Timeline": "pipeline.plan.timeline",
+    "Bottleneck": "pipeline.plan.bottleneck",
     "save_timeline": "pipeline.report.timeline_figure",
     "microbatch_sizes": "pipeline.batch.microbatch",
     # watching training
     "BoundaryNorms": "pipeline.norms.boundary_norms",
     "LeakMeter": "pipeline.parties.leakage.leak_meter",
+    "TraceSteps": "pipeline.training.trace_steps",
     "VerifyEvery": "pipeline.verify.every",
     # what verify and explain answer
     "Explanation": "stages.explanation.rows",

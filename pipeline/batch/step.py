@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.plan.step_events import StepRecord
+from pipeline.plan.timeline import Timeline
 from stages.loss.precision import loss_number
 from stages.loss.ways import Way, Ways
 from stages.worker.reply import StepReply
@@ -51,7 +53,9 @@ class StepResult:
         losses: {output label: its loss, unweighted}.
         metrics: The metrics so far.
         outputs: In prediction: {tensor name: array (n, ...)}.
-        spans: With a trace: per worker the (begin, end) of its actions, seconds of a common clock.
+        spans: With a trace: per worker the (begin, end) of its actions, seconds of its own clock.
+        record: With a trace: what driver and workers wrote down besides.
+        timeline: With a trace, of a training step: what these two say.
         squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
         finite: Whether no gradient of any stage has an infinity or a NaN, where that was asked for.
         roundings: Of a compiled reference: how far its gradients, and what it has at the cuts, are from those of the
@@ -65,6 +69,8 @@ class StepResult:
     metrics: dict[str, float]
     outputs: dict[str, np.ndarray[Any, Any]]
     spans: list[list[tuple[float, float]]]
+    record: StepRecord | None = None
+    timeline: Timeline | None = None
     squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     finite: bool = True
     roundings: Mapping[str, float] = field(default_factory=dict)

@@ -4,6 +4,9 @@ All times are seconds. The bubble is the share of worker time within the step in
 
     worker 0 │ F0 F1 ·  ·  B0 B1 │  idle 2 of 6        bubble = (2 + 2) / (2 · 6) = 33 %
     worker 1 │ ·  F0 F1 B0 B1 ·  │  idle 2 of 6        parallelism = 2 · (1 - bubble) = 1.33
+
+A measured one also has the step's messages, waits, updates and driver (`events`), so it can say what holds the step
+back. Both can be opened in Perfetto or Chrome.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import TimelineError
+from pipeline.plan.step_events import StepEvents
 from stages.actions import Action, Kind, open_tapes
 
 if TYPE_CHECKING:
-    from pipeline.plan.plan import Plan
+    from pipeline.plan.bottleneck import Bottleneck
 
 __all__ = ["Span", "Timeline", "measured_timeline"]
 
@@ -46,9 +51,12 @@ class Timeline:
         spans: the actions with their times, in any order. Times are moved so that the first action starts at 0.
         workers: the number of workers; left out, one more than the highest in `spans`.
         name: what is shown: `1f1b: 3 stages, 8 microbatches`.
+        events: what else happened, where the step was measured; moved with the spans.
+        origin: what the clock showed when the first action started, less the start that is given.
 
     Attributes:
         spans: ordered by start, then by worker; the first starts at 0.
+        origin: what the clock showed at 0, seconds.
 
     Raises:
         TimelineError: a time is not finite, an action ends before it starts or while its worker does another,
@@ -58,6 +66,8 @@ class Timeline:
     spans: tuple[Span, ...]
     workers: int = field(default=0)
     name: str = "step"
+    events: StepEvents | None = field(default=None, compare=False, repr=False)
+    origin: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         spans = tuple(self.spans)
@@ -71,6 +81,9 @@ class Timeline:
         moved = (Span(span.worker, span.action, span.start - origin, span.end - origin) for span in spans)
         object.__setattr__(self, "spans", tuple(sorted(moved, key=lambda s: (s.start, s.end, s.worker))))
         object.__setattr__(self, "workers", workers)
+        object.__setattr__(self, "origin", self.origin + origin)
+        if self.events is not None and origin:
+            object.__setattr__(self, "events", self.events.moved(-origin))
         for worker in range(workers):
             free, last = 0.0, None
             for span in self.of_worker(worker):
@@ -128,8 +141,35 @@ class Timeline:
         pairs = zip(edges[::2], edges[1::2], strict=True)
         return tuple((start, end) for start, end in pairs if end > start)
 
+    @cached_property
+    def bottleneck(self) -> Bottleneck:
+        """What holds the step back, and what would help by how much; ``print(timeline.bottleneck)`` is one sentence.
+
+        Raises:
+            TimelineError: The step was not measured by `Pipeline.timeline` or `TraceSteps`.
+        """
+        from pipeline.plan.bottleneck import bottleneck_of  # which simulates, and so makes timelines
+
+        return bottleneck_of(self)
+
+    def save(self, path: str | Path, names: Iterable[str] = ()) -> Path:
+        """Write the step as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+        Args:
+            path: where to, a name that ends with `.json`; missing folders are made, a file that is there is replaced.
+            names: what to call the workers; left out, `worker 0` and so on.
+
+        Raises:
+            TimelineError: another ending (`save_timeline` draws pictures), or not one name for each worker.
+        """
+        from pipeline.plan.chrome_trace import save_trace  # which takes timelines
+
+        return save_trace([self], path, names)
+
     def text(self, names: Iterable[str] = ()) -> str:
         """A table: for each worker the milliseconds busy and idle, its idle share and its most open tapes.
+
+        Of a measured step the last line says what holds it back.
 
         Args:
             names: what to call the workers; left out, `worker 0` and so on.
@@ -137,9 +177,7 @@ class Timeline:
         Raises:
             TimelineError: there is not one name for each worker.
         """
-        titles = tuple(names) or tuple(f"worker {worker}" for worker in range(self.workers))
-        if len(titles) != self.workers:
-            raise TimelineError(f"`names` must name each of {self.workers} workers, received {list(titles)}")
+        titles = self.titles(names)
         width = max((len(title) for title in titles), default=0)
         lines = [
             f"{self.name}: step {_ms(self.step_time)} ms, bubble {self.bubble:.1%}, "
@@ -149,25 +187,45 @@ class Timeline:
         for title, busy, idle, held in zip(titles, self.busy, self.idle, self.peak_in_flight, strict=True):
             share = idle / self.step_time if self.step_time else 0.0
             lines.append(f"{title:{width}}  {_ms(busy):>10}  {_ms(idle):>10}  {share:>6.1%}  {held:>5}")
+        if self.events is not None and self.step_time:
+            lines.append(str(self.bottleneck))
         return "\n".join(lines)
+
+    def titles(self, names: Iterable[str] = ()) -> tuple[str, ...]:
+        """What the workers are called: `names`, or `worker 0` and so on, with their stages where these are known.
+
+        Raises:
+            TimelineError: there is not one name for each worker.
+        """
+        titles = tuple(names) or tuple(self._title(worker) for worker in range(self.workers))
+        if len(titles) != self.workers:
+            raise TimelineError(f"`names` must name each of {self.workers} workers, received {list(titles)}")
+        return titles
+
+    def _title(self, worker: int) -> str:
+        if self.events is None:
+            return f"worker {worker}"
+        hosted = [name for name, home in zip(self.events.names, self.events.plan.placement) if home == worker]  # noqa: B905
+        return f"worker {worker}: {', '.join(hosted)}" if hosted else f"worker {worker}"
 
     def __str__(self) -> str:
         return self.text()
 
 
-def measured_timeline(plan: Plan, measured: Sequence[Sequence[tuple[float, float]]]) -> Timeline:
-    """What workers noted of a step.
+def measured_timeline(measured: Sequence[Sequence[tuple[float, float]]], events: StepEvents) -> Timeline:
+    """The timeline of a step that ran.
 
     Args:
-        plan: What they did.
-        measured: For each worker the (begin, end) of its actions, seconds of a common clock.
+        measured: For each worker the (begin, end) of its actions, seconds of its own clock.
+        events: What else happened, on the driver's clock.
     """
+    plan = events.plan
     spans = tuple(
-        Span(worker, action, *times)
-        for worker, (program, done) in enumerate(zip(plan.programs, measured, strict=True))
-        for action, times in zip(program, done, strict=True)
+        Span(worker, action, start - ahead, end - ahead)
+        for worker, (program, done, ahead) in enumerate(zip(plan.programs, measured, events.offsets, strict=True))
+        for action, (start, end) in zip(program, done, strict=True)
     )
-    return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured")
+    return Timeline(spans, workers=plan.workers, name=f"{plan.name}, measured", events=events)
 
 
 def _ms(seconds: float) -> str:

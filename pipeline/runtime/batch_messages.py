@@ -1,4 +1,4 @@
-"""The messages of one batch: inputs and targets on their way to the stages, outputs on their way back.
+"""The messages of one batch: the order of its step, inputs and targets on their way to the stages, outputs back.
 
 Activations never pass through the driver.
 """
@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.step import Batch
-from stages.worker.orders import Mode
+from pipeline.plan.plan import Plan
+from stages.grid import Grid
+from stages.worker.orders import Mode, StepOrder
 from stages.worker.stage_spec import StageSpec
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
+
+
+def order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:
+    """The order of a step with nothing asked for beside what its mode gives; its numbers are still to be set."""
+    grid = Grid(tuple(batch.sizes), tuple(batch.lengths))
+    weights = tuple(batch.sample_weights)
+    return StepOrder(0, mode, grid, sample_weights=weights, truncate=plan.truncate, ways=batch.ways)
 
 
 def batch_messages(
@@ -72,4 +81,4 @@ def joined_outputs(
     return found
 
 
-__all__ = ["batch_messages", "joined_outputs"]
+__all__ = ["batch_messages", "joined_outputs", "order_of"]

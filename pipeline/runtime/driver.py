@@ -28,14 +28,15 @@ from pipeline.batch.step import Batch, StepResult, losses_of
 from pipeline.plan.placing import placed
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
-from pipeline.runtime.batch_messages import batch_messages, joined_outputs
+from pipeline.runtime.batch_messages import batch_messages, joined_outputs, order_of
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
+from pipeline.runtime.driver_notes import DriverNotes
 from pipeline.runtime.interrupts import deferred_interrupts
 from pipeline.runtime.neighbours import neighbours, unmasked_pairs, upstream_of
 from pipeline.runtime.post_mortem import can_be_taken_back
 from pipeline.runtime.turns import Turns
 from stages.actions import actions_to_array
-from stages.grid import Grid, is_over_time
+from stages.grid import is_over_time
 from stages.worker.description import StageDescription, TensorInfo
 from stages.worker.observers import Sight
 from stages.worker.orders import (
@@ -173,9 +174,9 @@ class Driver:
         with self._going_on():
             if self._masks_count and mode.with_loss:
                 self._masks_count = self._masked(batch)
-            order = _order_of(plan, mode, batch)
+            order = order_of(plan, mode, batch)
             order = replace(order, trace=trace, squared_norms=norms, loss_scale=loss_scale, observe=observe)
-            answers = self._step_of(order, plan, batch)
+            answers = self._step_of(order, plan, batch, notes := DriverNotes() if trace else None)
             counted = [*(answer.metrics for answer in answers), *(answer.inner_metrics for answer in answers)]
             losses, total, own = losses_of(answers, self.specs, batch.loss_weights)
             return StepResult(
@@ -184,6 +185,7 @@ class Driver:
                 metrics={name: v for part in counted for name, v in part.items()},
                 outputs=self._outputs(batch) if mode is Mode.PREDICT else {},
                 spans=[list(answer.spans) for answer in answers],
+                record=None if notes is None else notes.record(answers),
                 squared_norms={place: norm for answer in answers for place, norm in answer.squared_norms.items()},
                 finite=all(answer.finite for answer in answers),
                 roundings=max((answer.roundings for answer in answers), key=len),
@@ -193,7 +195,7 @@ class Driver:
                 },
             )
 
-    def _step_of(self, order: StepOrder, plan: Plan, batch: Batch) -> list[StepReply]:
+    def _step_of(self, order: StepOrder, plan: Plan, batch: Batch, notes: DriverNotes | None = None) -> list[StepReply]:
         """Order a step, which gets its number and its plan's here, feed it, and return the workers' answers."""
         if self._undecided:  # whoever ordered that step failed before its update: nothing of it may go into this one
             self.discard()
@@ -201,8 +203,9 @@ class Driver:
         self._step += 1
         self._undecided = order.mode.training
         number = self._order(replace(order, step=self._step, plan=identity))
+        send = self._crew.send if notes is None else notes.around(self._crew.send)
         for worker, message in batch_messages(self.placement, order.mode, batch, self.incarnation, self._step):
-            self._crew.send(worker, message)
+            send(worker, message)
         return [StepReply.from_plain(reply.value) for reply in self._replies(number)]
 
     def _masked(self, batch: Batch) -> bool:
@@ -214,7 +217,7 @@ class Driver:
         plan = self._mask_plans.get(size)
         if plan is None:
             plan = self._mask_plans[size] = forward_only(len(self._worker_of), size[0], windows=size[1])
-        return any(answer.masked for answer in self._step_of(_order_of(plan, Mode.MASKS, batch), plan, batch))
+        return any(answer.masked for answer in self._step_of(order_of(plan, Mode.MASKS, batch), plan, batch))
 
     def apply(
         self,
@@ -388,13 +391,6 @@ class Driver:
     def _replies(self, number: int) -> list[Reply]:
         """The workers' answers to an order, in the order of the workers."""
         return [Reply.receive(self._crew.wait, number, self._crew.place(w)) for w in range(len(self.placement))]
-
-
-def _order_of(plan: Plan, mode: Mode, batch: Batch) -> StepOrder:
-    """The order of a step with nothing asked for beside what its mode gives; its numbers are still to be set."""
-    grid = Grid(tuple(batch.sizes), tuple(batch.lengths))
-    weights = tuple(batch.sample_weights)
-    return StepOrder(0, mode, grid, sample_weights=weights, truncate=plan.truncate, ways=batch.ways)
 
 
 __all__ = ["Driver"]

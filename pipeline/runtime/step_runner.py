@@ -15,6 +15,7 @@ from pipeline.batch.step import Batch, StepResult
 from pipeline.plan.placing import placed
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan, forward_only
+from pipeline.plan.step_events import StepEvents, events_of
 from pipeline.plan.timeline import Timeline, measured_timeline
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.interrupts import deferred_interrupts
@@ -62,21 +63,36 @@ class StepRunner:
         self._specs_of: object = None
         workers.placement = self._plan(setup.options.microbatches, setup.options.windows, training=True).placement
 
-    def train(self, x: Any, y: Any, sample_weight: Any, *, observe: str = "") -> tuple[StepResult, int]:
-        """Forward, backward and update of one batch, `observe` as for `step`; the result and the number of samples."""
+    def train(
+        self, x: Any, y: Any, sample_weight: Any, *, observe: str = "", trace: bool = False
+    ) -> tuple[StepResult, int]:
+        """Forward, backward and update of one batch; the result and the number of samples.
+
+        Args:
+            x: Arrays (n, ...) as `fit` takes them, like `y` and `sample_weight`.
+            observe: As for `step`, like `trace`.
+        """
         compiled = self._workers.needs_compile("training")
         compiled.needs_optimizer()
         with self._workers.turns:
             batch = self.batch(x, y, sample_weight, judged=compiled.judged)
             self.look(Mode.TRAIN, batch)
-            return self.step(batch, observe=observe), sum(batch.sizes)
+            return self.step(batch, observe=observe, trace=trace), sum(batch.sizes)
 
-    def step(self, batch: Batch, *, observe: str = "", look: Callable[[Driver], None] | None = None) -> StepResult:
+    def step(
+        self,
+        batch: Batch,
+        *,
+        observe: str = "",
+        trace: bool = False,
+        look: Callable[[Driver], None] | None = None,
+    ) -> StepResult:
         """Forward, backward and update.
 
         Args:
             batch: The batch.
             observe: As `Driver.run` takes it.
+            trace: Whether the result has a timeline.
             look: Called with the workers between backward and update.
         """
         compiled = self._workers.needs_compile("training")
@@ -85,7 +101,9 @@ class StepRunner:
         with self._workers.turns, deferred_interrupts():
             plan = self.plan(batch, training=True)
             norms = compiled.global_clipnorm is not None
-            result = driver.run(plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe)
+            result = driver.run(
+                plan, Mode.TRAIN, batch, norms=norms, loss_scale=loss_scale, observe=observe, trace=trace
+            )
             try:
                 if look is not None:
                     look(driver)
@@ -102,7 +120,7 @@ class StepRunner:
                 driver.discard()
             if scaling is not None:
                 scaling.decide(result.finite)
-        return result
+        return replace(result, timeline=self.measured(batch, result)) if trace else result
 
     def _in_model_order(self, values: Mapping[tuple[int, int], float]) -> list[float]:
         """Values by (stage, place of a trainable variable), in the order of the variables of the model that was split.
@@ -168,10 +186,17 @@ class StepRunner:
         batch = self.batch(x, y, sample_weight, judged=self._workers.needs_compile("timeline").judged)
         plan, driver, found = self.plan(batch, training=True), self._workers.driver(), []
         for _ in range(repeats + 1):
-            measured = driver.run(plan, Mode.GRADIENTS, batch, trace=True).spans
+            result = driver.run(plan, Mode.GRADIENTS, batch, trace=True)
             driver.discard()
-            found.append(measured_timeline(plan, measured))
+            found.append(self.measured(batch, result))
         return sorted(found[1:], key=lambda timeline: timeline.step_time)[repeats // 2]
+
+    def measured(self, batch: Batch, result: StepResult) -> Timeline:
+        """The timeline of a training step of a batch that ran with a trace."""
+        assert result.record is not None
+        plan, wires = self.plan(batch, training=True), self._setup.wires
+        step = StepEvents(plan, dict(wires.upstream()), wires.names, sum(batch.sizes), batch.at_once)
+        return measured_timeline(result.spans, events_of(result.record, step))
 
     def plan(self, batch: Batch, training: bool) -> Plan:
         """The checked plan of a step; made once for each number of microbatches and windows."""

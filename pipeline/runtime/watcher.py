@@ -20,7 +20,12 @@ class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
 
     Attributes:
         step: Training steps begun so far, over all `fit`s of this callback.
+        traces: Whether the step that is about to run is to be traced; asked after `before_step`.
+        goes_last: Whether Keras calls it after all other callbacks.
     """
+
+    traces: bool = False
+    goes_last: bool = False
 
     def __init__(self) -> None:
         super().__init__()

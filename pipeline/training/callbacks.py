@@ -74,12 +74,14 @@ def prepared(callbacks: Any, session: Session, finalize: bool, more: Sequence[St
             if isinstance(callback, kind) and (why := cannot(callback)):
                 raise CompileError(f"the callback {type(callback).__name__} cannot work on a pipeline: {why}")
     first = [*([Finalize(session)] if finalize else []), *more]
-    if not first:
+    last = [callback for callback in flat if isinstance(callback, StepWatcher) and callback.goes_last]
+    if not (first or last):
         return callbacks
+    ordered = [*first, *(callback for callback in flat if callback not in last), *last]
     if hasattr(callbacks, "callbacks"):
-        callbacks.callbacks[:0] = first
+        callbacks.callbacks[:] = ordered
         return callbacks
-    return [*first, *flat]
+    return ordered
 
 
 def _flat(callbacks: Any) -> list[Any]:

@@ -145,7 +145,8 @@ class Trainer(ModelWithoutLayers):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
         asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
-        result, size = self.session.steps.train(x, y, sample_weight, observe=next(filter(None, asked), ""))
+        observe, trace = next(filter(None, asked), ""), any(watcher.traces for watcher in self._watchers)
+        result, size = self.session.steps.train(x, y, sample_weight, observe=observe, trace=trace)
         for watcher in self._watchers:
             watcher.after_step(self.session, result)
         return self._count(result, size)

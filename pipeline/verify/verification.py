@@ -20,7 +20,6 @@ from pipeline.batch.step import Batch
 from pipeline.compare.compare import Judged, Pair, judge
 from pipeline.compare.rows import ALWAYS, CHECKS, Check, Deviation, Edge, Flow, Row
 from pipeline.compare.tolerance import Tolerance
-from pipeline.plan.timeline import measured_timeline
 from pipeline.reference.orders import Witness
 from pipeline.reference.witness.results import Differences, WitnessGradients
 from pipeline.report.report import Report
@@ -237,8 +236,7 @@ class Verification:
                 place = (sight.producer, sight.consumer, sight.tensor)
                 sizes[place] = sizes.get(place, 0) + array.nbytes
         edges = tuple(Edge(names[p], names[c], tensor, size) for (p, c, tensor), size in sorted(sizes.items()))
-        timeline = measured_timeline(self.session.steps.plan(self.batch, training=True), ours.result.spans)
-        return Flow(names, edges, timeline)
+        return Flow(names, edges, self.session.steps.measured(self.batch, ours.result))
 
     def _report(self, report: Report, seconds: float) -> Report:
         first = min(

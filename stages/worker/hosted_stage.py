@@ -71,6 +71,8 @@ class HostedStage:
         """(tensor, consumer) pairs that get no mask, since an earlier consumer takes it off; see `Part.strips`."""
         self.prediction_masks: dict[int, list[np.ndarray[Any, Any]]] = {}
         """{output: its masks per microbatch}, for the denominators of masked means."""
+        self.update_times: tuple[float, float] | None = None
+        """(begin, end) of the last update, seconds of this process's monotonic clock; None before the first."""
         self.optimizer: Any = self.objects.optimizer if updates else None
         if self.optimizer is not None:
             self._build_optimizer()

@@ -232,7 +232,8 @@ class Get(Order):
 
     Attributes:
         what: ``gradients``; ``given gradients``, two arrays a variable as an optimizer gets them: values, and the
-            places of an embedding's rows or None; ``kept states``; or as `HostedStage.variables` calls it.
+            places of an embedding's rows or None; ``kept states``; ``update times``, (begin, end) of the last update,
+            seconds of the worker's monotonic clock; or as `HostedStage.variables` calls it.
     """
 
     do: ClassVar[str] = "get"

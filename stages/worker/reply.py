@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.worker.step_notes import StepNotes
 from transport.message import DRIVER, Key, Message
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +73,8 @@ class StepReply:
         metrics: Those so far, of its heads.
         inner_metrics: Those so far of layers.
         masked: Whether masks of predictions count.
-        spans: With a trace: (begin, end) of each action, seconds of the host's monotonic clock.
+        spans: With a trace: (begin, end) of each action, seconds of the worker's monotonic clock.
+        notes: With a trace: the messages that it took and sent.
         squared_norms: {(stage, place of a variable): sum of squares of its gradient}, where it was asked for.
         finite: Whether no gradient has an infinity or a NaN, where the loss was scaled.
         squares: {place: sum of squares of what crossed a cut}, where norms were asked for.
@@ -84,6 +86,7 @@ class StepReply:
     inner_metrics: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False
     spans: Sequence[tuple[float, float]] = ()
+    notes: StepNotes | None = None
     squared_norms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     finite: bool = True
     squares: Mapping[EdgePlace, float] = field(default_factory=dict)
@@ -94,7 +97,8 @@ class StepReply:
         losses = {str(stage): [list(by_head), own] for stage, (by_head, own) in self.losses.items()}
         norms = [[*place, value] for place, value in self.squared_norms.items()]
         squares = [[*place, value] for place, value in self.squares.items()]
-        return {**vars(self), "losses": losses, "squared_norms": norms, "squares": squares}
+        notes = None if self.notes is None else self.notes.plain()
+        return {**vars(self), "losses": losses, "squared_norms": norms, "squares": squares, "notes": notes}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> StepReply:
@@ -104,6 +108,7 @@ class StepReply:
                 **data,
                 "losses": {int(stage): (by_head, own) for stage, (by_head, own) in data["losses"].items()},
                 "spans": [(begin, end) for begin, end in data["spans"]],
+                "notes": None if data["notes"] is None else StepNotes.from_plain(data["notes"]),
                 "squared_norms": {(stage, k): value for stage, k, value in data["squared_norms"]},
                 "squares": {tuple(place): value for *place, value in data["squares"]},
             }

@@ -36,6 +36,8 @@ def read_group(worker: BaseWorker, stage: int, what: str) -> Sequence[Array | No
     if what == "kept states":
         kept = {} if hosted.stage.carried is None else hosted.stage.carried.kept
         return [to_array(state) for k in sorted(kept) for state in kept[k]]
+    if what == "update times":
+        return [None if hosted.update_times is None else np.array(hosted.update_times)]
     return snapshot.read(hosted.variables(what))
 
 

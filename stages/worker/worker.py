@@ -11,6 +11,7 @@ The protocol is that of `stages.worker.base`; here is what a step, an update and
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
 from stages.worker.reply import Reply, StepReply
 from stages.worker.stage_spec import StageSpec
+from stages.worker.step_notes import NoteTaker
 from stages.worker.step_program import Links, Program
 from transport.message import Message
 
@@ -64,6 +66,9 @@ class Worker(BaseWorker):
             for hosted in self.hosted.values():
                 hosted.prediction_masks = {}
         links = Links(self._take, self._hand_over, self.incarnation, self.board)
+        taker = NoteTaker() if order.trace else None
+        if taker is not None:
+            links = taker.around(links)
         program = self._program = Program(order, self.plans[order.plan], self.hosted, links)
         losses = program.run()
         stages = self.hosted.values()
@@ -83,6 +88,7 @@ class Worker(BaseWorker):
             inner_metrics=self._inner_metrics() if counts else {},
             masked=any(hosted.prediction_masks for hosted in stages),
             spans=program.spans,
+            notes=None if taker is None else taker.notes([one.update_times for one in stages]),
             squared_norms=squared_norms,
             finite=finite,
             squares=self._seen.squares if isinstance(self._seen, NormObserver) else {},
@@ -109,7 +115,9 @@ class Worker(BaseWorker):
                 hosted.optimizer.learning_rate = rate
             if attributes := order.attributes.get(index):
                 hosted.adjust_optimizer(attributes)
+            begin = time.monotonic()
             hosted.stage.apply(hosted.optimizer, order.scale, order.divisor)
+            hosted.update_times = (begin, time.monotonic())
 
     def discard(self) -> None:
         """Set the accumulated gradients to zero."""
