@@ -73,9 +73,11 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from transport.errors import BadAddress as BadAddress
     from transport.errors import ChannelClosed as ChannelClosed
     from transport.errors import ClosedError as ClosedError
+    from transport.errors import KeyFileError as KeyFileError
     from transport.errors import MalformedMessage as MalformedMessage
     from transport.errors import MessageTooLarge as MessageTooLarge
     from transport.errors import MistakeError as MistakeError
+    from transport.errors import NotAdmitted as NotAdmitted
     from transport.errors import NotLoopback as NotLoopback
     from transport.errors import PeerError as PeerError
     from transport.errors import PeerLost as PeerLost
@@ -149,6 +151,8 @@ _HOME = {
     "BadAddress": "transport.errors",
     "AddressInUse": "transport.errors",
     "NotLoopback": "transport.errors",
+    "NotAdmitted": "transport.errors",
+    "KeyFileError": "transport.errors",
     "MalformedMessage": "transport.errors",
     "PeerLost": "transport.errors",
     "TransportTimeout": "transport.errors",

@@ -58,6 +58,14 @@ class NotLoopback(BadAddress):
     """A tcp address that other hosts can reach; refused: a run and its keys are for the processes of one host."""
 
 
+class KeyFileError(TransportError, MistakeError, ValueError):
+    """A key file of a party that is not there, is none, can be read by others, or would replace another one."""
+
+
+class NotAdmitted(TransportError, PeerError, ConnectionError):  # noqa: N818
+    """The other party does not let this key in, or is not who its pinned key says; trying again would not help."""
+
+
 class MalformedMessage(TransportError, PeerError, ValueError):  # noqa: N818
     """An arrived message is not of this protocol. It was dropped whole; the channel stays usable."""
 

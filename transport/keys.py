@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -53,10 +54,7 @@ class RunKeys:
 
     def lock_inbox(self, socket: zmq.Socket[Any]) -> None:
         """Let a socket that will be bound accept only who has the keys; see `Doorkeeper`."""
-        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN.encode())
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret.encode())
+        lock(socket, self.secret)
 
     def lock_outbox(self, socket: zmq.Socket[Any]) -> None:
         """Let a socket that will be connected show the keys, and take nobody but an inbox of the run for one."""
@@ -65,23 +63,36 @@ class RunKeys:
         socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret.encode())
 
 
+def lock(socket: zmq.Socket[Any], secret: str) -> None:
+    """Let a socket that will be bound accept only whom the context's `Doorkeeper` admits; without one, nobody.
+
+    Args:
+        socket: Not bound yet.
+        secret: The secret key of its side.
+    """
+    socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN.encode())
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
+
+
 class Doorkeeper:
     """The ZAP handler of one ZeroMQ context, a thread that lives until `close`: it says who may connect.
 
     Args:
         context: Whose inboxes it guards.
-        keys: Who has these may.
+        admits: Whether the owner of a public key may connect; asked in the thread, once a connection.
     """
 
-    def __init__(self, context: zmq.Context[Any], keys: RunKeys) -> None:
-        self._keys = keys
+    def __init__(self, context: zmq.Context[Any], admits: Callable[[str], bool]) -> None:
+        self._admits = admits
         self._handler = ThreadAuthenticator(context, log=_log)
         self._handler.start()
         self._handler.configure_curve_callback(_DOMAIN, self)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a client of a public key may connect; called by the handler."""
-        return domain == _DOMAIN and key == self._keys.public.encode()
+        return domain == _DOMAIN and self._admits(key.decode())
 
     def close(self) -> None:
         """End the thread: from now on nobody gets in."""
@@ -91,4 +102,4 @@ class Doorkeeper:
 PROCESS_KEYS: Final = RunKeys.new()
 """Those of transports that were opened without keys, in this process and its forks."""
 
-__all__ = ["FRAME_OVERHEAD", "PROCESS_KEYS", "Doorkeeper", "RunKeys"]
+__all__ = ["FRAME_OVERHEAD", "PROCESS_KEYS", "Doorkeeper", "RunKeys", "lock"]

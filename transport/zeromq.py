@@ -336,7 +336,7 @@ class TcpTransport(ZeromqTransport):
 
     def _lock_inbox(self, socket: zmq.Socket[bytes]) -> None:
         if self._doorkeeper is None:
-            self._doorkeeper = Doorkeeper(self._context, self._keys)
+            self._doorkeeper = Doorkeeper(self._context, self._keys.public.__eq__)
         self._keys.lock_inbox(socket)
 
     def _lock_outbox(self, socket: zmq.Socket[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `doctor`, `bench`.
+"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `doctor`, `bench`, `keys`, `party`.
 
 Every command imports what it needs when it runs, so that `--help` and `plan` never load TensorFlow.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.commands import doctor as doctor_command
 from pipeline.commands import explain as explain_command
+from pipeline.commands import keys as keys_command
 from pipeline.commands import verify as verify_command
 from pipeline.commands.quiet import import_quietly
 
@@ -33,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command is None:
         parser.print_help()
         return 2
-    from pipeline.errors import PipelineError
+    from transport.errors import TapelineError
 
-    if given.run is not _plan:
+    if given.run not in WITHOUT_TENSORFLOW:
         import_quietly()
     try:
         run: Callable[[argparse.Namespace], int] = given.run
         return run(given)
-    except PipelineError as error:
+    except TapelineError as error:
         print(f"tapeline {given.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -92,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--stages", type=_positive, default=2)
     bench.add_argument("--steps", type=_positive, default=20, help="timed steps (default 20)")
     bench.add_argument("--json", type=Path, help="write the figures there")
+    keys = _command(
+        commands, "keys", keys_command.run, "make this organisation's key, and pin those of others",
+        "tapeline keys new hospital    # then give hospital.pub away, and read the fingerprint out by telephone",
+    )  # fmt: skip
+    keys_command.arguments(keys)
     return parser
 
 
@@ -125,6 +131,10 @@ def _plan(given: argparse.Namespace) -> int:
 
     print(build_plan(given.schedule, given.stages, given.microbatches).text())
     return 0
+
+
+WITHOUT_TENSORFLOW = (_plan, keys_command.run)
+"""Commands that are answered at once."""
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -1,0 +1,213 @@
+"""Only the pinned keys get a connection, in all combinations of locks; what is sent is bounded; an end is noticed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from transport import Limits, Message
+from transport.errors import AddressInUse, BadAddress, MalformedMessage, NotAdmitted, PeerLost, TransportTimeout
+from transport.key_files import PartyKeys
+from transport.party_links import LinkBounds, PartyDoor, PartyLine
+
+BOUNDS = LinkBounds(Limits(max_bytes=100_000, max_header_bytes=1 << 16), messages=8, silence=3.0)
+LAB, CLINIC, STRANGER = (PartyKeys.new(name) for name in ("lab", "clinic", "stranger"))
+PATIENCE = 20.0
+
+
+def anything(sender, header):
+    """Every message is expected."""
+
+
+@pytest.fixture
+def door():
+    with PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS) as found:
+        yield found
+
+
+def line(door, keys=CLINIC, public=LAB.public):
+    return PartyLine(door.address, keys, "lab", public, BOUNDS, PATIENCE)
+
+
+def test_messages_go_both_ways_and_say_by_key_who_sent_them(door):
+    with line(door) as clinic:
+        clinic.send("lab", Message("hello", value="I am the lab"), PATIENCE)
+        sender, message = door.receive(PATIENCE, anything)
+        assert (sender, message.value) == ("clinic", "I am the lab")
+        door.send("clinic", Message("activation", array=np.arange(4.0)), PATIENCE)
+        assert clinic.receive(PATIENCE, anything)[1].array.tolist() == [0, 1, 2, 3]
+
+
+class OnlyTheClinic:
+    """Admits one key."""
+
+    def callback(self, domain, key):
+        return key == CLINIC.public.encode()
+
+
+def heard_by(lock, key):
+    """Whether a raw client with its own or without a key is heard by a raw server with a lock."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server, context.socket(zmq.DEALER) as client:
+        keeper = None
+        if "handler" in lock:
+            keeper = ThreadAuthenticator(context)
+            keeper.start()
+            keeper.configure_curve_callback(
+                "*", type("", (), {"callback": lambda self, d, k: k == CLINIC.public.encode()})()
+            )
+        server.linger = client.linger = 0
+        server.setsockopt(zmq.CURVE_SERVER, 1)
+        server.setsockopt(zmq.CURVE_SECRETKEY, LAB.secret.encode())
+        if "domain" in lock:
+            server.setsockopt(zmq.ZAP_DOMAIN, b"tapeline")
+        if "enforce" in lock:
+            server.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        if key is not None:
+            client.setsockopt(zmq.CURVE_SERVERKEY, LAB.public.encode())
+            client.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+            client.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+        client.connect(f"tcp://127.0.0.1:{port}")
+        client.send(b"heard")
+        found = bool(server.poll(400))
+        if keeper is not None:
+            keeper.stop()
+        return found
+
+
+OPEN = [(), ("domain",), ("enforce",), ("handler", "enforce")]
+CLOSED = [("handler",), ("domain", "enforce"), ("handler", "domain"), ("handler", "domain", "enforce")]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("lock", [*OPEN, *CLOSED], ids="+".join)
+def test_curve_lets_strangers_in_unless_handler_and_domain_are_there(lock):
+    """The reason for our lock: what libzmq does with each combination, so that a change of it is seen."""
+    assert heard_by(lock, STRANGER) is (lock in OPEN)
+
+
+@pytest.mark.parametrize("who", [STRANGER, None], ids=["other key", "NULL"])
+def test_our_door_does_not_hear_a_stranger(door, who):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.linger = 0
+        if who is not None:
+            client.setsockopt(zmq.CURVE_SERVERKEY, LAB.public.encode())
+            client.setsockopt(zmq.CURVE_PUBLICKEY, who.public.encode())
+            client.setsockopt(zmq.CURVE_SECRETKEY, who.secret.encode())
+        client.connect(door.address)
+        client.send(b"heard")
+        with line(door) as clinic:  # one after the other through one listener: the stranger's turn came first
+            clinic.send("lab", Message("hello"), PATIENCE)
+            assert door.receive(PATIENCE, anything)[0] == "clinic"
+        with pytest.raises((TransportTimeout, PeerLost)):
+            door.receive(0.2, anything)
+
+
+def test_a_key_that_is_not_in_the_plan_is_told_so_at_once(door):
+    with pytest.raises(NotAdmitted, match="lab does not let the key of stranger in"):
+        line(door, STRANGER)
+
+
+def test_a_key_that_is_trusted_no_longer_is_not_let_in():
+    trusted = {CLINIC.public}
+    with PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS, trusted.__contains__) as door:
+        line(door).close()
+        trusted.clear()
+        with pytest.raises(NotAdmitted, match="not trusted there"):
+            line(door)
+
+
+def test_a_door_with_another_key_is_not_taken_for_the_party(door):
+    with pytest.raises(NotAdmitted, match="is not lab: it has not the pinned key"):
+        line(door, public=STRANGER.public)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as null:
+        port = null.bind_to_random_port("tcp://127.0.0.1")
+        with pytest.raises(NotAdmitted, match="is not lab"):
+            PartyLine(f"tcp://127.0.0.1:{port}", CLINIC, "lab", LAB.public, BOUNDS, PATIENCE)
+
+
+def test_a_door_whose_keeper_has_ended_lets_nobody_in(door):
+    door._doorkeeper.close()
+    with pytest.raises((NotAdmitted, TransportTimeout)):
+        PartyLine(door.address, CLINIC, "lab", LAB.public, BOUNDS, 0.5)
+
+
+def test_a_second_connection_of_a_party_is_turned_away_and_the_first_goes_on(door):
+    with line(door) as first:
+        first.send("lab", Message("hello", value=1), PATIENCE)
+        assert door.receive(PATIENCE, anything)[1].value == 1
+        with line(door) as second:
+            second.send("lab", Message("hello", value=2), PATIENCE)
+            first.send("lab", Message("hello", value=3), PATIENCE)
+            assert door.receive(PATIENCE, anything)[1].value == 3
+            with pytest.raises(TransportTimeout):
+                door.receive(0.2, anything)
+            assert "connected already" in second.receive(PATIENCE, anything)[1].value
+
+
+def test_the_largest_tensor_passes_and_a_larger_one_ends_the_connection(door):
+    with line(door) as clinic:
+        clinic.send("lab", Message("activation", array=np.zeros(100_000, np.uint8)), PATIENCE)
+        assert door.receive(PATIENCE, anything)[1].array.nbytes == 100_000
+        clinic._socket.send(bytes(100_001))
+        with pytest.raises(PeerLost, match="clinic is gone"):
+            door.receive(PATIENCE, anything)
+
+
+def test_an_unexpected_header_is_refused_and_the_next_message_is_whole(door):
+    def nothing_for_step_7(sender, header):
+        if header.fields[3] == 7:
+            raise MalformedMessage(f"{sender}: step 7 is not expected")
+
+    with line(door) as clinic:
+        clinic.send("lab", Message("activation", step=7, array=np.zeros(5)), PATIENCE)
+        clinic.send("lab", Message("activation", step=8, array=np.zeros(5)), PATIENCE)
+        clinic._socket.send_multipart([b"nonsense", b"x", b"y"])
+        clinic.send("lab", Message("stop"), PATIENCE)
+        with pytest.raises(MalformedMessage, match="step 7"):
+            door.receive(PATIENCE, nothing_for_step_7)
+        assert door.receive(PATIENCE, nothing_for_step_7)[1].step == 8
+        with pytest.raises(MalformedMessage):
+            door.receive(PATIENCE, nothing_for_step_7)
+        assert door.receive(PATIENCE, nothing_for_step_7)[1].kind == "stop"
+
+
+def test_an_end_is_noticed_after_all_that_was_sent(door):
+    clinic = line(door)
+    for value in range(5):
+        clinic.send("lab", Message("hello", value=value), PATIENCE)
+    clinic.close()
+    assert [door.receive(PATIENCE, anything)[1].value for _ in range(5)] == list(range(5))
+    with pytest.raises(PeerLost, match="clinic is gone"):
+        door.receive(PATIENCE, anything)
+    with pytest.raises(PeerLost):
+        door.send("clinic", Message("stop"), PATIENCE)
+
+
+def test_the_door_that_closes_is_noticed_at_the_line():
+    door = PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS)
+    with line(door) as clinic:
+        door.close()
+        with pytest.raises(PeerLost, match="lab is gone"):
+            clinic.receive(PATIENCE, anything)
+        with pytest.raises(PeerLost, match="lab is gone"):
+            clinic.send("lab", Message("hello"), PATIENCE)
+
+
+@pytest.mark.gate
+def test_a_reader_that_does_not_read_fills_a_bounded_queue_only(door):
+    with line(door) as clinic:
+        large = Message("activation", array=np.zeros(100_000, np.uint8))
+        with pytest.raises(TransportTimeout, match="lab took no message"):
+            for _ in range(1000):
+                clinic.send("lab", large, 0.2)
+
+
+def test_addresses_that_cannot_be_are_refused(door):
+    with pytest.raises(AddressInUse, match="choose another port"):
+        PartyDoor(door.address, LAB, {}, BOUNDS)
+    for address in ("lab:7443", "tcp://lab", "tcp://127.0.0.1:x", "tcp://127.0.0.1:70000", "ipc://x"):
+        with pytest.raises(BadAddress):
+            PartyLine(address, CLINIC, "lab", LAB.public, BOUNDS, 0.1)

@@ -1,0 +1,407 @@
+"""The one connection between two parties: the party that others dial has the door, each other party a line to it.
+
+    door   ROUTER, bound: CURVE server, enforced ZAP domain, a doorkeeper with the plan's keys
+    line   DEALER, connected: CURVE client, knows the door by its pinned key
+
+Rules:
+
+1. Who a message is from is said by the key that its connection proved (``User-Id``), never by the message. A second
+   connection with a key that has one already is answered with an error and not heard.
+2. A connection is never made again by itself: after a loss nobody knows what arrived.
+3. Queues are bounded by what the plan has in flight, a frame by the largest tensor and the 33 bytes that CURVE adds to
+   each; a frame that is larger ends its connection.
+4. Heartbeats show that the other process lives, by ZeroMQ's own thread, and nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from transport import codec
+from transport.codec import Header
+from transport.errors import (
+    AddressInUse,
+    BadAddress,
+    MalformedMessage,
+    NotAdmitted,
+    PeerLost,
+    TransportTimeout,
+    Unsendable,
+)
+from transport.key_files import PartyKeys, fingerprint
+from transport.keys import Doorkeeper, lock
+from transport.limits import Limits
+from transport.message import Message
+
+CURVE_BYTES: Final = 33
+"""Bytes that CURVE adds to every frame, and that ZeroMQ counts among those of a message."""
+
+_LINGER: Final = 2000
+_RETRY_SECONDS: Final = 0.2
+_REFUSED: Final = zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_OTHER_KEY: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_NOT_THERE: Final = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+_OLDEST: Final = (4, 3, 5)
+
+Check = Callable[[str, Header], None]
+"""Raises if a header of that party is not one that is expected now; called before memory for its array is taken."""
+
+
+@dataclass(frozen=True)
+class LinkBounds:
+    """Upper bounds of a connection.
+
+    Args:
+        limits: Of one message.
+        messages: In each direction, sent and not yet taken.
+        silence: Seconds without a sign of life after which the other process counts as gone.
+    """
+
+    limits: Limits
+    messages: int = 64
+    silence: float = 15.0
+
+
+class PartyLink(ABC):
+    """One party's end of its connections; used by one thread.
+
+    Args:
+        keys: The party's own pair.
+        bounds: Of each connection.
+        kind: The type of its socket.
+
+    Attributes:
+        peers: Names of the parties at the other ends.
+    """
+
+    peers: tuple[str, ...]
+
+    def __init__(self, keys: PartyKeys, bounds: LinkBounds, kind: int) -> None:
+        version = zmq.zmq_version_info()
+        if version < _OLDEST:
+            raise BadAddress(f"parties need ZeroMQ {'.'.join(map(str, _OLDEST))}, this is {zmq.zmq_version()}")
+        self.keys, self.bounds = keys, bounds
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._kind = kind
+        self._socket = self._made()
+        self._monitor: zmq.Socket[Any] | None = None
+        self._lost: list[str] = []
+
+    @abstractmethod
+    def send(self, peer: str, message: Message, timeout: float) -> None:
+        """Send a message to a party.
+
+        Raises:
+            PeerLost: It is gone.
+            TransportTimeout: It does not take messages.
+        """
+
+    @abstractmethod
+    def _taken(self, check: Check) -> tuple[str, Message] | None:
+        """The next message that is here, or None."""
+
+    @abstractmethod
+    def _ended(self, event: Mapping[str, Any]) -> str | None:
+        """Whose connection ended, by an event of the monitor."""
+
+    def receive(self, timeout: float, check: Check) -> tuple[str, Message]:
+        """The next message of any party.
+
+        Args:
+            timeout: Seconds.
+            check: Sees a header before memory for its array is taken.
+
+        Returns:
+            The party that sent it, by its key, and the message.
+
+        Raises:
+            TransportTimeout: None came.
+            PeerLost: A party is gone, and all that it sent has been received.
+            MalformedMessage: A message is none of ours; it was dropped.
+        """
+        assert self._monitor is not None
+        deadline = time.monotonic() + timeout
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        while True:
+            found = self._taken(check)
+            if found is not None:
+                return found
+            if self._lost:
+                raise PeerLost(f"{self._lost.pop(0)} is gone: its connection has ended")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TransportTimeout(f"no message came within {timeout:g} s")
+            ready = dict(poller.poll(math.ceil(left * 1000)))
+            while self._monitor in ready and self._monitor.poll(0):
+                ended = self._ended(recv_monitor_message(self._monitor))
+                self._lost += [] if ended is None else [ended]
+
+    def close(self) -> None:
+        """End the connections, after what was sent has gone out, or two seconds."""
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        self._socket.close(linger=_LINGER)
+        self._context.term()
+
+    def __enter__(self) -> PartyLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _made(self) -> zmq.Socket[Any]:
+        socket: zmq.Socket[Any] = self._context.socket(self._kind)
+        limits, beat = self.bounds.limits, max(1, int(self.bounds.silence * 1000))
+        for option, value in (
+            (zmq.MAXMSGSIZE, max(limits.max_bytes, limits.max_header_bytes) + CURVE_BYTES),
+            (zmq.SNDHWM, self.bounds.messages),
+            (zmq.RCVHWM, self.bounds.messages),
+            (zmq.RECONNECT_IVL, -1),
+            (zmq.HANDSHAKE_IVL, 5000),
+            (zmq.HEARTBEAT_IVL, max(1, beat // 3)),
+            (zmq.HEARTBEAT_TIMEOUT, beat),
+            (zmq.HEARTBEAT_TTL, beat),
+            (zmq.TCP_KEEPALIVE, 1),
+            (zmq.LINGER, _LINGER),
+        ):
+            socket.setsockopt(option, value)
+        return socket
+
+    def _write(self, frames: list[Any], timeout: float, peer: str) -> None:
+        if not self._socket.poll(math.ceil(timeout * 1000), zmq.POLLOUT):
+            raise TransportTimeout(f"{peer} took no message for {timeout:g} s")
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            raise TransportTimeout(f"{peer} takes no more messages: it does not read them") from None
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise Unsendable(f"a message to {peer} was not sent: {error}") from error
+            raise PeerLost(f"{peer} is gone: its connection has ended") from None
+
+    def _decoded(self, sender: str, first: zmq.Frame, check: Check) -> Message:
+        """The message whose header has been taken off the socket; a bad one is dropped whole."""
+        try:
+            header = codec.decode_header(first.buffer, self.bounds.limits)
+            check(sender, header)
+            raw, more = None, first.more
+            if header.dtype is not None:
+                if not more:
+                    raise MalformedMessage(f"{sender} announced an array, and no frame follows")
+                body = self._socket.recv(zmq.NOBLOCK, copy=False)
+                more = body.more
+                if len(body) != header.nbytes:
+                    raise codec.wrong_size(header, len(body))
+                raw = codec.aligned_copy(body.buffer)
+            if more:
+                raise MalformedMessage(f"{sender} sent more frames than its header announces")
+            return codec.assemble(header, raw)
+        finally:
+            while self._socket.getsockopt(zmq.RCVMORE):
+                self._socket.recv(zmq.NOBLOCK, copy=False)
+
+
+class PartyDoor(PartyLink):
+    """The end that others dial.
+
+    Args:
+        address: ``tcp://host:port``; port 0 takes a free one.
+        keys: The party's own pair.
+        peers: {name: public key} of those who may connect.
+        bounds: Of each connection.
+        trusted: Asked at every connection besides, with the public key; default: all of `peers` are.
+
+    Attributes:
+        address: With the real port.
+
+    Raises:
+        AddressInUse: Another process listens there.
+        BadAddress: It is no address of this host.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: PartyKeys,
+        peers: Mapping[str, str],
+        bounds: LinkBounds,
+        trusted: Callable[[str], bool] = lambda key: True,
+    ) -> None:
+        address = _address(address, listening=True)
+        super().__init__(keys, bounds, zmq.ROUTER)
+        self.peers = tuple(peers)
+        self._names = {key: name for name, key in peers.items()}
+        self._routes: dict[str, bytes] = {}
+        self._descriptors: dict[int, str] = {}
+        self._doorkeeper = Doorkeeper(self._context, lambda key: key in self._names and trusted(key))
+        try:
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            lock(self._socket, keys.secret)
+            self._monitor = self._socket.get_monitor_socket(int(zmq.EVENT_DISCONNECTED))
+            self._socket.setsockopt(zmq.IPV6, "[" in address)
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{address} is in use by another process; choose another port") from error
+            raise BadAddress(f"cannot listen at {address}: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def send(self, peer: str, message: Message, timeout: float) -> None:
+        """See `PartyLink.send`."""
+        if peer not in self._routes:
+            raise PeerLost(f"{peer} is not connected; {message} was not sent")
+        self._write([self._routes[peer], *codec.encode(message, self.bounds.limits)], timeout, peer)
+
+    def close(self) -> None:
+        """See `PartyLink.close`."""
+        self._doorkeeper.close()
+        super().close()
+
+    def _taken(self, check: Check) -> tuple[str, Message] | None:
+        while True:
+            try:
+                route = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            first = self._socket.recv(zmq.NOBLOCK, copy=False)
+            sender = self._names.get(str(first.get("User-Id")), "")
+            if sender and sender not in self._routes:
+                self._routes[sender] = route
+                self._descriptors[int(first.get(zmq.SRCFD))] = sender
+            if not sender or self._routes[sender] != route:
+                while self._socket.getsockopt(zmq.RCVMORE):
+                    self._socket.recv(zmq.NOBLOCK, copy=False)
+                self._turn_away(route, sender)
+                continue
+            return sender, self._decoded(sender, first, check)
+
+    def _turn_away(self, route: bytes, sender: str) -> None:
+        """Answer a second connection of a party; it goes on only with the first."""
+        said = Message("error", value=f"{sender} is connected already; a party has one connection")
+        try:
+            self._socket.send_multipart([route, *codec.encode(said, self.bounds.limits)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return
+
+    def _ended(self, event: Mapping[str, Any]) -> str | None:
+        return self._descriptors.pop(int(event["value"]), None)
+
+
+class PartyLine(PartyLink):
+    """The end that dials.
+
+    Args:
+        address: ``tcp://host:port`` of the door.
+        keys: The party's own pair.
+        peer: The party at the door.
+        public: Its pinned key.
+        bounds: Of the connection.
+        patience: Seconds for which it is tried again while nobody answers.
+
+    Raises:
+        NotAdmitted: The door does not let this key in, or has another key than the pinned one.
+        TransportTimeout: Nobody answered.
+        BadAddress: It is no address.
+    """
+
+    def __init__(
+        self, address: str, keys: PartyKeys, peer: str, public: str, bounds: LinkBounds, patience: float
+    ) -> None:
+        self.peers, self.address = (peer,), _address(address, listening=False)
+        super().__init__(keys, bounds, zmq.DEALER)
+        self._public = public
+        self._dropped = False
+        deadline = time.monotonic() + patience
+        try:
+            while not self._connected(deadline):
+                if time.monotonic() + _RETRY_SECONDS > deadline:
+                    raise TransportTimeout(
+                        f"nobody answered at {address} within {patience:g} s; is {peer} serving there, and does the "
+                        "port lead to it?"
+                    )
+                time.sleep(_RETRY_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, peer: str, message: Message, timeout: float) -> None:
+        """See `PartyLink.send`."""
+        if self._dropped:
+            raise PeerLost(f"{peer} is gone: its connection has ended")
+        self._write(list(codec.encode(message, self.bounds.limits)), timeout, peer)
+
+    def _taken(self, check: Check) -> tuple[str, Message] | None:
+        try:
+            first = self._socket.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return self.peers[0], self._decoded(self.peers[0], first, check)
+
+    def _ended(self, event: Mapping[str, Any]) -> str | None:
+        self._dropped = True
+        return self.peers[0]
+
+    def _connected(self, deadline: float) -> bool:
+        """One attempt, with a socket of its own."""
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close(linger=0)
+            self._socket = self._made()
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.IPV6, "[" in self.address)
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._public.encode())
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self.keys.public.encode())
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, self.keys.secret.encode())
+        watched = zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSED | _OTHER_KEY | _NOT_THERE
+        self._monitor = self._socket.get_monitor_socket(int(watched))
+        try:
+            self._socket.connect(self.address)
+        except zmq.ZMQError as error:
+            raise BadAddress(f"cannot connect to {self.address}: {error.strerror}") from error
+        while self._monitor.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return True
+            peer = self.peers[0]
+            if event == _REFUSED:
+                raise NotAdmitted(
+                    f"{peer} does not let the key of {self.keys.name} in ({fingerprint(self.keys.public)}): it is not "
+                    f"in {peer}'s plan, or not trusted there"
+                )
+            if event & _OTHER_KEY:
+                raise NotAdmitted(
+                    f"who answers at {self.address} is not {peer}: it has not the pinned key "
+                    f"{fingerprint(self._public)}, or is no party of tapeline at all"
+                )
+            return False
+        return False
+
+
+def _address(address: str, *, listening: bool) -> str:
+    """A checked tcp address."""
+    host, colon, port = str(address).removeprefix("tcp://").rpartition(":")
+    if not str(address).startswith("tcp://") or not colon or not host or not port.isascii() or not port.isdigit():
+        raise BadAddress(f"expected an address like tcp://host:7443, received {address!r}")
+    if int(port) > 65535 or (int(port) == 0 and not listening):
+        raise BadAddress(f"a port is within 1 .. 65535, received {address!r}")
+    return str(address)
+
+
+__all__ = ["CURVE_BYTES", "Check", "LinkBounds", "PartyDoor", "PartyLine", "PartyLink"]
