@@ -28,6 +28,11 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import MicrobatchError as MicrobatchError
     from pipeline.errors import NotInPipelineError as NotInPipelineError
     from pipeline.errors import OptionsError as OptionsError
+    from pipeline.errors import PartyLostError as PartyLostError
+    from pipeline.errors import PartyMismatchError as PartyMismatchError
+    from pipeline.errors import PartyPlanError as PartyPlanError
+    from pipeline.errors import PartySilentError as PartySilentError
+    from pipeline.errors import PartyStoppedError as PartyStoppedError
     from pipeline.errors import PipelineClosedError as PipelineClosedError
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.errors import PlanError as PlanError
@@ -43,6 +48,12 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.model.stateful import stateful as stateful
     from pipeline.norms.boundary_norms import BoundaryNorms as BoundaryNorms
     from pipeline.parties.leakage.leak_meter import LeakMeter as LeakMeter
+    from pipeline.parties.meet import join as join
+    from pipeline.parties.meet import serve as serve
+    from pipeline.parties.party import Party as Party
+    from pipeline.parties.party_plan import PartyPlan as PartyPlan
+    from pipeline.parties.read_plan import read_plan as read_plan
+    from pipeline.parties.rehearsal import rehearse as rehearse
     from pipeline.pipeline import Pipeline as Pipeline
     from pipeline.plan.bottleneck import Bottleneck as Bottleneck
     from pipeline.plan.plan import Plan as Plan
@@ -93,6 +104,13 @@ _HOME = {
     "PipelineCheckpoint": "pipeline.training.callbacks",
     "Segment": "stages.recipe.segment",
     "stateful": "pipeline.model.stateful",
+    # split learning between organisations
+    "Party": "pipeline.parties.party",
+    "PartyPlan": "pipeline.parties.party_plan",
+    "join": "pipeline.parties.meet",
+    "read_plan": "pipeline.parties.read_plan",
+    "rehearse": "pipeline.parties.rehearsal",
+    "serve": "pipeline.parties.meet",
     # plans
     "SCHEDULES": "pipeline.plan.schedules",
     "build_plan": "pipeline.plan.schedules",
@@ -128,6 +146,11 @@ _HOME = {
     "MicrobatchError": "pipeline.errors",
     "NotInPipelineError": "pipeline.errors",
     "OptionsError": "pipeline.errors",
+    "PartyLostError": "pipeline.errors",
+    "PartyMismatchError": "pipeline.errors",
+    "PartyPlanError": "pipeline.errors",
+    "PartySilentError": "pipeline.errors",
+    "PartyStoppedError": "pipeline.errors",
     "PipelineClosedError": "pipeline.errors",
     "PipelineError": "pipeline.errors",
     "PlanError": "pipeline.errors",

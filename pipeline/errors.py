@@ -19,6 +19,11 @@ __all__ = [
     "MicrobatchError",
     "NotInPipelineError",
     "OptionsError",
+    "PartyLostError",
+    "PartyMismatchError",
+    "PartyPlanError",
+    "PartySilentError",
+    "PartyStoppedError",
     "PipelineClosedError",
     "PipelineError",
     "PlanError",
@@ -183,3 +188,34 @@ class WorkerDiedError(WorkerError):
 
 class StalledError(PipelineError, TimedOutError, TimeoutError):
     """Every worker waits and nobody runs; the message says who waits for what."""
+
+
+class PartyPlanError(PipelineError, MistakeError, ValueError):
+    """A plan of parties that cannot be, or a party whose models or data do not fit it; a line for each fault."""
+
+
+class PartyMismatchError(PipelineError, PeerError, ValueError):
+    """Two parties do not mean the same training; nothing was trained.
+
+    Attributes:
+        differences: {the other party: names of the fields that differ, never their values}.
+    """
+
+    def __init__(self, message: str, differences: dict[str, tuple[str, ...]]) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+    def __reduce__(self) -> tuple[type[PartyMismatchError], tuple[str, dict[str, tuple[str, ...]]]]:
+        return type(self), (str(self), self.differences)
+
+
+class PartyStoppedError(PipelineError, PeerError, RuntimeError):
+    """A party ended the session, or sent what must not be; the values are those of the last commit."""
+
+
+class PartyLostError(PipelineError, PeerError, ConnectionError):
+    """A party is gone in the middle; the values are those of the last commit."""
+
+
+class PartySilentError(PipelineError, TimedOutError, TimeoutError):
+    """A party sent nothing for as long as the plan says; the values are those of the last commit."""

@@ -64,6 +64,7 @@ ORDER = {
             "saving",
             "norms",
             "training",
+            "parties",
             "pipeline",
             "parties",
             "testing",

@@ -7,7 +7,8 @@ Rules:
 
 1. Who a message is from is said by the key that its connection proved (``User-Id``), never by the message. A second
    connection with a key that has one already is answered with an error and not heard.
-2. A connection is never made again by itself: after a loss nobody knows what arrived.
+2. A connection is never made again by itself: after a loss nobody knows what arrived. What did arrive is received
+   before the loss is told (so neither ZMQ_IMMEDIATE nor a RECONNECT_IVL of -1, which drop it).
 3. Queues are bounded by what the plan has in flight, a frame by the largest tensor and the 33 bytes that CURVE adds to
    each; a frame that is larger ends its connection.
 4. Heartbeats show that the other process lives, by ZeroMQ's own thread, and nothing more.
@@ -20,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -45,7 +46,10 @@ CURVE_BYTES: Final = 33
 """Bytes that CURVE adds to every frame, and that ZeroMQ counts among those of a message."""
 
 _LINGER: Final = 2000
+_NEVER: Final = 7 * 86_400_000
+"""Milliseconds before ZeroMQ would connect again. A -1 would drop what arrived before the loss and was not read."""
 _RETRY_SECONDS: Final = 0.2
+_FULL_SECONDS: Final = 0.002
 _REFUSED: Final = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _OTHER_KEY: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _NOT_THERE: Final = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
@@ -94,6 +98,7 @@ class PartyLink(ABC):
         self._socket = self._made()
         self._monitor: zmq.Socket[Any] | None = None
         self._lost: list[str] = []
+        self._let_go: set[str] = set()
 
     @abstractmethod
     def send(self, peer: str, message: Message, timeout: float) -> None:
@@ -137,14 +142,23 @@ class PartyLink(ABC):
             if found is not None:
                 return found
             if self._lost:
-                raise PeerLost(f"{self._lost.pop(0)} is gone: its connection has ended")
+                raise PeerLost(f"{self._lost[0]} is gone: its connection has ended")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TransportTimeout(f"no message came within {timeout:g} s")
-            ready = dict(poller.poll(math.ceil(left * 1000)))
-            while self._monitor in ready and self._monitor.poll(0):
-                ended = self._ended(recv_monitor_message(self._monitor))
-                self._lost += [] if ended is None else [ended]
+            poller.poll(math.ceil(left * 1000))
+            self._notice()
+
+    def let_go(self, peer: str) -> None:
+        """Take it for no loss when this party's connection ends: it has said goodbye."""
+        self._let_go.add(peer)
+
+    def _notice(self) -> None:
+        """Note whose connections have ended."""
+        assert self._monitor is not None
+        while self._monitor.poll(0):
+            ended = self._ended(recv_monitor_message(self._monitor))
+            self._lost += [] if ended is None or ended in self._let_go else [ended]
 
     def close(self) -> None:
         """End the connections, after what was sent has gone out, or two seconds."""
@@ -155,7 +169,7 @@ class PartyLink(ABC):
         self._socket.close(linger=_LINGER)
         self._context.term()
 
-    def __enter__(self) -> PartyLink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +182,7 @@ class PartyLink(ABC):
             (zmq.MAXMSGSIZE, max(limits.max_bytes, limits.max_header_bytes) + CURVE_BYTES),
             (zmq.SNDHWM, self.bounds.messages),
             (zmq.RCVHWM, self.bounds.messages),
-            (zmq.RECONNECT_IVL, -1),
+            (zmq.RECONNECT_IVL, _NEVER),
             (zmq.HANDSHAKE_IVL, 5000),
             (zmq.HEARTBEAT_IVL, max(1, beat // 3)),
             (zmq.HEARTBEAT_TIMEOUT, beat),
@@ -180,16 +194,22 @@ class PartyLink(ABC):
         return socket
 
     def _write(self, frames: list[Any], timeout: float, peer: str) -> None:
-        if not self._socket.poll(math.ceil(timeout * 1000), zmq.POLLOUT):
-            raise TransportTimeout(f"{peer} took no message for {timeout:g} s")
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
-        except zmq.Again:
-            raise TransportTimeout(f"{peer} takes no more messages: it does not read them") from None
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise Unsendable(f"a message to {peer} was not sent: {error}") from error
-            raise PeerLost(f"{peer} is gone: its connection has ended") from None
+        deadline = time.monotonic() + timeout
+        while True:
+            self._notice()
+            if peer in self._lost:
+                raise PeerLost(f"{peer} is gone: its connection has ended")
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+                return
+            except zmq.Again:
+                if time.monotonic() >= deadline:
+                    raise TransportTimeout(f"{peer} took no message for {timeout:g} s") from None
+                time.sleep(_FULL_SECONDS)  # a ROUTER cannot be asked when one of its peers has room again
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise Unsendable(f"a message to {peer} was not sent: {error}") from error
+                raise PeerLost(f"{peer} is gone: its connection has ended") from None
 
     def _decoded(self, sender: str, first: zmq.Frame, check: Check) -> Message:
         """The message whose header has been taken off the socket; a bad one is dropped whole."""
@@ -326,7 +346,6 @@ class PartyLine(PartyLink):
         self.peers, self.address = (peer,), _address(address, listening=False)
         super().__init__(keys, bounds, zmq.DEALER)
         self._public = public
-        self._dropped = False
         deadline = time.monotonic() + patience
         try:
             while not self._connected(deadline):
@@ -342,8 +361,6 @@ class PartyLine(PartyLink):
 
     def send(self, peer: str, message: Message, timeout: float) -> None:
         """See `PartyLink.send`."""
-        if self._dropped:
-            raise PeerLost(f"{peer} is gone: its connection has ended")
         self._write(list(codec.encode(message, self.bounds.limits)), timeout, peer)
 
     def _taken(self, check: Check) -> tuple[str, Message] | None:
@@ -354,7 +371,6 @@ class PartyLine(PartyLink):
         return self.peers[0], self._decoded(self.peers[0], first, check)
 
     def _ended(self, event: Mapping[str, Any]) -> str | None:
-        self._dropped = True
         return self.peers[0]
 
     def _connected(self, deadline: float) -> bool:
@@ -364,7 +380,6 @@ class PartyLine(PartyLink):
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
             self._socket = self._made()
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.setsockopt(zmq.IPV6, "[" in self.address)
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._public.encode())
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self.keys.public.encode())

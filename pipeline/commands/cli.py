@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.commands import doctor as doctor_command
 from pipeline.commands import explain as explain_command
 from pipeline.commands import keys as keys_command
+from pipeline.commands import party as party_command
 from pipeline.commands import verify as verify_command
 from pipeline.commands.quiet import import_quietly
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = given.run
         return run(given)
     except TapelineError as error:
-        print(f"tapeline {given.command}: {error}", file=sys.stderr)
+        print("\n".join([f"tapeline {given.command}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -98,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "tapeline keys new hospital    # then give hospital.pub away, and read the fingerprint out by telephone",
     )  # fmt: skip
     keys_command.arguments(keys)
+    party = _command(
+        commands, "party", party_command.run, "train one model with other organisations: check, rehearse, serve, join",
+        "tapeline party rehearse plan.toml    # `tapeline party serve --help` and so on have examples of their own",
+    )  # fmt: skip
+    party_command.arguments(party)
     return parser
 
 

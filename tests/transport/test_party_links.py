@@ -186,6 +186,29 @@ def test_an_end_is_noticed_after_all_that_was_sent(door):
         door.send("clinic", Message("stop"), PATIENCE)
 
 
+def test_what_the_door_sent_before_it_closed_is_received_first():
+    door = PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS)
+    with line(door) as clinic:
+        clinic.send("lab", Message("hello"), PATIENCE)
+        door.receive(PATIENCE, anything)
+        for value in range(5):
+            door.send("clinic", Message("hello", value=value), PATIENCE)
+        door.close()
+        assert [clinic.receive(PATIENCE, anything)[1].value for _ in range(5)] == list(range(5))
+        with pytest.raises(PeerLost, match="lab is gone"):
+            clinic.receive(PATIENCE, anything)
+
+
+def test_a_party_that_has_said_goodbye_is_no_loss(door):
+    clinic = line(door)
+    clinic.send("lab", Message("stop"), PATIENCE)
+    assert door.receive(PATIENCE, anything)[1].kind == "stop"
+    door.let_go("clinic")
+    clinic.close()
+    with pytest.raises(TransportTimeout):
+        door.receive(0.3, anything)
+
+
 def test_the_door_that_closes_is_noticed_at_the_line():
     door = PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS)
     with line(door) as clinic:
