@@ -48,8 +48,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.model.stateful import stateful as stateful
     from pipeline.norms.boundary_norms import BoundaryNorms as BoundaryNorms
     from pipeline.parties.leakage.leak_meter import LeakMeter as LeakMeter
-    from pipeline.parties.meet import join as join
-    from pipeline.parties.meet import serve as serve
+    from pipeline.parties.meet import join_party as join_party
+    from pipeline.parties.meet import serve_party as serve_party
     from pipeline.parties.party import Party as Party
     from pipeline.parties.party_plan import PartyPlan as PartyPlan
     from pipeline.parties.read_plan import read_plan as read_plan
@@ -107,10 +107,10 @@ _HOME = {
     # split learning between organisations
     "Party": "pipeline.parties.party",
     "PartyPlan": "pipeline.parties.party_plan",
-    "join": "pipeline.parties.meet",
+    "join_party": "pipeline.parties.meet",
     "read_plan": "pipeline.parties.read_plan",
     "rehearse": "pipeline.parties.rehearsal",
-    "serve": "pipeline.parties.meet",
+    "serve_party": "pipeline.parties.meet",
     # plans
     "SCHEDULES": "pipeline.plan.schedules",
     "build_plan": "pipeline.plan.schedules",

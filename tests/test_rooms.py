@@ -64,7 +64,6 @@ ORDER = {
             "saving",
             "norms",
             "training",
-            "parties",
             "pipeline",
             "parties",
             "testing",

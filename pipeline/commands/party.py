@@ -77,14 +77,14 @@ def run(given: argparse.Namespace) -> int:
     party = _party(given.what)
     if given.deed == "check":
         return _check(given, plan, party)
-    from pipeline.parties.meet import join, serve
+    from pipeline.parties.meet import join_party, serve_party
 
     stages = [stage.name for stage in plan.stages_of(given.name)] if given.name in plan.parties else []
     models = party.models(stages) if stages else {}
     if given.load is not None:
         for name, model in models.items():
             _weights(model, given.load / f"{name}.weights.h5", "load")
-    result = (serve if given.deed == "serve" else join)(
+    result = (serve_party if given.deed == "serve" else join_party)(
         plan, party, given.name, given.address, task=given.task, keys=given.keys
     )
     if given.save is not None:

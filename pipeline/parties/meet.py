@@ -1,4 +1,4 @@
-"""Two commands of a session: `serve` at the hub, which has the one open port, `join` at every other party.
+"""Two commands of a session: `serve_party` at the hub, which has the one open port, `join_party` at every other party.
 
 Both need the party's own key and the pinned keys of the others (`tapeline keys`), on loopback too.
 """
@@ -15,12 +15,12 @@ from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.read_plan import read_plan
 from pipeline.parties.session import PartyResult, PartySession
 from transport.key_files import KeyFolder, PartyKeys, fingerprint
-from transport.party_links import PartyDoor, PartyLine
+from transport.party_ends import PartyDoor, PartyLine
 
 Say = Callable[[str], None]
 
 
-def serve(
+def serve_party(
     plan: PartyPlan | str | Path,
     party: Party,
     name: str,
@@ -67,7 +67,7 @@ def serve(
         return PartySession(bound, door, lambda peer: plan.parties[peer] in known().values(), say).run()
 
 
-def join(
+def join_party(
     plan: PartyPlan | str | Path,
     party: Party,
     name: str,
@@ -84,9 +84,9 @@ def join(
         party: Models and data of this party.
         name: Which party of the plan this is.
         at: The hub's address, ``tcp://lab.example:7443``.
-        task: As in `serve`.
-        keys: As in `serve`.
-        say: As in `serve`.
+        task: As in `serve_party`.
+        keys: As in `serve_party`.
+        say: As in `serve_party`.
 
     Returns:
         What this party may see. Its models have the trained values.
@@ -94,7 +94,7 @@ def join(
     Raises:
         NotAdmitted: The hub does not let this key in, or who answers has not the hub's key.
         TransportTimeout: Nobody answered for as long as the plan says.
-        TapelineError: As in `serve`.
+        TapelineError: As in `serve_party`.
     """
     plan = _plan(plan)
     if name == plan.hub:
@@ -143,4 +143,4 @@ def _keys(
     return own, folder.trusted
 
 
-__all__ = ["join", "serve"]
+__all__ = ["join_party", "serve_party"]

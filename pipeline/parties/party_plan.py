@@ -20,7 +20,7 @@ from pipeline.batch.microbatch import microbatch_sizes
 from transport.limits import Limits
 from transport.party_links import LinkBounds
 
-FORMAT: Final = 1
+PLAN_FORMAT: Final = 1
 """The version of the plan's form."""
 GRANTS: Final = ("loss", "metrics", "outputs")
 """What may be granted to parties besides the one that has it: loss and metrics of each epoch, predictions."""
@@ -164,7 +164,7 @@ class PartyPlan:
 
     def fields(self) -> dict[str, Any]:
         """{dotted name of a field: its value}, all that the plan says."""
-        found: dict[str, Any] = {"format": FORMAT}
+        found: dict[str, Any] = {"format": PLAN_FORMAT}
         plain = {
             "parties": dict(self.parties),
             "hub": self.hub,
@@ -216,4 +216,4 @@ def _flatten(value: Any, name: str, found: dict[str, Any]) -> None:
         found[name] = list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["FORMAT", "GRANTS", "SMALLEST_LIMIT", "PartyEdge", "PartyPlan", "PartyStage", "canonical", "edge_bytes"]
+__all__ = ["GRANTS", "PLAN_FORMAT", "SMALLEST_LIMIT", "PartyEdge", "PartyPlan", "PartyStage", "canonical", "edge_bytes"]

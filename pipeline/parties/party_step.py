@@ -24,7 +24,7 @@ from stages.tape.tensors import to_array, to_tensor
 Array = np.ndarray[Any, Any]
 
 
-class Judged(NamedTuple):
+class PartyPass(NamedTuple):
     """The result of a pass at the party with y; elsewhere both are None.
 
     Attributes:
@@ -48,7 +48,7 @@ class PartyStep:
         self._party, self._wire, self._plan = party, wire, party.plan
         self._here: dict[tuple[str, str, int], Any] = {}
 
-    def forward(self, rows: Array, training: bool, judging: bool = True) -> Judged:
+    def forward(self, rows: Array, training: bool, judging: bool = True) -> PartyPass:
         """All stages forward over a batch.
 
         Args:
@@ -75,11 +75,11 @@ class PartyStep:
                     outputs.append(np.array(opened.values[0]))
                     losses += [float(loss) for loss in opened.losses]
         if not outputs:
-            return Judged()
+            return PartyPass()
         loss = sum(losses) if losses else None
         if loss is not None and not np.isfinite(loss):
             raise PartyStoppedError(f"the loss of step {self._wire.step} is {loss}, made by {self._party.name}")
-        return Judged(loss, np.concatenate(outputs))
+        return PartyPass(loss, np.concatenate(outputs))
 
     def backward(self) -> None:
         """All stages backward over the batch that went forward.
@@ -161,4 +161,4 @@ class PartyStep:
         return None if array is None else to_tensor(array)
 
 
-__all__ = ["Judged", "PartyStep"]
+__all__ = ["PartyPass", "PartyStep"]

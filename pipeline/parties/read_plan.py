@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pipeline.errors import PartyPlanError
-from pipeline.parties.party_plan import FORMAT, GRANTS, PartyEdge, PartyPlan, PartyStage, edge_bytes
+from pipeline.parties.party_plan import GRANTS, PLAN_FORMAT, PartyEdge, PartyPlan, PartyStage, edge_bytes
 from pipeline.saying import did_you_mean, is_whole
 from transport.errors import KeyFileError
 from transport.key_files import checked_key, checked_name
@@ -91,8 +91,8 @@ class _Reader:
     def read(self) -> PartyPlan | None:
         top = self._found
         self._known(top, _TOP, "")
-        if top.get("format", FORMAT) != FORMAT:
-            self.faults.append(f"format: this tapeline reads {FORMAT}, received {top['format']!r}")
+        if top.get("format", PLAN_FORMAT) != PLAN_FORMAT:
+            self.faults.append(f"format: this tapeline reads {PLAN_FORMAT}, received {top['format']!r}")
         parties = {
             name: self._key(name, entry)
             for name, entry in self._tables("parties").items()

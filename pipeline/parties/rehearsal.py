@@ -28,7 +28,7 @@ from stages.tape.accumulate import OrderedSum
 from stages.tape.model_call import packer
 from stages.tape.optimizer_update import update
 from transport.key_files import PartyKeys
-from transport.party_links import PartyDoor, PartyLine
+from transport.party_ends import PartyDoor, PartyLine
 
 _WIDTH = 5
 """Features of a stand-in's rows."""

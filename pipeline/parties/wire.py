@@ -205,7 +205,7 @@ class PartyWire:
         self._inbox[(sender, Awaited(message.kind, message.tensor, message.microbatch))] = message
 
     def _check(self, sender: str, header: Header) -> None:
-        """The first rule of the module; see `transport.party_links.Check`."""
+        """The first rule of the module; see `transport.party_links.HeaderCheck`."""
         _, kind, _, step, _, _, tensor, microbatch, window = header.fields[:9]
         fault = ""
         edge = self._edges.get(tensor)

@@ -10,7 +10,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from transport import Limits, Message
 from transport.errors import AddressInUse, BadAddress, MalformedMessage, NotAdmitted, PeerLost, TransportTimeout
 from transport.key_files import PartyKeys
-from transport.party_links import LinkBounds, PartyDoor, PartyLine
+from transport.party_ends import PartyDoor, PartyLine
+from transport.party_links import LinkBounds
 
 BOUNDS = LinkBounds(Limits(max_bytes=100_000, max_header_bytes=1 << 16), messages=8, silence=3.0)
 LAB, CLINIC, STRANGER = (PartyKeys.new(name) for name in ("lab", "clinic", "stranger"))

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.parties.bound_party import BoundParty
-from pipeline.parties.meet import join, serve
+from pipeline.parties.meet import join_party, serve_party
 from pipeline.parties.read_plan import plan_of
 from tests.one_tape import plus
 from transport.key_files import KeyFolder
@@ -52,13 +52,15 @@ def meet(plan, parties, folders, task="train", plans=None, said=None):
     def run(name):
         try:
             if name == plan.hub:
-                found[name] = serve(
+                found[name] = serve_party(
                     plans[name], parties[name], name, "tcp://127.0.0.1:0", task=task, keys=folders[name], say=say,
                     listening=lambda address: [addresses.put(address) for _ in parties],
                 )  # fmt: skip
             else:
                 address = addresses.get(timeout=60)
-                found[name] = join(plans[name], parties[name], name, address, task=task, keys=folders[name], say=say)
+                found[name] = join_party(
+                    plans[name], parties[name], name, address, task=task, keys=folders[name], say=say
+                )
         except BaseException as error:
             found[name] = error
             if name == plan.hub:
