@@ -6,6 +6,7 @@ over microbatches, a layer's own loss that is no mean, states that are kept from
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline.errors import PartyPlanError
-from pipeline.own.added_losses import calls_that_add_losses, no_mean
+from pipeline.own.added_losses import no_mean
+from pipeline.own.layer_calls import recorded_calls
 from pipeline.parties.party import Party
 from pipeline.parties.party_plan import PartyEdge, PartyPlan, PartyStage
 from stages import Stage
@@ -31,6 +33,8 @@ TASKS = ("train", "evaluate", "predict")
 """What parties may do together; all must be asked for the same."""
 _LOOK = (3, 2)
 """Rows of the microbatches with which stages are looked at."""
+_LOOKING = threading.Lock()
+"""Calls of layers are noted for the whole process, so one look is taken at a time."""
 
 
 class BoundParty:
@@ -168,7 +172,7 @@ class BoundParty:
         """Run a stage on few rows, and look at what it gives."""
         into, out = self.plan.into(stage.name), self.plan.out_of(stage.name)
         try:
-            with self.undisturbed(), calls_that_add_losses() as calls:
+            with _LOOKING, self.undisturbed(), recorded_calls(adding=True) as calls:
                 opened = [self._tried(stage, into, place, size) for place, size in enumerate(_LOOK)]
         except StageError as error:
             return [f"stages.{stage.name}: {error}"]
@@ -187,7 +191,9 @@ class BoundParty:
                 found.append(
                     f"edges.{edge.tensor}: the plan says {edge.dtype} {edge.shape}, the model gives {dtype} {shape}"
                 )
-        added = no_mean(calls, len(_LOOK), training=True) if self.plan.microbatches > 1 and self.task == "train" else ""
+        with _LOOKING:
+            several = self.plan.microbatches > 1 and self.task == "train"
+            added = no_mean(calls, len(_LOOK), training=True) if several else ""
         return found + ([f"stages.{stage.name}: {added}; use microbatches = 1"] if added else [])
 
     def _tried(self, stage: PartyStage, into: tuple[PartyEdge, ...], place: int, size: int) -> Opened:
