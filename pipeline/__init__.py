@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.errors import PipelineClosedError as PipelineClosedError
     from pipeline.errors import PipelineError as PipelineError
     from pipeline.errors import PlanError as PlanError
+    from pipeline.errors import RecoveryError as RecoveryError
     from pipeline.errors import ScheduleError as ScheduleError
     from pipeline.errors import SplitError as SplitError
     from pipeline.errors import StalledError as StalledError
@@ -70,6 +71,8 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from pipeline.report.timeline_figure import save_timeline as save_timeline
     from pipeline.runtime.launch.errors import LaunchError as LaunchError
     from pipeline.runtime.launch.errors import ServerGoneError as ServerGoneError
+    from pipeline.runtime.recovery.options import Recovery as Recovery
+    from pipeline.runtime.recovery.options import Repair as Repair
     from pipeline.training.callbacks import PipelineCheckpoint as PipelineCheckpoint
     from pipeline.training.trace_steps import TraceSteps as TraceSteps
     from pipeline.verify.every import VerifyEvery as VerifyEvery
@@ -102,6 +105,8 @@ _HOME = {
     # training
     "Pipeline": "pipeline.pipeline",
     "PipelineCheckpoint": "pipeline.training.callbacks",
+    "Recovery": "pipeline.runtime.recovery.options",
+    "Repair": "pipeline.runtime.recovery.options",
     "Segment": "stages.recipe.segment",
     "stateful": "pipeline.model.stateful",
     # split learning between organisations
@@ -154,6 +159,7 @@ _HOME = {
     "PipelineClosedError": "pipeline.errors",
     "PipelineError": "pipeline.errors",
     "PlanError": "pipeline.errors",
+    "RecoveryError": "pipeline.errors",
     "ScheduleError": "pipeline.errors",
     "SplitError": "pipeline.errors",
     "StalledError": "pipeline.errors",

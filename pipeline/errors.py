@@ -183,7 +183,17 @@ class WorkerError(PipelineError, PeerError, RuntimeError):
 
 
 class WorkerDiedError(WorkerError):
-    """A worker's process ended, or was ended, without a word."""
+    """A worker's process ended, or was ended, without a word.
+
+    Attributes:
+        running: whether it was computing its action; else it waited, or was at something else.
+    """
+
+    running = False
+
+
+class RecoveryError(PipelineError, PeerError, RuntimeError):
+    """Values could not be made what they were before a worker died: a step that was made again gave other numbers."""
 
 
 class StalledError(PipelineError, TimedOutError, TimeoutError):

@@ -24,6 +24,7 @@ from pipeline.own.first_batch import FirstBatch
 from pipeline.plan.plan import Plan
 from pipeline.runtime.launch import prestart
 from pipeline.runtime.options import Options
+from pipeline.runtime.recovery.options import Recovery, Repair
 from pipeline.runtime.session import Session
 from pipeline.runtime.turns import counting, no_copy, one_turn
 from pipeline.saving import files
@@ -56,8 +57,8 @@ class Pipeline(WithoutModelNames):
         truncate: Let a state's gradient go back through so many windows only; None: through all.
         keep_state: Begin a batch with the states that the one before it left (values only); see `reset_state`.
         check_first_batch: Compare the first batch after `compile` that is trained, evaluated or predicted with the
-            user's own model and loss in this process, and refuse to go on if they differ by more than rounding. Takes
-            a few samples of the batch and one call of the model.
+            user's own model and loss in this process, and refuse to go on if they differ by more than rounding.
+        recovery: Get over workers that die or freeze, with the bits that training has without it; see docs/faults.md.
 
     Attributes:
         segments, wires: The parts, and how they are connected.
@@ -84,6 +85,7 @@ class Pipeline(WithoutModelNames):
         truncate: int | None = None,
         keep_state: bool = False,
         check_first_batch: bool = True,
+        recovery: bool | Recovery = False,
     ) -> None:
         split = segments if isinstance(segments, Split) else None
         if isinstance(segments, Split):
@@ -103,6 +105,7 @@ class Pipeline(WithoutModelNames):
             windows=windows,
             truncate=truncate,
             keep_state=keep_state,
+            recovery=recovery,
         )
         self.schedule, self.microbatches, self.recompute = options.schedule, options.microbatches, options.recompute
         self.transport, self.threads = options.transport, options.threads
@@ -157,6 +160,11 @@ class Pipeline(WithoutModelNames):
     def session(self) -> Session:
         """What does the work: workers, steps, values, reference."""
         return self._session
+
+    @property
+    def repairs(self) -> tuple[Repair, ...]:
+        """What was done about workers that died or were frozen, with `recovery`."""
+        return tuple(self._session.workers.repairs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -300,16 +308,8 @@ class Pipeline(WithoutModelNames):
         Raises:
             DataError: The data do not fit the model, or give no batch.
         """
-        return self._ready("evaluate").evaluate(
-            x=x,
-            y=y,
-            batch_size=batch_size,
-            verbose=verbose,
-            sample_weight=sample_weight,
-            steps=steps,
-            callbacks=callbacks,
-            return_dict=return_dict,
-        )
+        given = {"sample_weight": sample_weight, "steps": steps, "callbacks": callbacks, "return_dict": return_dict}
+        return self._ready("evaluate").evaluate(x=x, y=y, batch_size=batch_size, verbose=verbose, **given)
 
     def predict(
         self,

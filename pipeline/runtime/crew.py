@@ -39,6 +39,8 @@ from transport.registry import new_keys, open_transport
 
 START_SECONDS = 120.0
 """How long a worker may take until it can be talked to; a cold start imports TensorFlow."""
+_CONNECT_SECONDS = 0.5
+"""How long it is tried to reach a worker before it is looked whether all are there."""
 LOOK_SECONDS = 5.0
 """How often a long wait looks whether anybody still runs."""
 _LEAVE_SECONDS = 2.0
@@ -82,18 +84,19 @@ class Crew:
         """The stage under whose number messages reach a worker."""
         return self.placement[worker][0].index
 
-    def start(self, transport: str, threads: int, entry: str) -> None:
+    def start(self, transport: str, threads: int, entry: str, launcher: Launcher | None = None) -> None:
         """Start the workers and open a way to each.
 
         Args:
             transport: ``"inproc"``, ``"local"``, ``"ipc"``, ``"tcp"`` or a tcp address of the driver's own inbox.
             threads: Size of TensorFlow's thread pools in each worker.
             entry: What a worker runs, ``"module:function"``.
+            launcher: Where; None: on this host, in processes or threads as the transport says.
         """
         _crews.add(self)
         scheme = transport.partition("://")[0]
         self._directory = SocketDirectory() if scheme == "ipc" else None
-        self._launcher = ThreadLauncher() if scheme == "inproc" else LocalLauncher()
+        self._launcher = launcher or (ThreadLauncher() if scheme == "inproc" else LocalLauncher())
         directory = None if self._directory is None else self._directory.path
         keys = new_keys(scheme)
         self._transport = open_transport(scheme, directory, keys=keys)
@@ -116,7 +119,20 @@ class Crew:
         self._mailbox.watch = [handle.sentinel for handle in self._handles]
         hellos = [self.wait(Key("hello", 0, DRIVER, self.place(w)), START_SECONDS) for w in range(len(self._handles))]
         self.addresses = [str(hello.value["address"]) for hello in hellos]  # type: ignore[index,call-overload]
-        self._outboxes = [self._transport.connect(address, START_SECONDS) for address in self.addresses]
+        self._outboxes = [self._connect(self._transport, address) for address in self.addresses]
+
+    def _connect(self, transport: Transport, address: str) -> Outbox:
+        """A way to a worker that said where it is; one that dies now is not waited for."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return transport.connect(address, _CONNECT_SECONDS)
+            except TransportTimeout:
+                gone = next((one for one in self._handles if not one.alive()), None)
+                if gone is not None:
+                    raise Watched(gone.sentinel) from None
+                if time.monotonic() > deadline:
+                    raise
 
     def all_connected(self) -> None:
         """Every connection stands, also between workers: the socket files are not needed any more."""
@@ -251,7 +267,7 @@ class Crew:
 
     def _explain(self, report: Any) -> WorkerError:
         """The error of a worker's report; when it only lost its neighbour, that of the neighbour."""
-        if report["type"] in (PeerLost.__name__, ChannelClosed.__name__):
+        if report["type"] in _LOST:
             dead = self._dead_worker()
             if dead is not None:
                 return self._death_of(dead)
@@ -307,6 +323,8 @@ def check_transport(transport: str) -> None:
         tcp_host_port(transport)
 
 
+_LOST = (PeerLost.__name__, ChannelClosed.__name__, TransportTimeout.__name__)
+"""What a worker reports that cannot reach another one."""
 _crews: set[Crew] = set()
 """Those that run (rule 4)."""
 

@@ -7,8 +7,8 @@ Rules:
 
 1. Commands go to all workers with one number; a command that is answered is answered by all.
 2. A step is done, or undone in every stage: what raises in a layer, does not fit a message or is interrupted is taken
-   back (`abandon`), and the run goes on. What cannot be taken back, a lost worker above all, ends it: `Crew` starts the
-   workers, watches them in every wait, and ends them.
+   back (`abandon`), and the run goes on. What cannot be taken back, a lost worker above all, ends it
+   (`pipeline.runtime.recovery` then begins another). `Crew` starts the workers, watches them, and ends them.
 3. Ctrl-C waits for the end of a step; a second one takes the step back; a third one ends the run.
 """
 
@@ -32,6 +32,7 @@ from pipeline.runtime.batch_messages import batch_messages, joined_outputs, orde
 from pipeline.runtime.crew import LOOK_SECONDS, Crew
 from pipeline.runtime.driver_notes import DriverNotes
 from pipeline.runtime.interrupts import deferred_interrupts
+from pipeline.runtime.launch import Launcher
 from pipeline.runtime.neighbours import neighbours, unmasked_pairs, upstream_of
 from pipeline.runtime.post_mortem import can_be_taken_back
 from pipeline.runtime.turns import Turns
@@ -78,6 +79,7 @@ class Driver:
         incarnation: Stamped on every message.
         look_seconds: How often a long wait looks whether anybody still runs.
         turns: Whose turn it is, of several threads.
+        launcher: Where workers are started; None: on this host.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Driver:
         incarnation: int = 0,
         look_seconds: float = LOOK_SECONDS,
         turns: Turns | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self.incarnation = incarnation
         self._turns = turns or Turns()
@@ -106,7 +109,7 @@ class Driver:
         self._worker_of = {spec.index: w for w, specs in enumerate(self.placement) for spec in specs}
         weakref.finalize(self, self._crew.close, "their pipeline was dropped").atexit = False
         with self._crew.ending_on_failure():
-            self._crew.start(transport, threads, entry)
+            self._crew.start(transport, threads, entry, launcher)
             self._connect_and_build()
 
     @property
@@ -123,6 +126,11 @@ class Driver:
     def pids(self) -> list[int | None]:
         """The workers' process ids; None for threads."""
         return self._crew.pids
+
+    @property
+    def number(self) -> int:
+        """The last order's."""
+        return self._number
 
     def _connect_and_build(self) -> None:
         addresses = {stage: self._crew.addresses[w] for stage, w in self._worker_of.items()}
@@ -141,8 +149,7 @@ class Driver:
     def _settle_masks(self) -> None:
         """Give a mask to those consumers only that would find it in one process.
 
-        Attention layers take the mask off the tensor that they read; a later reader of the same tensor, behind a skip
-        connection for instance, finds none.
+        Attention layers take the mask off the tensor that they read; a later reader of the same tensor finds none.
         """
         strips = {int(i): names for reply in self._replies(self._order(Strips())) for i, names in reply.value.items()}
         pairs = unmasked_pairs(self.specs, strips)
@@ -168,8 +175,7 @@ class Driver:
             trace: Whether to return when each action began and ended.
             norms: Whether to return the squared norm of all gradients.
             loss_scale: Factor on the loss while it is differentiated; then `finite` is returned too.
-            observe: What to note of tensors at the cuts, ``"values"`` for `seen` or ``"norms"``; see
-                `stages.worker.observers`.
+            observe: ``"values"`` (for `seen`) or ``"norms"`` of tensors at the cuts; see `stages.worker.observers`.
         """
         with self._going_on():
             if self._masks_count and mode.with_loss:
@@ -197,8 +203,7 @@ class Driver:
 
     def _step_of(self, order: StepOrder, plan: Plan, batch: Batch, notes: DriverNotes | None = None) -> list[StepReply]:
         """Order a step, which gets its number and its plan's here, feed it, and return the workers' answers."""
-        if self._undecided:  # whoever ordered that step failed before its update: nothing of it may go into this one
-            self.discard()
+        self.discard()  # if whoever ordered the last step failed before its update: nothing of it may go into this one
         identity = self._announce(plan)
         self._step += 1
         self._undecided = order.mode.training
@@ -225,6 +230,7 @@ class Driver:
         scale: float | None = None,
         divisor: float | None = None,
         attributes: Mapping[int, Mapping[str, Any]] | None = None,
+        write_down: bool = True,
     ) -> None:
         """Let every stage update its variables from the step just run. Returns at once; order is kept.
 
@@ -233,9 +239,10 @@ class Driver:
             scale: Factor on all gradients, for clipping by a global norm.
             divisor: What they are divided by first, for loss scaling.
             attributes: {stage: {name: value}} of its optimizer that are set before, from now on.
+            write_down: Whether workers whose values are to outlive them write them down.
         """
         with self._turns, self._crew.ending_on_failure():
-            self._order(Apply(self._step, learning_rates, scale, divisor, attributes or {}))
+            self._order(Apply(self._step, learning_rates, scale, divisor, attributes or {}, write_down))
             self._undecided = False
 
     def discard(self) -> None:
@@ -323,9 +330,8 @@ class Driver:
     @contextmanager
     def _going_on(self) -> Iterator[None]:
         """Take back what was ordered where it fails, so that the workers go on; else end them (rule 2)."""
-        taken_back = None
         with self._turns, deferred_interrupts():
-            first = self._step + 1
+            first, taken_back = self._step + 1, None
             with self._crew.ending_on_failure():
                 try:
                     yield
@@ -334,9 +340,9 @@ class Driver:
                         raise
                     try:
                         self._abandon(first)
-                    except TransportError as lost:
-                        if isinstance(lost, Watched | PeerLost):
-                            raise  # a worker died meanwhile
+                    except (Watched, PeerLost):
+                        raise  # a worker died meanwhile
+                    except TransportError:
                         raise error from None  # the way to a worker is damaged
                     taken_back = error
             if taken_back is not None:
@@ -357,8 +363,7 @@ class Driver:
         identity = self._announced  # never one that workers know another plan by
         self._announced += 1
         self._plans[key] = (identity, plan)
-        number = self._number + 1
-        self._order(TakePlan(identity))
+        number = self._order(TakePlan(identity))
         here = placed(plan, [self._worker_of[stage] for stage in range(plan.stages)], upstream_of(self.specs))
         for worker, program in enumerate(here.programs):
             array = actions_to_array(program)
@@ -367,8 +372,7 @@ class Driver:
 
     def _outputs(self, batch: Batch) -> dict[str, Array]:
         def over_time(stage: int, name: str) -> bool:
-            told = self.output_spec(stage, name)
-            return told is not None and is_over_time(told.shape)
+            return (told := self.output_spec(stage, name)) is not None and is_over_time(told.shape)
 
         return joined_outputs(self._crew.wait, list(self.specs.values()), batch, self._step, over_time)
 

@@ -12,6 +12,7 @@ from pipeline.errors import CompileError, OptionsError, PipelineError, ScheduleE
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import SCHEDULES, TunedSchedule, schedule_named
 from pipeline.runtime.crew import check_transport
+from pipeline.runtime.recovery.options import Recovery
 from pipeline.saying import is_whole, not_whole
 from transport.errors import BadAddress
 from transport.registry import AUTO
@@ -30,6 +31,7 @@ class Options:
         windows: Into how many windows the time axis is cut, at least 1.
         truncate: How many windows a state's gradient goes back through, at least 1; None: all.
         keep_state: Whether a batch begins with the states that the one before it left.
+        recovery: How it gets over workers that die; None: not at all.
     """
 
     microbatches: int
@@ -40,6 +42,7 @@ class Options:
     windows: int = 1
     truncate: int | None = None
     keep_state: bool = False
+    recovery: Recovery | None = None
 
     @classmethod
     def of(
@@ -54,6 +57,7 @@ class Options:
         size = default_threads(_workers(others["schedule"], stages)) if threads is None else threads
         found = cls(recompute=each, threads=size, **others)
         found = replace(found, transport=AUTO if found.transport == "auto" else found.transport)
+        recovery = Recovery.of(found.recovery, found.scheme)
         faults = list(found._faults(stages))
         if len(faults) == 1:
             raise faults[0]
@@ -61,7 +65,7 @@ class Options:
             raise OptionsError(faults)
         if not states:
             found.refuse_without_states()
-        return found
+        return replace(found, recovery=recovery)
 
     def _faults(self, stages: int) -> Iterator[PipelineError | BadAddress]:
         """Everything that is wrong, each as the error that it is alone."""

@@ -73,7 +73,7 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
     reason = handle.exit_reason()
     summary, _, words = reason.partition("\n")
     quoted = f"\n--- last words of the worker ---\n{words.rstrip()}\n--- end of its words ---" if words else ""
-    return WorkerDiedError(
+    error = WorkerDiedError(
         f"the worker of stage {name!r} is gone{where}: {summary.rstrip(':')}. The other workers were stopped. "
         f"{_CHECKPOINT}\n{others}{quoted}",
         stage=name,
@@ -81,6 +81,8 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
         step=status.step if action else -1,
         worker_traceback=words,
     )
+    error.running = bool(action) and status.phase == Phase.RUNNING
+    return error
 
 
 def failed(report: Mapping[str, Any]) -> WorkerError:

@@ -21,6 +21,7 @@ from pipeline.compiled.trained_optimizers import (
 from pipeline.errors import CompileError, PipelineClosedError
 from pipeline.model.wiring import check_shapes
 from pipeline.runtime.driver import Driver
+from pipeline.runtime.recovery.options import Repair
 from pipeline.runtime.setup import Setup
 from pipeline.runtime.stage_specs import SpecOptions, stage_specs
 from pipeline.runtime.turns import Turns
@@ -43,6 +44,7 @@ class Workers:
         loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
         filled: Is called when workers have just got copies of the user's objects and their values.
         turns: Who may use the workers when.
+        repairs: What was done about workers that died.
         given: {stage: the user's own variables that its losses and layers use beside those of its model}.
     """
 
@@ -54,6 +56,7 @@ class Workers:
         self.loaded_from = ""
         self._start: StartValues | None = None
         self.given: dict[int, list[Any]] = {}
+        self.repairs: list[Repair] = []
         self.filled: Callable[[], None] = lambda: None
         self._driver: Driver | None = None
         self._closed = False
@@ -81,7 +84,13 @@ class Workers:
     def _started(self) -> Driver:
         specs, options, placement = self.specs(), self._setup.options, self.placement
         hosted = [[spec for spec in specs if placement[spec.index] == worker] for worker in range(1 + max(placement))]
-        driver = Driver(hosted, threads=options.threads, transport=options.transport, turns=self.turns)
+        given: dict[str, Any] = {"threads": options.threads, "transport": options.transport, "turns": self.turns}
+        if options.recovery is None:
+            driver = Driver(hosted, **given)
+        else:
+            from pipeline.runtime.recovery.lasting_driver import LastingDriver
+
+            driver = LastingDriver(hosted, recovery=options.recovery, repairs=self.repairs, **given)
         try:
             check_shapes(self._setup.wires, driver.descriptions)
             self._fill(driver)

@@ -41,6 +41,8 @@ class Head:
     Attributes:
         known: The ways of losses and metrics that are Keras's own; None for what must be tried.
         ways: How its loss and metrics are made of microbatches; settable.
+        example: Once metrics have counted, [dtype, shape] of target, prediction and sample weight (or None), with 1 in
+            the place of a free size: what another process can build the same variables from.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Head:
         self.loss = None if loss is None else keras.losses.get(loss)
         self._counts = bool(metrics) or bool(weighted_metrics)
         self._built = False
+        self.example: list[Any] | None = None
         self.known = (known_loss(self.loss), known_metrics([*_listed(metrics), *_listed(weighted_metrics)]))
         self.ways = Ways(self.known[0] or Way.PARTS, self.known[1] or Way.PARTS)
 
@@ -102,6 +105,7 @@ class Head:
     def update(self, target: Any, prediction: Any, sample_weight: Any | None) -> None:
         """Let the metrics count one microbatch."""
         if self.has_metrics:
+            self.example = self.example or [_kind(one) for one in (target, prediction, sample_weight)]
             self.judge.compute_metrics(None, target, prediction, sample_weight=sample_weight)
 
     def results(self) -> dict[str, Any]:
@@ -165,6 +169,14 @@ class LossModel(keras.Model):  # type: ignore[misc]
     def call(self, prediction: Any) -> Any:
         """The prediction itself; Keras wants a model to have a call."""
         return prediction
+
+
+def _kind(tensor: Any | None) -> list[Any] | None:
+    """A tensor's dtype and shape, 1 where it is free."""
+    if tensor is None:
+        return None
+    sizes = () if tensor.shape.rank is None else tensor.shape
+    return [tensor.dtype.name, [1 if size is None else int(size) for size in sizes]]
 
 
 def _listed(metrics: Any) -> Sequence[Any]:

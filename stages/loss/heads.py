@@ -141,6 +141,13 @@ class Heads:
         """The metrics' values so far, by the names that Keras gives them."""
         return {name: value for head in self for name, value in head.results().items()}
 
+    def build(self, examples: Sequence[Any]) -> None:
+        """Make the metrics' variables as another process has them: from each head's `Head.example`."""
+        for head, example in zip(self, examples, strict=True):
+            if example is not None:
+                head.example = example
+                head.build(*(None if one is None else tf.zeros(one[1], one[0]) for one in example))
+
     def reset(self) -> None:
         """Let the metrics count anew."""
         for head in self:

@@ -35,6 +35,7 @@ class Descriptors(NamedTuple):
     report: int  # write end of a pipe: the server writes the exit code to it
     stdout: int
     stderr: int
+    memory: int  # memfd of the BoundaryMemory, where the job says that there is one
 
 
 def run_worker(given: Descriptors, parent: int, forget: Callable[[], None]) -> NoReturn:
@@ -57,6 +58,8 @@ def run_worker(given: Descriptors, parent: int, forget: Callable[[], None]) -> N
         board = SharedBoard(given.board)
         job = _read_job(given.job)
         started = os.read(given.gate, 1)
+        if job["memory"]:
+            job["spec"]["memory"] = os.dup(given.memory)
         for descriptor in given:
             os.close(descriptor)
         if not started:

@@ -7,7 +7,7 @@ imported again.
     driver                         server                            worker
       | -- {"path", "preload"} ----> |  import, run no op               |
       | <--------- {"ready"} ------- |                                  |
-      | -- {"launch": 1} + 6 fds --> |  fork ------------------------->  |  read the job
+      | -- {"launch": 1} + 7 fds --> |  fork ------------------------->  |  read the job
       | <- {"launched": 1} + pidfd - |                                  |  wait at the gate
       | -- "go" through the gate ------------------------------------>  |  entry(spec, board)
       |                              | <---------- exit ---------------  |

@@ -201,6 +201,7 @@ class Apply(Order):
         scale: Factor on all gradients, for clipping by a global norm.
         divisor: What they are divided by first, for loss scaling.
         attributes: {stage: {name: value}} of its optimizer that are set before the update, from now on.
+        write_down: Whether all values are written down then, where they are to outlive the worker.
     """
 
     do: ClassVar[str] = "apply"
@@ -210,6 +211,7 @@ class Apply(Order):
     scale: float | None = None
     divisor: float | None = None
     attributes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    write_down: bool = True
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Self:

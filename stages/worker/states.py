@@ -38,7 +38,7 @@ MEANING: Mapping[WorkerState, str] = {
     WorkerState.APPLIED: "it has applied the gradients of its last step",
 }
 
-_VALUES = ("get", "set", "call", "keep", "put_back")
+_VALUES = ("get", "set", "call", "keep", "put_back", "go_on_as", "write_down")
 _LOOKS = ("seen", "witness", "explain")
 
 

@@ -22,10 +22,12 @@ from stages.errors import HandoffError
 from stages.recipe.optimizer_state import rate_now
 from stages.worker import snapshot
 from stages.worker.base import BaseWorker, serve
+from stages.worker.boundary import BoundaryWriter
 from stages.worker.hosted_stage import HostedStage
 from stages.worker.kept_values import CHANGED_BY_STEPS, Undo
 from stages.worker.observers import NormObserver
 from stages.worker.orders import Apply, Get, Keep, Mode, Order, StepOrder, TellSeen
+from stages.worker.recovery_orders import GoOnAs, WriteDown
 from stages.worker.reply import Reply, StepReply
 from stages.worker.stage_spec import StageSpec
 from stages.worker.step_notes import NoteTaker
@@ -43,19 +45,40 @@ def main(spec: Mapping[str, Any], board: Array) -> None:
 class Worker(BaseWorker):
     """A worker of a pipeline: its stages' actions in the order of a plan."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, spec: Mapping[str, Any], *given: Any) -> None:
+        super().__init__(spec, *given)
+        memory = spec.get("memory")
+        self._boundary = None if memory is None else BoundaryWriter(memory, self.hosted)
+        if self._boundary is not None:
+            self._deeds = {kind: self._written_down(deed, self._boundary) for kind, deed in self._deeds.items()}
         self._program: Program | None = None
         self._stepped: set[Mode] = set()
         self._undo: dict[int, Undo] = {}
 
     def own_deeds(self) -> Mapping[type[Order], Callable[[Any], Reply]]:
-        """Nothing besides."""
-        return {}
+        """To become what another worker was."""
+        return {GoOnAs: self._do_go_on_as, WriteDown: lambda order: Reply()}
 
     def host(self, spec: StageSpec) -> HostedStage:
         """Build a stage, with its optimizer."""
         return HostedStage(spec)
+
+    def _written_down(self, deed: Callable[[Any], Reply], boundary: BoundaryWriter) -> Callable[[Any], Reply]:
+        """A deed behind which the values are written down, before it is answered."""
+
+        def both(order: Order) -> Reply:
+            reply = deed(order)
+            boundary.passed(order, self._number)
+            return reply
+
+        return both
+
+    def _do_go_on_as(self, order: GoOnAs) -> Reply:
+        for index, hosted in self.hosted.items():
+            if attributes := order.attributes.get(index):
+                hosted.adjust_optimizer(attributes)
+            hosted.heads.build(order.examples[index])
+        return Reply()
 
     def step(self, order: StepOrder) -> StepReply:
         """Run the stages' actions of a plan."""
@@ -138,6 +161,8 @@ class Worker(BaseWorker):
         for undo in self._undo.values():
             undo.put_back()
         self._undo, self._program = {}, None
+        if self._boundary is not None:
+            self._boundary.take_back_step()
 
     def gradients(self, index: int) -> Sequence[Array | None]:
         """The accumulated ones."""

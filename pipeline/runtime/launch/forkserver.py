@@ -146,11 +146,12 @@ class ForkServer:
             while not self._ready:
                 self._next_reply(deadline)
 
-    def launch(self, job: dict[str, Any], timeout: float = READY_TIMEOUT) -> Launched:
+    def launch(self, job: dict[str, Any], timeout: float = READY_TIMEOUT, boundary: int | None = None) -> Launched:
         """Fork a worker; it waits for a byte through its gate before it does anything.
 
         Args:
             job: as `stages.process.child_process` reads it.
+            boundary: memory in which it writes down its values; None: it does not.
             timeout: seconds to wait for the server, its imports included.
 
         Returns:
@@ -161,7 +162,7 @@ class ForkServer:
             ServerGoneError: the server died.
         """
         try:
-            content = job_to_bytes(job)
+            content = job_to_bytes({**job, "memory": boundary is not None})
         except (TypeError, ValueError) as error:
             raise LaunchError(
                 f"worker {job['name']!r}: its spec must be plain data that JSON can hold (dict with str keys, list, "
@@ -177,8 +178,9 @@ class ForkServer:
             gate_out, gate_in = map(Descriptor, os.pipe())
             report_out, report_in = map(Descriptor, os.pipe())
             with gate_out, report_in:
-                travelling = [task, memory, gate_out, report_in, stdout, stderr]
-                pid, pidfd = self._request_fork([each.fileno() for each in travelling], time.monotonic() + timeout)
+                travelling = [each.fileno() for each in (task, memory, gate_out, report_in, stdout, stderr)]
+                travelling.append(task.fileno() if boundary is None else boundary)  # always as many
+                pid, pidfd = self._request_fork(travelling, time.monotonic() + timeout)
             return Launched(pid, pidfd, report_out, gate_in, SharedBoard(memory.fileno()))
 
     def exit_reason(self) -> str:

@@ -47,17 +47,19 @@ class LocalLauncher:
         self._server = server
         self._workers: list[LocalWorker] = []
 
-    def launch(self, name: str, entry: str, spec: dict[str, Any], threads: int = 1) -> LocalWorker:
-        """Start a worker process; see `Launcher.launch`."""
+    def launch(
+        self, name: str, entry: str, spec: dict[str, Any], threads: int = 1, boundary: int | None = None
+    ) -> LocalWorker:
+        """Start a worker process; see `Launcher.launch`, and `ForkServer.launch` for `boundary`."""
         job = describe_job(name, entry, spec, threads)
         server = self._server()
         try:
-            launched = server.launch(job)
+            launched = server.launch(job, boundary=boundary)
         except ServerGoneError:
             if not server.ready:
                 raise
             server = self._server()  # it had been fine and died since: once more with a new one
-            launched = server.launch(job)
+            launched = server.launch(job, boundary=boundary)
         worker = LocalWorker(name, launched, server)
         self._workers.append(worker)
         worker.open_gate(launched.gate)
