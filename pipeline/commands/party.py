@@ -53,6 +53,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         deed.add_argument(end[0], dest="address", required=True, metavar="ADDRESS", help=end[1])
         deed.add_argument("--task", choices=("train", "evaluate", "predict"), default="train", help="default train")
         deed.add_argument("--keys", type=Path, metavar="FOLDER", help="default: $TAPELINE_KEYS, else ~/.tapeline")
+        deed.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="write one there after each epoch")
+        deed.add_argument("--resume", action="store_true", help="go on after the last epoch that all parties have")
         deed.add_argument("--load", type=Path, metavar="FOLDER", help="take weights from there first")
         deed.add_argument(
             "--save", type=Path, metavar="FOLDER", help="write weights (and predictions) there afterwards"
@@ -78,17 +80,32 @@ def run(given: argparse.Namespace) -> int:
     if given.deed == "check":
         return _check(given, plan, party)
     from pipeline.parties.meet import join_party, serve_party
+    from transport.errors import TapelineError
 
     stages = [stage.name for stage in plan.stages_of(given.name)] if given.name in plan.parties else []
     models = party.models(stages) if stages else {}
     if given.load is not None:
         for name, model in models.items():
             _weights(model, given.load / f"{name}.weights.h5", "load")
-    result = (serve_party if given.deed == "serve" else join_party)(
-        plan, party, given.name, given.address, task=given.task, keys=given.keys
-    )
+    session = serve_party if given.deed == "serve" else join_party
+    trained = models if given.task == "train" else {}
+    try:
+        result = session(
+            plan,
+            party,
+            given.name,
+            given.address,
+            task=given.task,
+            keys=given.keys,
+            checkpoints=given.checkpoints,
+            resume=given.resume,
+        )
+    except TapelineError as error:
+        if given.save is not None and trained and hasattr(error, "__notes__"):  # some steps were committed
+            _save(given.save, trained, None)
+        raise
     if given.save is not None:
-        _save(given.save, models if given.task == "train" else {}, result)
+        _save(given.save, trained, result.predictions)
     if result.history and given.task == "evaluate":
         print(", ".join(f"{name} {values[-1]}" for name, values in result.history.items()))
     print(f"done: {result.steps} steps, {result.sent} bytes of tensors sent, {result.received} received")
@@ -143,14 +160,14 @@ def _check(given: argparse.Namespace, plan: Any, party: Any) -> int:
     return 0
 
 
-def _save(folder: Path, models: dict[str, Any], result: Any) -> None:
+def _save(folder: Path, models: dict[str, Any], predictions: Any) -> None:
     import numpy as np
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():
         _weights(model, folder / f"{name}.weights.h5", "save")
-    if result.predictions is not None:
-        np.save(folder / "predictions.npy", result.predictions)
+    if predictions is not None:
+        np.save(folder / "predictions.npy", predictions)
 
 
 def _weights(model: Any, path: Path, deed: str) -> None:

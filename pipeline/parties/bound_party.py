@@ -26,6 +26,7 @@ from stages.keras_internals import layers_of
 from stages.loss.head import Head
 from stages.loss.ways import Way
 from stages.put_back import held_by, random_numbers_put_back, values_put_back
+from stages.recipe.overrides import why_training_would_differ
 from stages.tape.contract import Opened, PassKey
 from transport.dtypes import DTYPES
 
@@ -163,6 +164,12 @@ class BoundParty:
             if metrics is not Way.PARTS:
                 found.append("a metric is not known to count samples; use Keras's own, or microbatches = 1")
         for name, stage in self.stages.items():
+            differs = why_training_would_differ(stage.model)
+            if differs and self.task == "train":
+                found.append(f"stages.{name}: {differs}")
+            halves = [layer.name for layer in layers_of(stage.model) if layer.compute_dtype == "float16"]
+            if halves and self.task == "train":
+                found.append(f"stages.{name}: the layer {halves[0]!r} computes in float16, which needs loss scaling")
             kept = [layer.name for layer in layers_of(stage.model) if getattr(layer, "stateful", False)]
             if kept:
                 found.append(f"stages.{name}: the layer {kept[0]!r} is stateful=True, which no party's batches can be")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,23 +22,35 @@ import tensorflow as tf
 from pipeline.errors import PartyMismatchError, PartyStoppedError
 from pipeline.parties.bound_party import BoundParty
 from pipeline.parties.party import ids_mark
+from pipeline.parties.party_checkpoints import EndOfEpoch
 from pipeline.parties.wire import PartyWire
 
 PROTOCOL: Final = 1
 """The version of what parties say to each other."""
-_COMPARED: Final = ("protocol", "tapeline", "keras", "tensorflow", "task", "rows", "plan")
+_COMPARED: Final = ("protocol", "tapeline", "keras", "tensorflow", "task", "resume", "rows", "plan")
+_FIELD: Final = re.compile(r"[\w.-]{1,100}")
+_MOST_FIELDS: Final = 50
+"""Names of fields that differ, of those that another party sends, which are told."""
 
 
-def shake_hands(party: BoundParty, wire: PartyWire) -> bytes:
+def shake_hands(
+    party: BoundParty, wire: PartyWire, places: Mapping[int, EndOfEpoch] | None = None
+) -> tuple[bytes, int]:
     """Agree with all others.
 
+    Args:
+        party: This party.
+        wire: To the others.
+        places: The epochs after which this party can go on; None: it begins anew.
+
     Returns:
-        The session's key, 32 bytes, that all parties have and nobody else.
+        The session's key, 32 bytes, that all parties have and nobody else; and the epoch after which all go on, 0 for
+        the beginning.
 
     Raises:
         PartyMismatchError: They do not mean the same; names every field that differs, and no value.
     """
-    mine = _hello(party)
+    mine: dict[str, Any] = {**_hello(party), "resume": places is not None}
     leads = party.name == party.plan.hub
     if leads:
         theirs = {peer: _said(wire, peer, "hello") for peer in wire.peers}
@@ -47,7 +60,7 @@ def shake_hands(party: BoundParty, wire: PartyWire) -> bytes:
             wire.send(peer, "hello", "hello", {**mine, "rows": having[0] if having else None, "nonces": nonces})
     else:
         (hub,) = wire.peers
-        wire.send(hub, "hello", "hello", mine)
+        wire.send(hub, "hello", "hello", {**mine, "epochs": _epochs(places, hub)})
         theirs = {hub: _said(wire, hub, "hello")}
         nonces = [str(nonce) for nonce in theirs[hub].get("nonces") or []]
         if mine["nonce"] not in nonces:
@@ -58,15 +71,20 @@ def shake_hands(party: BoundParty, wire: PartyWire) -> bytes:
         wire.send(peer, "hello", "proof", proof)
     proofs = {peer: _said(wire, peer, "proof") for peer in wire.peers}
     found = {peer: _differences(mine, theirs[peer], proof, proofs[peer]) for peer in wire.peers}
+    begin = 0
     if leads:
         _compare_others(theirs, proofs, proof, found)
+        begin = _last_common(theirs, places)
         for peer in wire.peers:
             word = "ready" if not any(found.values()) else "refused"
-            wire.send(peer, "hello", "verdict", {"verdict": word, "differs": list(found[peer])})
+            wire.send(peer, "hello", "verdict", {"verdict": word, "differs": list(found[peer]), "begin": begin})
     else:
         (hub,) = wire.peers
         verdict = _said(wire, hub, "verdict")
-        told = tuple(str(name)[:100] for name in verdict.get("differs") or [])
+        begin = _whole(verdict.get("begin"))
+        if begin and begin not in (places or {}):
+            raise PartyStoppedError(f"{hub} wants to go on after epoch {begin}, which {party.name} has not")
+        told = _field_names(verdict.get("differs"))
         found[hub] = tuple(dict.fromkeys((*found[hub], *told)))
         if verdict.get("verdict") != "ready" and not found[hub]:
             raise PartyMismatchError(f"{hub} and another party do not agree, so nothing was trained", {})
@@ -77,7 +95,28 @@ def shake_hands(party: BoundParty, wire: PartyWire) -> bytes:
     if not numbers:
         raise PartyStoppedError("no party has rows")
     wire.rows = int(numbers[0])
-    return key
+    if places is not None and not begin:
+        raise PartyStoppedError("there is no epoch after which all parties can go on; begin anew, without resuming")
+    return key, begin
+
+
+def _epochs(places: Mapping[int, EndOfEpoch] | None, peer: str) -> dict[str, Any]:
+    """{epoch: the transcript with a party up to there}."""
+    return {str(epoch): str(place.transcripts.get(peer)) for epoch, place in (places or {}).items()}
+
+
+def _last_common(theirs: Mapping[str, Mapping[str, Any]], places: Mapping[int, EndOfEpoch] | None) -> int:
+    """The last epoch that all have, with the same transcripts at both ends of each connection; 0 if there is none."""
+    common = set(places or {})
+    for peer, hello in theirs.items():
+        epochs = hello.get("epochs")
+        having = epochs if isinstance(epochs, dict) else {}
+        common &= {int(epoch) for epoch, mark in _epochs(places, peer).items() if having.get(epoch) == mark}
+    return max(common, default=0)
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**40 else 0
 
 
 def _hello(party: BoundParty) -> dict[str, Any]:
@@ -128,7 +167,13 @@ def _differences(
     fields_differ = [name for name in sorted({*ours, *fields}) if ours.get(name) != fields.get(name)]
     if "plan" in found and fields_differ:
         found.remove("plan")
-    return (*found, *(str(name)[:100] for name in fields_differ))
+    return (*found, *_field_names(fields_differ))
+
+
+def _field_names(names: Any) -> tuple[str, ...]:
+    """Those that can be names of fields, and not too many: others wrote them."""
+    listed = names if isinstance(names, list) else []
+    return tuple(name for name in listed if isinstance(name, str) and _FIELD.fullmatch(name))[:_MOST_FIELDS]
 
 
 def _compare_others(

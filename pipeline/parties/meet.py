@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.errors import PartyPlanError
 from pipeline.parties.bound_party import BoundParty
 from pipeline.parties.party import Party
+from pipeline.parties.party_checkpoints import PartyCheckpoints
 from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.read_plan import read_plan
 from pipeline.parties.session import PartyResult, PartySession
@@ -28,6 +29,8 @@ def serve_party(
     *,
     task: str = "train",
     keys: KeyFolder | str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
     say: Say = print,
     listening: Callable[[str], None] | None = None,
 ) -> PartyResult:
@@ -40,6 +43,8 @@ def serve_party(
         listen: ``tcp://0.0.0.0:7443``, or a loopback address; port 0 takes a free one.
         task: ``"train"``, ``"evaluate"`` or ``"predict"``.
         keys: The folder with the keys; default as for `tapeline keys`.
+        checkpoints: A folder for this party's own checkpoints, one after each epoch; the last three are kept.
+        resume: Go on after the last epoch that all parties have a checkpoint of, with the same transcripts.
         say: Told, in sentences, what happens.
         listening: Called with the address once others can connect.
 
@@ -59,12 +64,14 @@ def serve_party(
         raise PartyPlanError(f"the hub of the plan is {plan.hub!r}, which serves; {name!r} joins it")
     own, known = _keys(plan, name, keys)
     bound = BoundParty(plan, name, party, task)
+    kept = _checkpoints(bound, checkpoints, resume)
     peers = {peer: plan.parties[peer] for peer in plan.peers(name)}
     with PartyDoor(listen, own, peers, plan.bounds(), trusted=lambda key: key in known().values()) as door:
         say(f"{name} listens at {door.address} for {', '.join(peers)}; its fingerprint is {fingerprint(own.public)}")
         if listening is not None:
             listening(door.address)
-        return PartySession(bound, door, lambda peer: plan.parties[peer] in known().values(), say).run()
+        trusted = _trust(plan, known)
+        return PartySession(bound, door, trusted, say, kept, resume).run()
 
 
 def join_party(
@@ -75,6 +82,8 @@ def join_party(
     *,
     task: str = "train",
     keys: KeyFolder | str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
     say: Say = print,
 ) -> PartyResult:
     """Run a session as a party that dials the hub.
@@ -86,6 +95,8 @@ def join_party(
         at: The hub's address, ``tcp://lab.example:7443``.
         task: As in `serve_party`.
         keys: As in `serve_party`.
+        checkpoints: As in `serve_party`.
+        resume: As in `serve_party`.
         say: As in `serve_party`.
 
     Returns:
@@ -101,13 +112,30 @@ def join_party(
         raise PartyPlanError(f"{name!r} is the hub of the plan, so it serves; the others join")
     own, known = _keys(plan, name, keys)
     bound = BoundParty(plan, name, party, task)
+    kept = _checkpoints(bound, checkpoints, resume)
     with PartyLine(at, own, plan.hub, plan.parties[plan.hub], plan.bounds(), plan.patience) as line:
         say(f"{name} is connected with {plan.hub} ({fingerprint(plan.parties[plan.hub])}) at {at}")
-        return PartySession(bound, line, lambda peer: plan.parties[peer] in known().values(), say).run()
+        trusted = _trust(plan, known)
+        return PartySession(bound, line, trusted, say, kept, resume).run()
 
 
 def _plan(plan: PartyPlan | str | Path) -> PartyPlan:
     return plan if isinstance(plan, PartyPlan) else read_plan(plan)
+
+
+def _trust(plan: PartyPlan, known: Callable[[], Mapping[str, str]]) -> Callable[[str], bool]:
+    return lambda peer: plan.parties[peer] in known().values()
+
+
+def _checkpoints(party: BoundParty, folder: str | Path | None, resume: bool) -> PartyCheckpoints | None:
+    """Where this party's checkpoints are.
+
+    Raises:
+        PartyPlanError: There is nothing to go on from.
+    """
+    if resume and (folder is None or party.task != "train"):
+        raise PartyPlanError("only a training with checkpoints can be resumed; say in which folder they are")
+    return None if folder is None or party.task != "train" else PartyCheckpoints(folder, party)
 
 
 def _keys(

@@ -107,6 +107,11 @@ class PartyStep:
         for stage in self._party.stages.values():
             stage.zero_gradients()
 
+    def finish(self) -> None:
+        """What Keras does with an optimizer when a training ends: averaged weights take their variables' place."""
+        if self._party.optimizer is not None and self._party.trainable:
+            self._party.optimizer.finalize_variable_values(self._party.trainable)
+
     def _pairs(self) -> list[tuple[Any, Any]]:
         """Gradients that exist and their variables."""
         each = [

@@ -20,6 +20,7 @@ from pipeline.errors import PartyMismatchError, PartyStoppedError, PipelineError
 from pipeline.parties.bound_party import BoundParty, LastCommit
 from pipeline.parties.handshake import shake_hands
 from pipeline.parties.party import ids_mark
+from pipeline.parties.party_checkpoints import EndOfEpoch, PartyCheckpoints
 from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.party_step import PartyStep
 from pipeline.parties.wire import PartyWire
@@ -57,15 +58,25 @@ class PartySession:
         link: Its connections, all made.
         trusted: Asked before every step, with a party's name; a session ends when one is trusted no longer.
         say: Told, in sentences, what is waited for and what an epoch gave.
+        checkpoints: Where a checkpoint is written after each epoch; None: nowhere.
+        resume: Whether to go on from the last epoch that all parties have.
     """
 
     def __init__(
-        self, party: BoundParty, link: PartyLink, trusted: Callable[[str], bool], say: Callable[[str], None]
+        self,
+        party: BoundParty,
+        link: PartyLink,
+        trusted: Callable[[str], bool],
+        say: Callable[[str], None],
+        checkpoints: PartyCheckpoints | None = None,
+        resume: bool = False,
     ) -> None:
         self._party, self._plan = party, party.plan
         self._wire = PartyWire(party.plan, party.name, link, say)
         self._step = PartyStep(party, self._wire)
         self._trusted, self._say = trusted, say
+        self._checkpoints = checkpoints
+        self._places = checkpoints.places() if checkpoints is not None and resume else None
         self._key = b""
         self._held = LastCommit(party)
         self._result = PartyResult()
@@ -84,9 +95,9 @@ class PartySession:
             PartySilentError: Another party sent nothing for as long as the plan says.
         """
         try:
-            self._key = shake_hands(self._party, self._wire)
+            self._key, begin = shake_hands(self._party, self._wire, self._places)
             if self._party.task == "train":
-                self._train()
+                self._train(self._resumed(begin))
             else:
                 self._infer()
             self._wire.step = self._result.steps + 1
@@ -104,8 +115,20 @@ class PartySession:
         self._result.sent, self._result.received = self._wire.sent, self._wire.received
         return self._result
 
-    def _train(self) -> None:
-        for epoch in range(self._plan.epochs):
+    def _resumed(self, epoch: int) -> int:
+        """Take the values that this party had after an epoch; 0 takes those that it has."""
+        if epoch and self._places is not None and self._checkpoints is not None:
+            place = self._places[epoch]
+            self._checkpoints.load(epoch)
+            self._wire.go_on(place.transcripts)
+            self._result.steps = place.step
+            self._result.history = {name: list(values) for name, values in place.history.items()}
+            self._held = LastCommit(self._party)
+            self._say(f"{self._party.name} goes on after epoch {epoch}, step {place.step}")
+        return epoch
+
+    def _train(self, begin: int) -> None:
+        for epoch in range(begin, self._plan.epochs):
             order = self._order(epoch)
             total, counted = 0.0, 0
             if self._party.head is not None:
@@ -115,6 +138,11 @@ class PartySession:
                 loss = self._train_step(rows)
                 total, counted = total + (loss or 0.0) * len(rows), counted + len(rows)
             self._tell(epoch, total / max(counted, 1))
+            if self._checkpoints is not None:
+                done = EndOfEpoch(epoch + 1, self._result.steps, self._wire.chain(), self._result.history)
+                self._checkpoints.write(done)
+        self._step.finish()
+        self._held = LastCommit(self._party)
 
     def _train_step(self, rows: Array) -> float | None:
         step = self._result.steps + 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -147,6 +147,14 @@ class PartyWire:
         """Let the next step's transcripts go on from this one's."""
         self._chain = {peer: bytes.fromhex(self.transcript(peer)) for peer in self.peers}
         self._crossed.clear()
+
+    def chain(self) -> dict[str, str]:
+        """{neighbour: the transcript's hash up to the last commit, 64 hexadecimal digits}."""
+        return {peer: chain.hex() for peer, chain in self._chain.items()}
+
+    def go_on(self, chain: Mapping[str, str]) -> None:
+        """Let transcripts go on from a checkpoint's."""
+        self._chain = {peer: bytes.fromhex(chain[peer]) for peer in self.peers}
 
     def other_end(self, edge: PartyEdge) -> str:
         """The party at the other end of an edge."""

@@ -39,8 +39,8 @@ def plan_with_keys(table, folder, revoke=()):
     return replace(plan, parties={name: keys[name].public for name in plan.parties}), folders
 
 
-def meet(plan, parties, folders, task="train", plans=None, said=None):
-    """Run all parties, each in a thread.
+def meet(plan, parties, folders, task="train", plans=None, said=None, each=None):
+    """Run all parties, each in a thread; `each` has further options by party.
 
     Returns:
         {party: its result, or the error that it raised}.
@@ -54,13 +54,14 @@ def meet(plan, parties, folders, task="train", plans=None, said=None):
             if name == plan.hub:
                 found[name] = serve_party(
                     plans[name], parties[name], name, "tcp://127.0.0.1:0", task=task, keys=folders[name], say=say,
-                    listening=lambda address: [addresses.put(address) for _ in parties],
+                    listening=lambda address: [addresses.put(address) for _ in parties], **(each or {}).get(name, {}),
                 )  # fmt: skip
             else:
                 address = addresses.get(timeout=60)
                 found[name] = join_party(
-                    plans[name], parties[name], name, address, task=task, keys=folders[name], say=say
-                )
+                    plans[name], parties[name], name, address, task=task, keys=folders[name], say=say,
+                    **(each or {}).get(name, {}),
+                )  # fmt: skip
         except BaseException as error:
             found[name] = error
             if name == plan.hub:

@@ -278,6 +278,28 @@ def add_loss_sum():
     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), Adding()])
 
 
+def own_step():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return {}
+
+    return Own([keras.Input((3,)), keras.layers.Dense(4)])
+
+
+def half():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype="mixed_float16")])
+
+
+def stateful_layer():
+    return keras.Sequential(
+        [keras.Input((3,), batch_size=3), keras.layers.Reshape((3, 1)), keras.layers.LSTM(4, stateful=True)]
+    )
+
+
+def masking():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 4, mask_zero=True)])
+
+
 def square(a, b):
     return (a - b) ** 2
 
@@ -298,6 +320,10 @@ GIVEN = {
         "lab",
         "loss scaling",
     ),
+    "train_step": (lambda: Party(own_step(), x=X, ids=IDS, optimizer="sgd"), "hospital", "train_step"),
+    "float16": (lambda: Party(half(), x=X, ids=IDS, optimizer="sgd"), "hospital", "needs loss scaling"),
+    "stateful": (lambda: Party(stateful_layer(), x=X, ids=IDS, optimizer="sgd"), "hospital", "stateful=True"),
+    "mask": (lambda: Party(masking(), x=X, ids=IDS, optimizer="sgd"), "hospital", "has a Keras mask"),
     "stages": (lambda: Party({"middle": top()}, y=Y, ids=IDS), "lab", "the plan gives this party the stages top"),
     "name": (lambda: Party(top(), y=Y, ids=IDS), "labs", "the plan has no party"),
 }  # fmt: skip
