@@ -375,7 +375,7 @@ class Pipeline(WithoutModelNames):
     save = one_turn(files.save)
     save_weights = one_turn(files.save_weights)
     load_weights = one_turn(files.load_weights)
-    load = classmethod(files.load)
+    load, resume = classmethod(files.load), classmethod(files.resume)
     merge = one_turn(files.merge_trained)
     close = as_keras.close
 

@@ -130,3 +130,45 @@ def _excluded_keys(optimizer: Any) -> set[Any]:
 def profiles(callback: Any) -> bool:
     """Whether a `keras.callbacks.TensorBoard` would trace batches. Relies on `_start_batch`: the first, or 0."""
     return bool(getattr(callback, "_start_batch", 0))
+
+
+def callback_attributes(callback: Any) -> dict[str, Any]:
+    """The attributes of a callback object that are not Keras's own in every callback: {name: value}.
+
+    Relies on `Callback` itself keeping ``params``, ``_model`` and ``validation_data`` only.
+    """
+    return {name: one for name, one in vars(callback).items() if name not in ("params", "_model", "validation_data")}
+
+
+def set_callback_attributes(callback: Any, values: Mapping[str, Any]) -> None:
+    """Set what `callback_attributes` gave."""
+    for name, value in values.items():
+        setattr(callback, name, value)
+
+
+def counts_of_tensorboard(callback: Any) -> tuple[str, ...]:
+    """The attributes of a TensorBoard in which it counts batches, by which it numbers what it writes.
+
+    Relies on `TensorBoard._global_train_batch` and `_global_test_batch`.
+    """
+    return tuple(name for name in ("_global_train_batch", "_global_test_batch") if hasattr(callback, name))
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------
+
+
+def global_seed_state(make: bool = False) -> Any | None:
+    """The variable from which random operations draw that were given no seed; None: there is none as yet.
+
+    Args:
+        make: Whether to make it then.
+
+    Relies on the global attribute "global_seed_generator", and on `global_seed_generator()`, which makes it.
+    """
+    from keras.src.backend.common import global_state
+    from keras.src.random import seed_generator
+
+    if make:
+        return seed_generator.global_seed_generator().state
+    found = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    return None if found is None else found.state

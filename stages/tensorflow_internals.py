@@ -65,6 +65,24 @@ def global_seed() -> int | None:
     return None if found is None else int(found)
 
 
+def drawn_seeds() -> Any:
+    """The state of the generator that gives operations their seeds, plain data; None before `tf.random.set_seed`.
+
+    Relies on `context.context()._rng`, as `drawing_seeds_from` does.
+    """
+    found = getattr(context.context(), "_rng", None)
+    return None if found is None else found.getstate()
+
+
+def set_drawn_seeds(seed: int, state: Any) -> None:
+    """Let random operations get their seeds as where `drawn_seeds` gave this state, after `tf.random.set_seed(seed)`.
+
+    Relies on the same.
+    """
+    tf.random.set_seed(seed)
+    context.context()._rng.setstate(state)
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ SIGNALS = {
     "Watched": "what a receiver also waits for became readable; the driver turns it into what it means",
     "Abandoned": "the driver takes back what a worker was ordered",
     "Stopped": "the driver ends a worker's run",
+    "NotPlainError": "a value is no plain data; becomes a sentence about the callback that keeps it",
     "WitnessRefusedError": "a witness cannot be made; becomes a line of the report",
     "CannotJudgeError": "the user's own objects cannot say what is right; becomes a line of the report",
     "UnrepeatableError": "they give other numbers each time; becomes a line of the report",

@@ -277,6 +277,17 @@ class Compiled:
         each = rates if len(rates) > 1 else rates * stages
         return {i: rate for i, rate in enumerate(each) if rate is not None}
 
+    def rates(self) -> list[float | None]:
+        """Every optimizer's rate now; None where a schedule in it decides, or there is none."""
+        pairs = zip(self.optimizers, self._constant_rates, strict=True)
+        return [float(one.learning_rate) if constant else None for one, constant in pairs]
+
+    def set_rates(self, rates: Sequence[float | None]) -> None:
+        """Set what `rates` gave."""
+        for optimizer, rate in zip(self.optimizers, rates, strict=True):
+            if rate is not None:
+                optimizer.learning_rate = rate
+
     @property
     def constant_rate(self) -> bool:
         """Whether the (first) optimizer's rate is a number, not a schedule."""

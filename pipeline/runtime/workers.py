@@ -42,6 +42,7 @@ class Workers:
         compiled: What `compile` was given; None before.
         placement: For each stage the worker that hosts it; before the workers are started it may be set.
         loaded_from: The file or folder that the models were read from; "" of models that are the user's own.
+        resumed: What the next `fit` goes on from (`pipeline.saving.going_on.Resumed`); None: it begins anew.
         filled: Is called when workers have just got copies of the user's objects and their values.
         turns: Who may use the workers when.
         repairs: What was done about workers that died.
@@ -54,6 +55,7 @@ class Workers:
         self.compiled: Compiled | None = None
         self.placement: tuple[int, ...] = tuple(range(len(setup.segments)))
         self.loaded_from = ""
+        self.resumed: Any = None
         self._start: StartValues | None = None
         self.given: dict[int, list[Any]] = {}
         self.repairs: list[Repair] = []

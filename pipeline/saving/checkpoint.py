@@ -13,7 +13,8 @@ Rules:
    saving, and must be brought on loading (`pipeline.saving.own_objects`).
 3. Optimizer slots are kept by the variable they belong to, so that other cuts can take them over.
 4. States that one batch leaves for the next are not in it, neither those of `keep_state` nor those of layers with
-   ``stateful=True``, as with `model.save`.
+   ``stateful=True``, as with `model.save`; but where it is the state of a training that is to go on
+   (`pipeline.saving.going_on`), with all that its next step needs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,8 @@ from pipeline.errors import CheckpointError
 from pipeline.model.merge import merge
 from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import wire
-from pipeline.saving.folder import FORMAT, MANIFEST, new_file, real_place, stage_file, writing
+from pipeline.saving.folder import FORMAT, MANIFEST, PROGRESS, new_file, real_place, stage_file, writing
+from pipeline.saving.going_on import Resumed
 from pipeline.saving.own_objects import (
     Own,
     check_brought,
@@ -42,6 +45,7 @@ from pipeline.saving.own_objects import (
     warn_of_what_is_not_in_it,
     write_values,
 )
+from pipeline.saving.plain_state import put_together, taken_apart
 from pipeline.saving.reading import damage_told, read_arrays, read_manifest
 from pipeline.saving.trust import check_code
 from stages.errors import RecipeError
@@ -56,51 +60,88 @@ if TYPE_CHECKING:
 CHECKPOINT_VERSION = 2
 _ENTRIES = {"original", "stage_of", "segments", "options", "compile", "loss_scaling", "undecayed", "outputs", "shared"}
 _ENTRIES |= {"stages"}
+BETWEEN_STEPS = ("metrics", "besides", "layer states", "kept states")
+"""What one step leaves for the next beside weights and slots, as `HostedStage.variables` calls it, or `Get`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """The content of a checkpoint, read from the workers and still to be written.
+
+    Attributes:
+        manifest: As JSON, but for the files' digests and dtypes.
+        files: {file: its arrays by name}.
+    """
+
+    manifest: dict[str, Any]
+    files: dict[str, dict[str, np.ndarray[Any, Any]]]
 
 
 def save(pipe: Pipeline, path: Path, overwrite: bool) -> None:
     """Write a checkpoint of a pipeline; see `Pipeline.save`."""
     target = real_place(path, overwrite)
+    content = read_content(pipe)
+    write_content(content, target)
+    warn_of_what_is_not_in_it(content.manifest, path)
+
+
+def read_content(pipe: Pipeline, progress: Any = None, recipes: dict[str, Any] | None = None) -> Content:
+    """All that a checkpoint holds of a pipeline as it is now.
+
+    Args:
+        pipe: The pipeline.
+        progress: How far training is, plain data; with it also what one step leaves for the next (`BETWEEN_STEPS`).
+        recipes: Those of the models, which a first call leaves here for the next ones.
+    """
     driver = pipe.session.workers.driver()
     pipe.session.workers.needs_the_trainable_set("save")
-    model, optimizer = pipe.session.values.read("model"), pipe.session.values.read("optimizer")
+    groups = ["model", "optimizer", *([] if progress is None else BETWEEN_STEPS)]
+    values = {group: pipe.session.values.read(group) for group in groups}
+    files = {
+        stage_file(i): {f"{group}/{k}": value for group in groups for k, value in enumerate(values[group][i])}
+        for i in range(len(pipe.names))
+    }
+    stages = [
+        {
+            "name": name,
+            "file": stage_file(i),
+            "variables": [variable.plain() for variable in driver.descriptions[i].variables],
+            "slots": [list(slot) for slot in driver.descriptions[i].slots],
+        }
+        for i, name in enumerate(pipe.names)
+    ]
+    manifest = _manifest(pipe, stages, {} if recipes is None else recipes)
+    if progress is not None:
+        arrays: list[np.ndarray[Any, Any]] = []
+        manifest["progress"] = {"file": PROGRESS, "value": taken_apart(progress, arrays)}
+        files[PROGRESS] = {str(k): array for k, array in enumerate(arrays)}
+    return Content(manifest, files)
+
+
+def write_content(content: Content, target: Path) -> None:
+    """Write a checkpoint in one go; `target` as `real_place` gives it."""
     with writing(target) as place:
-        stages = []
-        for i, name in enumerate(pipe.names):
-            description = driver.descriptions[i]
-            arrays = {f"model/{k}": value for k, value in enumerate(model[i])}
-            arrays |= {f"optimizer/{k}": value for k, value in enumerate(optimizer[i])}
-            digest = _write_arrays(place / stage_file(i), arrays)
-            stages.append(
-                {
-                    "name": name,
-                    "file": stage_file(i),
-                    "sha256": digest,
-                    "dtypes": {key: value.dtype.name for key, value in arrays.items()},
-                    "variables": [variable.plain() for variable in description.variables],
-                    "slots": [list(slot) for slot in description.slots],
-                }
-            )
-        manifest = _manifest(pipe, stages)
-        _write_text(place / MANIFEST, json.dumps(manifest, indent=1))
-    warn_of_what_is_not_in_it(manifest, path)
+        described = [*content.manifest["stages"], *filter(None, [content.manifest.get("progress")])]
+        for entry in described:
+            arrays = content.files[entry["file"]]
+            entry["sha256"] = _write_arrays(place / entry["file"], arrays)
+            entry["dtypes"] = {key: value.dtype.name for key, value in arrays.items()}
+        _write_text(place / MANIFEST, json.dumps(content.manifest, indent=1))
 
 
-def _manifest(pipe: Pipeline, stages: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(pipe: Pipeline, stages: list[dict[str, Any]], recipes: dict[str, Any]) -> dict[str, Any]:
     compiled, split = pipe.session.workers.compiled, pipe.session.setup.split
+    if not recipes:
+        recipes["original"] = None if split is None else model_recipe(split.model)
+        recipes["segments"] = [None if split is not None else _segment_recipe(s) for s in pipe.segments]
     return {
         "format": FORMAT,
         "version": CHECKPOINT_VERSION,
-        "original": None if split is None else model_recipe(split.model),
+        "original": recipes["original"],
         "stage_of": None if split is None else list(split.stage_of),
         "segments": [
-            {
-                "recipe": None if split is not None else _segment_recipe(s),
-                "inputs": s.inputs,
-                "outputs": s.outputs,
-                "states": s.states,
-            }
-            for s in pipe.segments
+            {"recipe": recipe, "inputs": s.inputs, "outputs": s.outputs, "states": s.states}
+            for s, recipe in zip(pipe.segments, recipes["segments"], strict=True)
         ],
         "options": pipe.session.setup.options.saved(),
         "compile": None if compiled is None else compiled.recipe(),
@@ -129,27 +170,36 @@ def load(
     options: Mapping[str, Any],
     own: Own,
     trust: bool | Sequence[str],
+    going_on: bool = False,
 ) -> Pipeline:
-    """Make a pipeline from a checkpoint; see `Pipeline.load`."""
-    manifest = read_manifest(path, CHECKPOINT_VERSION, _ENTRIES)
+    """Make a pipeline from a checkpoint; see `Pipeline.load`, and, for one that is going on, `Pipeline.resume`."""
+    manifest = read_manifest(path, CHECKPOINT_VERSION, _ENTRIES | ({"progress"} if going_on else set()))
     with damage_told(path):
         check_brought(manifest, own)
         models = [] if own.model is not None else [manifest["original"], manifest["segments"]]
         rest = [recipe for name, recipe in (manifest["compile"] or {}).items() if name not in own.given]
         check_code([*models, *rest], trust)
-        return _loaded(kind, manifest, path, stages, at, options, own)
+        arrays = [read_arrays(path, entry) for entry in manifest["stages"]]
+        pipe = _loaded(kind, manifest, arrays, (stages, at), options, own, going_on)
+        if going_on:
+            entry = manifest["progress"]
+            found = read_arrays(path, entry)
+            progress = put_together(entry["value"], [found[str(k)] for k in range(len(found))])
+            between = {group: {i: _part(values, group) for i, values in enumerate(arrays)} for group in BETWEEN_STEPS}
+            pipe.session.workers.resumed = Resumed(path, progress, between, pipe.session.workers.compiled)
+        return pipe
 
 
 def _loaded(
     kind: type[Pipeline],
     manifest: Mapping[str, Any],
-    path: Path,
-    stages: int | None,
-    at: Sequence[Cut] | None,
+    arrays: Sequence[Mapping[str, np.ndarray[Any, Any]]],
+    cuts: tuple[int | None, Sequence[Cut] | None],
     options: Mapping[str, Any],
     own: Own,
+    going_on: bool,
 ) -> Pipeline:
-    arrays = [read_arrays(path, entry) for entry in manifest["stages"]]
+    stages, at = cuts
     saved = {name: value for name, value in manifest["options"].items() if value is not None}
     parts = _saved_parts(manifest) if own.model is None else own_parts(own.model, manifest)
     state = StartValues(
@@ -162,6 +212,9 @@ def _loaded(
             {i: _part(values, "optimizer") for i, values in enumerate(arrays)},
         ),
     )
+    if going_on:
+        state.layer_states = {i: _part(values, "layer states") for i, values in enumerate(arrays)}
+        state.kept_states = {i: _part(values, "kept states") for i, values in enumerate(arrays)}
     if own.model is not None:
         write_values(parts.segments if isinstance(parts, Split) else parts, state.model)
     undecayed = _variables(parts, manifest["undecayed"])

@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cutting.splitter import Cut
 from pipeline.errors import CheckpointError
 from pipeline.saving import keras_files
+from pipeline.saving.folder import MANIFEST
 from pipeline.saving.merged import merged
 from pipeline.saving.own_objects import COMPILE, Own
+from pipeline.saving.run_folder import states
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
@@ -127,6 +129,59 @@ def load(
 
         pipe = checkpoint.load(kind, path, stages, at, options, own, trust)
     pipe.session.workers.loaded_from = path.name
+    return pipe
+
+
+def resume(
+    kind: type[Pipeline],
+    /,
+    directory: str | Path,
+    begin: Callable[[], Pipeline] | None = None,
+    *,
+    model: Any = None,
+    trust: bool | Sequence[str] = (),
+    **own: Any,
+) -> Pipeline:
+    """A pipeline whose next `fit` goes on where a training that was stopped or killed had saved itself last.
+
+    The same `fit` as then, with the same data and callbacks, trains from the next batch on as if never stopped:
+    weights, optimizer, seeds, statistics, metrics, logs, history, callbacks and random numbers are those of a training
+    without the stop, bit for bit. The batches trained before are drawn once more and compared; where they are not the
+    same, it refuses to go on. See docs/faults.md for what is exact, refused and named.
+
+    Args:
+        directory: What `pipeline.PipelineCheckpoint(directory, every=...)` wrote; or one state in it.
+        begin: Makes and compiles the pipeline where nothing was saved as yet, so that one program does for the first
+            start and all later ones; None: that is an error.
+        model: As for `load`, like `trust`.
+        **own: Your own `optimizer`, `loss`, `loss_weights`, `metrics` or `weighted_metrics` in place of the saved ones,
+            as for `load`.
+
+    Raises:
+        CheckpointError: Nothing is there, it is not whole, it needs your own objects, or it would run other code.
+
+    Example:
+        >>> with Pipeline.resume("run", begin=make_and_compile) as pipe:
+        ...     pipe.fit(x, y, epochs=20, callbacks=[PipelineCheckpoint("run", every=100)])
+    """
+    if unknown := set(own) - set(COMPILE):
+        raise CheckpointError(
+            f"a training goes on under the options that it was begun with; resume takes {', '.join(COMPILE)}, received "
+            f"{', '.join(sorted(unknown))}"
+        )
+    folder = Path(directory)
+    found = [folder] if (folder / MANIFEST).is_file() else states(folder)
+    if not found:
+        if begin is not None:
+            return begin()
+        raise CheckpointError(
+            f"no training has saved itself in {folder}; pass begin=, a function that makes and compiles the pipeline, "
+            "to begin there, and give fit a PipelineCheckpoint(..., every=...)"
+        )
+    from pipeline.saving import checkpoint
+
+    pipe = checkpoint.load(kind, found[-1], None, None, {}, Own(model, own), trust, going_on=True)
+    pipe.session.workers.loaded_from = found[-1].name
     return pipe
 
 

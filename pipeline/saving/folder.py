@@ -30,6 +30,7 @@ from pipeline.errors import CheckpointError
 
 FORMAT = "tapeline checkpoint"
 MANIFEST = "manifest.json"
+PROGRESS = "progress.npz"
 _ARRAYS = re.compile(r"stage-\d+\.npz")
 
 
@@ -40,7 +41,7 @@ def stage_file(stage: int) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a file of a checkpoint has such a name."""
-    return name == MANIFEST or _ARRAYS.fullmatch(name) is not None
+    return name in (MANIFEST, PROGRESS) or _ARRAYS.fullmatch(name) is not None
 
 
 def real_place(path: Path, overwrite: bool) -> Path:
@@ -92,6 +93,17 @@ def writing(path: Path) -> Iterator[Path]:
             _remove_if_dead(left, path)
     finally:
         os.close(lock)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed writers of some checkpoints have left.
+
+    Args:
+        folder: Where the checkpoints are.
+        names: Of the checkpoints, a pattern as `glob` takes it.
+    """
+    for left in folder.glob(f".{names}.saving-*"):
+        _remove_if_dead(left, None)
 
 
 @contextmanager
@@ -156,7 +168,7 @@ def _remove(folder: Path, successor: Path | None) -> None:
             folder.rmdir()
 
 
-def _remove_if_dead(folder: Path, successor: Path) -> None:
+def _remove_if_dead(folder: Path, successor: Path | None) -> None:
     """Remove a folder whose writer was killed: nobody holds its lock."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -179,4 +191,14 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-__all__ = ["FORMAT", "MANIFEST", "is_ours", "new_file", "real_place", "stage_file", "writing"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "PROGRESS",
+    "is_ours",
+    "new_file",
+    "real_place",
+    "remove_leftovers",
+    "stage_file",
+    "writing",
+]

@@ -66,13 +66,13 @@ def model_recipe(model: Any) -> Recipe:
     return {**recipe, "lost": found} if found else recipe
 
 
-def warn_of_what_is_not_in_it(manifest: Mapping[str, Any], path: Any) -> None:
-    """Tell once, when a checkpoint is saved, what whoever loads it must bring."""
+def warn_of_what_is_not_in_it(manifest: Mapping[str, Any], path: Any, how: str = "load") -> None:
+    """Tell once, when a checkpoint is saved, what whoever loads it must bring, to `Pipeline.load` or another method."""
     needed = dict(_needed(manifest))
     if needed:
         brought = ", ".join(f"{name}=..." for name in needed)
         warnings.warn(
-            f"a checkpoint has no code, so this one is loaded with your own objects: Pipeline.load({str(path)!r}, "
+            f"a checkpoint has no code, so this one is loaded with your own objects: Pipeline.{how}({str(path)!r}, "
             f"{brought}). {'. '.join(needed.values())}",
             stacklevel=4,
         )

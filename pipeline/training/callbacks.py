@@ -16,32 +16,62 @@ import keras
 from pipeline.errors import CompileError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
+from pipeline.saying import is_whole
 from stages.keras_training_internals import profiles
 from stages.worker.orders import Service
 
 
 class PipelineCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
-    """Keras's ModelCheckpoint, writing checkpoints of the pipeline (see `Pipeline.save`).
+    """Keras's ModelCheckpoint, writing checkpoints of the pipeline (see `Pipeline.save`), or a training's own state.
 
     Args:
-        filepath: A folder's name, with Keras's fields: ``"run/epoch-{epoch:02d}"``.
-        **options: As for `keras.callbacks.ModelCheckpoint`: ``monitor``, ``save_best_only``, ``mode``, ``save_freq``.
+        filepath: A folder's name, with Keras's fields: ``"run/epoch-{epoch:02d}"``. With `every`: the folder of the
+            run, which nothing else is written to.
+        every: Save, every so many training steps, all from which `Pipeline.resume` goes on at the very next batch: each
+            a checkpoint ``<filepath>/step-...``. The values are read between two steps; files are written beside the
+            training, whole or not at all. At the end of `fit` the finished training is saved.
+        keep: With `every`: how many of these to keep, the latest.
+        **options: Without `every`, as for `keras.callbacks.ModelCheckpoint`: ``monitor``, ``save_best_only``, ``mode``,
+            ``save_freq``.
+
+    Raises:
+        CompileError: The arguments do not fit together.
 
     Example:
         >>> pipe.fit(x, y, callbacks=[PipelineCheckpoint("run/best", monitor="val_loss", save_best_only=True)])
         >>> pipe = Pipeline.load("run/best")
+        >>> pipe.fit(x, y, epochs=20, callbacks=[PipelineCheckpoint("run", every=100)])  # killed
+        >>> pipe = Pipeline.resume("run")
+        >>> pipe.fit(x, y, epochs=20, callbacks=[PipelineCheckpoint("run", every=100)])  # goes on
     """
 
-    def __init__(self, filepath: Any, **options: Any) -> None:
+    def __init__(self, filepath: Any, every: int | None = None, keep: int = 2, **options: Any) -> None:
         if options.get("save_weights_only"):
             raise CompileError("a checkpoint of a pipeline holds everything; for weights use ModelCheckpoint")
+        if every is not None and (options or not is_whole(every) or not is_whole(keep)):
+            raise CompileError(
+                "PipelineCheckpoint(folder, every=100, keep=2) takes whole numbers, at least 1, and no options of "
+                f"ModelCheckpoint beside them; received every={every!r}, keep={keep!r}"
+                + "".join(f", {name}={value!r}" for name, value in options.items())
+            )
         super().__init__(f"{filepath}.keras", **options)  # Keras takes no other ending
         self.filepath = str(filepath)
+        self.every, self.keep = every, keep
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """As Keras's, where Keras says when to save."""
+        if self.every is None:
+            super().on_train_batch_end(batch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """As Keras's, where Keras says when to save."""
+        if self.every is None:
+            super().on_epoch_end(epoch, logs)
 
 
 def watchers_among(callbacks: Any) -> tuple[StepWatcher, ...]:
     """The step watchers among what Keras takes as callbacks, in order."""
-    return tuple(callback for callback in _flat(callbacks) if isinstance(callback, StepWatcher))
+    return tuple(callback for callback in flat(callbacks) if isinstance(callback, StepWatcher))
 
 
 class Finalize(keras.callbacks.Callback):  # type: ignore[misc]
@@ -68,23 +98,30 @@ def prepared(callbacks: Any, session: Session, finalize: bool, more: Sequence[St
     Raises:
         CompileError: One of them cannot work on a pipeline.
     """
-    flat = _flat(callbacks)
-    for callback in flat:
+    given = flat(callbacks)
+    for callback in given:
         for kind, cannot in _CANNOT.items():
             if isinstance(callback, kind) and (why := cannot(callback)):
                 raise CompileError(f"the callback {type(callback).__name__} cannot work on a pipeline: {why}")
     first = [*([Finalize(session)] if finalize else []), *more]
-    last = [callback for callback in flat if isinstance(callback, StepWatcher) and callback.goes_last]
+    last = [callback for callback in given if isinstance(callback, StepWatcher) and callback.goes_last]
     if not (first or last):
         return callbacks
-    ordered = [*first, *(callback for callback in flat if callback not in last), *last]
+    ordered = [*first, *(callback for callback in given if callback not in last), *last]
     if hasattr(callbacks, "callbacks"):
         callbacks.callbacks[:] = ordered
         return callbacks
     return ordered
 
 
-def _flat(callbacks: Any) -> list[Any]:
+def saves_or_goes_on(session: Session, callbacks: Any) -> bool:
+    """Whether a `fit` with these callbacks is a `pipeline.training.fit_run.FitRun`."""
+    return session.workers.resumed is not None or any(
+        isinstance(one, PipelineCheckpoint) and one.every for one in flat(callbacks)
+    )
+
+
+def flat(callbacks: Any) -> list[Any]:
     """One, some in lists of lists, or a CallbackList, as a list."""
     given = getattr(callbacks, "callbacks", callbacks)
     return [] if given is None else list(keras.tree.flatten(given))

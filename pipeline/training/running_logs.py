@@ -59,6 +59,15 @@ class RunningLogs:
         self.order = list(self.last)
         return self.last
 
+    def state(self) -> dict[str, Any]:
+        """All of it, plain data."""
+        return dict(vars(self))
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Be as where `state` was asked."""
+        for name in vars(self):
+            setattr(self, name, state[name])
+
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
         """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
         if return_dict:

@@ -21,12 +21,13 @@ from pipeline.errors import DataError, NotInPipelineError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
-from pipeline.training.callbacks import prepared, watchers_among
+from pipeline.training.callbacks import prepared, saves_or_goes_on, watchers_among
 from pipeline.training.model_without_layers import ModelWithoutLayers, in_words
 from pipeline.training.running_logs import RunningLogs
 
 if TYPE_CHECKING:
     from pipeline.pipeline import Pipeline
+    from pipeline.training.fit_run import FitRun
     from pipeline.verify.every import VerifyEvery
 
 
@@ -48,6 +49,9 @@ class Trainer(ModelWithoutLayers):
     Args:
         pipe: The pipeline, for what callbacks ask of the whole model.
         session: What does the work.
+
+    Attributes:
+        logs: Of the epoch so far.
     """
 
     def __init__(self, pipe: Pipeline, session: Session) -> None:
@@ -55,7 +59,8 @@ class Trainer(ModelWithoutLayers):
         super().__init__(name="pipeline" if original is None else original.name)
         self.built = True
         self.pipe, self.session = pipe, session
-        self._logs = RunningLogs()
+        self.logs = RunningLogs()
+        self._run: FitRun | None = None
         self._watchers: tuple[StepWatcher, ...] = ()
         self._metrics_are_read = False
         self._trained = self._tested = self._predicted = 0
@@ -109,9 +114,16 @@ class Trainer(ModelWithoutLayers):
         self._watchers, self._metrics_are_read = watchers_among(callbacks), own_metrics.reads_every_batch(callbacks)
         before = self._trained
         try:
+            if saves_or_goes_on(self.session, callbacks):
+                from pipeline.training.fit_run import FitRun  # what only files take is imported with the first
+
+                self._run = FitRun(
+                    self, self.session, callbacks, {**dict(zip(("x", "y"), args, strict=False)), **kwargs}
+                )
+                return self._run.fit(super().fit)
             history = super().fit(*args, callbacks=callbacks, **kwargs)
         finally:
-            self._watchers, self._metrics_are_read = (), False
+            self._watchers, self._metrics_are_read, self._run = (), False, None
         if history.epoch and self._trained == before:
             raise DataError(f"{_NO_BATCH}; nothing was trained")
         return history
@@ -144,6 +156,8 @@ class Trainer(ModelWithoutLayers):
         self._trained += 1
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
+        if self._run is not None and not self._run.takes(data):
+            return self._run.saved_logs
         asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
         observe, trace = next(filter(None, asked), ""), any(watcher.traces for watcher in self._watchers)
         result, size = self.session.steps.train(x, y, sample_weight, observe=observe, trace=trace)
@@ -156,6 +170,8 @@ class Trainer(ModelWithoutLayers):
         self._tested += 1
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         self._see(y)
+        if self._run is not None and self._run.skipping:
+            return self._run.saved_logs
         return self._count(*self.session.steps.test(x, y, sample_weight))
 
     def predict_step(self, data: Any) -> Any:
@@ -167,7 +183,7 @@ class Trainer(ModelWithoutLayers):
     def _count(self, result: StepResult, size: int) -> dict[str, Any]:
         """The logs after one more batch."""
         compiled = self.session.workers.compiled
-        logs = self._logs.add(result, () if compiled is None else compiled.loss_labels, size)
+        logs = self.logs.add(result, () if compiled is None else compiled.loss_labels, size)
         if self._metrics_are_read:
             self._fetch_metrics()
         return logs
@@ -176,24 +192,24 @@ class Trainer(ModelWithoutLayers):
         """Give the metrics of this process the workers' values, and the loss's what was counted here."""
         if self.session.workers.compiled is None:
             return
-        self._logs.shown = True
+        self.logs.shown = True
         own_metrics.fetch(self.session, self.session.workers.compiled)
         for metric in self.metrics:
             if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
-                metric.total.assign(self._logs.totals.get("loss", 0.0))
-                metric.count.assign(self._logs.samples)
+                metric.total.assign(self.logs.totals.get("loss", 0.0))
+                metric.count.assign(self.logs.samples)
 
     def returned(self, logs: Mapping[str, Any], return_dict: bool) -> Any:
         """Logs as Keras's methods return them: a dict, the loss alone, or [loss, *metrics]."""
         compiled = self.session.workers.compiled
         if compiled is not None and compiled.has_metrics:
             self._fetch_metrics()
-        return self._logs.returned(logs, return_dict)
+        return self.logs.returned(logs, return_dict)
 
     @property
     def log_names(self) -> list[str]:
         """What the logs hold, in the order in which `returned` lists them; the loss alone before a first batch."""
-        return list(self._logs.order) or ["loss"]
+        return list(self.logs.order) or ["loss"]
 
     @property
     def metrics(self) -> list[Any]:
@@ -226,8 +242,8 @@ class Trainer(ModelWithoutLayers):
     def reset_metrics(self) -> None:
         """Start counting anew, here and in the workers; Keras does so where an epoch begins."""
         self.pipe.changes.closely = True
-        compiled, shown = self.session.workers.compiled, self._logs.shown
-        self._logs.reset()
+        compiled, shown = self.session.workers.compiled, self.logs.shown
+        self.logs.reset()
         self.pipe.reset_metrics()
         if compiled is not None and (compiled.has_metrics or shown):  # else Keras's mean of the loss is zero already
             own_metrics.reset(compiled)
@@ -235,7 +251,7 @@ class Trainer(ModelWithoutLayers):
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""
         self._fetch_metrics()
-        return dict(self._logs.last)
+        return dict(self.logs.last)
 
     def count_params(self) -> int:
         """The number of parameters of all stages' weights."""

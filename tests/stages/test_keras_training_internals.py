@@ -122,3 +122,26 @@ def test_the_variables_that_an_optimizer_was_built_for_are_known():
     assert internals.variables_known_to(optimizer) == internals.variables_known_to(None) == []
     optimizer.build([second, first])
     assert [id(variable) for variable in internals.variables_known_to(optimizer)] == [id(second), id(first)]
+
+
+def test_a_callback_keeps_what_it_knows_in_attributes():
+    one, other = keras.callbacks.EarlyStopping(patience=3), keras.callbacks.EarlyStopping()
+    known = internals.callback_attributes(one)
+    assert known["patience"] == 3 and internals.callback_attributes(keras.callbacks.Callback()) == {}
+    internals.set_callback_attributes(other, known)
+    assert internals.callback_attributes(other) == known
+
+
+def test_a_tensorboard_counts_batches_in_known_attributes(tmp_path):
+    callback = keras.callbacks.TensorBoard(str(tmp_path))
+    assert [getattr(callback, name) for name in internals.counts_of_tensorboard(callback)] == [0, 0]
+    assert internals.counts_of_tensorboard(keras.callbacks.History()) == ()
+
+
+def test_the_state_behind_random_operations_without_a_seed_is_known_and_can_be_set():
+    keras.random.normal(())
+    state = internals.global_seed_state()
+    before = state.numpy()
+    drawn = float(keras.random.normal(()))
+    internals.global_seed_state(make=True).assign(before)
+    assert float(keras.random.normal(())) == drawn
