@@ -313,6 +313,12 @@ CONVERSIONS = tuple(
 )
 """Each for `replaced`: (tensor, ...) of the methods that give an eager tensor's value away."""
 
+COMPILED_CALL = (type(tf.function(lambda: None)), "__call__")
+"""For `replaced`: (function, ...) of every call of a `tf.function`."""
+
+ITERATION = (tf.Tensor, "__iter__")
+"""For `replaced`: (tensor) of ``for row in tensor``, whose number of turns is the tensor's first size."""
+
 NUMPY_FUNCTIONS = tuple((np, name) for name in ("array", "asarray", "asanyarray", "ascontiguousarray"))
 """Each for `replaced`: (object, ...) of NumPy functions that read a tensor's memory and call none of `CONVERSIONS`."""
 

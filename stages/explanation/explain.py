@@ -28,6 +28,7 @@ from stages.explanation.flow.graph import FlowGraph
 from stages.explanation.flow.recorder import Recorder, arrays_of_frames, random_states
 from stages.explanation.flow.through_python import link_by_change, link_by_value
 from stages.explanation.flow.user_tapes import GradientCall, TapeLog, handle_of, leaf_names, make_sources, unique
+from stages.explanation.in_functions import gradients_as_compiled, note_of_loops, row_as_compiled
 from stages.explanation.rows import Explanation, ExplanationRow
 from stages.explanation.runs import run_of
 from stages.explanation.verdicts import real_gradients, rows_of
@@ -136,7 +137,7 @@ def explaining() -> Iterator[Explanation]:
                 for row in rows:
                     first.setdefault(_same_row(row), row)
                 explanation.rows = tuple(first.values())
-                explanation.notes = tuple(dict.fromkeys(log.notes))
+                explanation.notes = tuple(dict.fromkeys([*log.notes, *note_of_loops(recorder)]))
 
 
 def _link(graph: FlowGraph, asked: GradientCall) -> None:
@@ -188,6 +189,8 @@ def run_and_explain(
     watched |= {recorder.graph.seen(variable.handle): 0 for variable in tape.watched_variables()}
     rows: list[ExplanationRow] = []
     notes: list[str] = []
+    tensors = [one for one in given or () if one.dtype != tf.resource and one.dtype.is_floating]
+    compiled = gradients_as_compiled(run, tensors, sources, recorder)
     for name, target in targets.items():
         asked = GradientCall(id(tape), {name: target}, sources, [], watched, True, None, len(recorder.graph.nodes))
         asked.found, note = real_gradients(tape, target, sources)
@@ -195,7 +198,11 @@ def run_and_explain(
         unseen = [s for s, g in zip(sources, asked.found, strict=True) if g is None and s.variable]
         again = partial(_again, run, stages, name)
         asked.reruns = link_by_change(recorder.graph, unseen, recorder.graph.seen(target), again)
-        rows += rows_of(recorder.graph, asked, tape)
+        found = rows_of(recorder.graph, asked, tape)
+        if name in compiled:
+            pairs = zip(found, compiled[name], strict=True)
+            found = [row_as_compiled(row, gradient, recorder.graph) for row, gradient in pairs]
+        rows += found
     return Explanation(headline, tuple(rows), tuple(dict.fromkeys(notes)))
 
 

@@ -49,6 +49,7 @@ ADVICE = {
     "queue": "use the tensor itself: no gradient goes back through a queue",
     "table": "use the tensor itself, or an Embedding or tf.gather of a variable: no gradient goes back through a table",
     "metric": "use a loss function: a metric keeps sums in variables, and what is read back has no gradient",
+    "average": "use the value itself: a moving average is for evaluating, and what is read back has no gradient",
     "cast": "stay in floating point on the way to the target",
     "comparison": "use a smooth stand-in (sigmoid, softmax) in place of a hard threshold",
     "stop_gradient": "take stop_gradient away if this should learn",
@@ -63,6 +64,7 @@ ADVICE = {
     "no registered gradient": "use other operations, or give the function a gradient with tf.custom_gradient",
     "not differentiable": "use another operation",
     "custom gradient": "its gradient function returns None for this input; return a tensor",
+    "compiled": "take the loop over a data set out of the tf.function: in plain Python its gradient passes",
     "truncation": "raise truncate=, or leave it out: gradients of states go back through so many windows only",
     "unknown": "please report it, with the code",
 }
@@ -70,6 +72,8 @@ ADVICE = {
 
 _CAUTIOUS = ("comparison", "integer result", "unknown")
 """Among several obstacles these are named last: often they only choose or index."""
+_SHAPES = ("Shape", "ShapeN", "Size", "Rank")
+"""So are these operations, which give sizes for others."""
 
 _BY_OPERATION = {
     **dict.fromkeys(("StopGradient", "PreventGradient"), "stop_gradient"),
@@ -252,14 +256,14 @@ def _blocked(way: GradientWay, source: Source) -> Finding:
             return Finding("py_function", _WORDS["py_function"], tuple(place(node) for node in python))
         why = "the tape gives None, though every operation on some way to the target passes a gradient"
         return Finding("unknown", why, tuple(place(node, why) for node, why in border), certain=False)
-    if border and all(why in ("outside", "stopped") and not node.tapes for node, why in border):
-        everywhere = Edges(graph)  # would it help if the tape had been there?
+    if border and all(why in ("stopped", "write") or (why == "outside" and not node.tapes) for node, why in border):
+        everywhere = Edges(graph, stops=False)  # would it help if the tape had been there?
         found = everywhere.reached({source.value}, way.nodes)
         if found.isdisjoint(way.targets):
             border = everywhere.border(found, way.targets) or border
     behind = [(_behind_a_read(graph, node, why, way.nodes), why) for node, why in border]
     named = [(_reason_of(node, why), node) for node, why in behind]
-    named.sort(key=lambda item: (item[0] in _CAUTIOUS, item[1].index))
+    named.sort(key=lambda item: (item[1].operation in _SHAPES, item[0] in _CAUTIOUS, item[1].index))
     if not named:
         return Finding("unknown", "the way to the target could not be followed", certain=False)
     why = _words(*named[0])
@@ -281,8 +285,8 @@ def _reason_of(node: Node, obstacle: str) -> str:
     if obstacle == "outside" and node.tapes:
         return "another tape"
     if obstacle == "write":
-        if node.owner.startswith("metric"):
-            return "metric"
+        if node.owner.startswith(("metric", "average")):
+            return node.owner.split()[0]
         return "stateful layer" if node.stateful else "assignment"
     if obstacle == "conversion":
         if node.operation.startswith("Model."):
@@ -303,6 +307,7 @@ _WORDS = {
     "assignment": "what is computed from it is assigned to a variable, and only read back from there",
     "stateful layer": "it reaches the target only through the state that the layer keeps in a variable",
     "metric": "it reaches the target only through the sums that a metric keeps in variables",
+    "average": "it goes into a moving average, which is kept in a variable, and only read back from there",
     "cast": "it is cast to a dtype that has no gradient",
     "comparison": "only the outcome of a comparison reaches the target",
     "stop_gradient": "stop_gradient is on every way to the target",
@@ -314,7 +319,9 @@ _WORDS = {
     "predict": "model.predict gives NumPy arrays, which no tape can see",
     "numpy_function": "tf.numpy_function has no gradient",
     "py_function": "the function inside tf.py_function has no gradient",
-    "no registered gradient": "TensorFlow has no gradient for the operation; a tape that meets it raises LookupError",
+    "no registered gradient": (
+        "TensorFlow has no gradient for the operation (a tape that has to go through it raises LookupError)"
+    ),
     "not differentiable": "TensorFlow says that the operation has no gradient for this input",
     "custom gradient": "the gradient function of a tf.custom_gradient returns None",
     "outside the tape": "the operation ran while this tape was not recording",

@@ -23,7 +23,7 @@ def real_gradients(tape: Any, target: Any, sources: Sequence[Source]) -> tuple[l
     That operation then sends none back, so that the other variables can be judged.
     """
     given = [handle_of(source.given) for source in sources]
-    with _forgiving() as missing:
+    with _forgiving() as missing:  # recording goes on: what is computed again in the backward opens tapes of its own
         found = tape.gradient(target, given) if tf.is_tensor(target) else [None] * len(given)
     names = ", ".join(sorted(missing))
     note = f"TensorFlow raises LookupError when this target is differentiated: no gradient is registered for {names}"
@@ -52,7 +52,7 @@ def _forgiving() -> Iterator[set[str]]:
         pairs = zip(gradients, inputs, strict=True)
         return [g if g is None or g.shape == given.shape else tf.zeros_like(given) for g, given in pairs]
 
-    with replaced_gradient_function(forgiving), stop_recording():
+    with replaced_gradient_function(forgiving):
         yield missing
 
 
@@ -63,7 +63,7 @@ def rows_of(graph: FlowGraph, asked: GradientCall, tape: Any) -> list[Explanatio
     flat = list(asked.targets.values())
 
     def ask(tensors: list[Any]) -> Sequence[Any]:
-        with _forgiving():
+        with _forgiving(), stop_recording():
             return list(tape.gradient(flat, tensors))
 
     way = GradientWay(graph, asked, targets)

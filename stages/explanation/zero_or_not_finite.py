@@ -32,6 +32,7 @@ _ZERO_ADVICE = {
     "multiplied by zero": "the other factor is zero: look at masks, weights of losses, gates, and initial values",
     "py_function": "inside tf.py_function use tf operations only: NumPy in it has no gradient, and TensorFlow gives 0",
     "rounding": "the derivative of a step is 0: use a straight-through estimate",
+    "custom gradient": "look at what its gradient function returns for this input",
     "zero": "look at the values that go into the operation",
 }
 
@@ -137,6 +138,8 @@ def _zero_reason(graph: FlowGraph, node: Node) -> tuple[str, str]:
     if node.operation in ("Relu", "Relu6", "Elu", "Selu", "LeakyRelu") and inputs:
         if (inputs[0] <= 0).all():
             return "dead unit", f"none of the {inputs[0].size} inputs is above 0, so its derivative is 0 everywhere"
+        if node.operation == "Relu6" and ((inputs[0] <= 0) | (inputs[0] >= 6)).all():
+            return "saturated", f"its inputs are {_span(inputs[0])}, and it is flat below 0 and above 6"
         return "dead unit", "the gradient is zero wherever the input is above 0"
     if node.operation in ("ReluGrad", "Relu6Grad", "LeakyReluGrad"):
         return "second derivative", "the second derivative of this activation is 0 everywhere, by mathematics"
@@ -146,6 +149,8 @@ def _zero_reason(graph: FlowGraph, node: Node) -> tuple[str, str]:
         if any(not values.any() for values in inputs):
             return "multiplied by zero", "one of its factors is all zero"
         return "zero", "the gradient that comes to it is not zero, what it passes on is"
+    if node.kind == "custom":
+        return "custom gradient", "the gradient function of a tf.custom_gradient gives zeros"
     if node.operation == "EagerPyFunc":
         return "py_function", "the function inside tf.py_function has no gradient, and TensorFlow makes 0 of that"
     if node.operation in ("ReadVariableOp", "ResourceGather"):

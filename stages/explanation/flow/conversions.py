@@ -24,6 +24,7 @@ from stages.keras_internals import predictions
 from stages.tensorflow_internals import (
     CONVERSIONS,
     FROM_NUMPY,
+    ITERATION,
     NUMPY_DISPATCH,
     NUMPY_FUNCTIONS,
     PY_FUNCTION,
@@ -39,6 +40,7 @@ def watch_conversions(recorder: Recorder) -> None:
     """See conversions until the recorder closes."""
     for place in CONVERSIONS:
         recorder.replace_while_open(*place, partial(_method, recorder, place[1]))
+    recorder.replace_while_open(*ITERATION, partial(_method, recorder, ITERATION[1]))
     for place in NUMPY_FUNCTIONS:
         recorder.replace_while_open(*place, partial(_function, recorder, place[1]))
     recorder.replace_while_open(*NUMPY_DISPATCH, lambda _: _dispatched(recorder))
@@ -148,7 +150,7 @@ def _said(name: str) -> str:
         "__index__": "index",
         "numpy": ".numpy()",
     }
-    words |= {"__complex__": "complex()", "__format__": "format()", "__array__": "np.array"}
+    words |= {"__complex__": "complex()", "__format__": "format()", "__array__": "np.array", "__iter__": "iter()"}
     return words.get(name, name)
 
 

@@ -26,11 +26,13 @@ class Edges:
     Args:
         graph: The graph.
         tape: id of the user's tape; None: all that ran counts as recorded.
+        stops: Whether recording that is switched off is an obstacle.
     """
 
-    def __init__(self, graph: FlowGraph, tape: int | None = None) -> None:
+    def __init__(self, graph: FlowGraph, tape: int | None = None, stops: bool = True) -> None:
         self.graph = graph
         self.tape = tape
+        self._stops = stops
         self._asked: dict[Node, list[bool]] = {}
 
     def passes(self, node: Node, position: int) -> bool:
@@ -53,7 +55,7 @@ class Edges:
             return "overtaken"
         if node.kind == "operation" and registration(node.operation) == "not differentiable":
             return "not differentiable"
-        if node.stopped or self.tape in node.muted:
+        if self._stops and (node.stopped or self.tape in node.muted):
             return "stopped"
         if self.tape is not None and self.tape not in node.tapes:
             return "outside"

@@ -1,4 +1,4 @@
-"""Iterators, queues and tables: what keeps values between operations, so that no tape sees the way through it.
+"""Iterators, queues, tables and files: what keeps values between operations, so that no tape sees the way through it.
 
     w ─► [TensorSliceDataset] ─► [MakeIterator] ─► (content of the iterator) ─► [IteratorGetNext] ─► target
 
@@ -15,6 +15,8 @@ from stages.explanation.flow.graph import FlowGraph, Node
 _TABLE_PUTS = ("LookupTableInsert", "LookupTableImport", "LookupTableRemove", "InitializeTable")
 _PUTS = ("MakeIterator", "QueueEnqueue", "StackPush", *_TABLE_PUTS)
 _TAKES = ("IteratorGetNext", "QueueDequeue", "LookupTableFind", "LookupTableExport", "StackPop")
+_READS_FILES = frozenset({"ReadFile", "RestoreV2", "Restore"})
+_WRITES_FILES = frozenset({"WriteFile", "SaveV2", "Save", "SaveSlices"})
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless", "numpy_function"})
 _NOT_CLOSED = (b"PyFunc", b"ReadVariableOp", b"ResourceGather", b"LookupTableFind")
 
@@ -39,6 +41,8 @@ def is_opaque(graph: FlowGraph, node: Node) -> bool:
     """Whether what a node gives may depend on values that the recording has not seen go in."""
     if node.operation in _PYTHON:
         return True
+    if node.operation in _READS_FILES:
+        return any(one.operation in _WRITES_FILES for one in graph.nodes if one.index < node.index)
     if not node.operation.startswith(_TAKES):
         return False
     handle = node.inputs[0]

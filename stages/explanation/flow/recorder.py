@@ -39,6 +39,7 @@ from stages.origin import ROOT
 from stages.put_back import random_numbers_put_back
 from stages.tape.eagerly import eagerly
 from stages.tensorflow_internals import (
+    COMPILED_CALL,
     FAST_PATH,
     RECORD_OPERATION,
     EagerTensor,
@@ -90,6 +91,8 @@ class Recorder:
         self._new: set[int] = set()
         self.predicting = False
         """Whether `predict` is running, which is one conversion, whatever is inside."""
+        self.compiled = False
+        """Whether a `tf.function` of the user's was called, which runs eagerly meanwhile."""
         self._given_arrays = False
         self._paused = 0
         self._thread = 0
@@ -107,6 +110,7 @@ class Recorder:
             stack.enter_context(replaced(*FAST_PATH, self._fast_path))
             stack.enter_context(replaced(*RECORD_OPERATION, self._custom))
             stack.enter_context(replaced(*layer_call(), self._layer_call))
+            stack.enter_context(replaced(*COMPILED_CALL, self._function_call))
             stack.enter_context(seen_operations(self._operation))
             self._closing = stack.pop_all()
         return self
@@ -246,6 +250,14 @@ class Recorder:
 
         return call
 
+    def _function_call(self, original: Any) -> Any:
+        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            home = str(getattr(function.python_function, "__module__", "")).partition(".")[0]
+            self.compiled = self.compiled or (self.here and home not in ("keras", "tensorflow"))
+            return original(function, *args, **kwargs)
+
+        return call
+
     def _fast_path(self, original: Any) -> Any:
         def execute(ctx: Any, operation: Any, name: Any, *args: Any) -> Any:
             if not self.here:
@@ -360,9 +372,10 @@ def _is_ours(file: str) -> bool:
 
 
 def writer() -> str:
-    """Which metric, optimizer or layer is writing a variable."""
+    """Which metric, optimizer, layer or moving average is writing a variable."""
     frame: Any = sys._getframe(1)
     kinds = {"metric": keras.metrics.Metric, "optimizer": keras.optimizers.Optimizer, "layer": keras.Layer}
+    kinds |= {"average": tf.train.ExponentialMovingAverage}
     while frame is not None:
         owner = frame.f_locals.get("self")
         for kind, family in kinds.items():

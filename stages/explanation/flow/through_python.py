@@ -179,6 +179,8 @@ def _is_constant(graph: FlowGraph, value: int) -> bool:
 
 def _may_be(tensor: Any, node: Node, conversion: Node) -> bool:
     """Whether a constant may come from a conversion: it is no number that stands in the code, and of a fitting size."""
+    if conversion.operation == "iter()":  # gives tensors, and a number of turns
+        return False
     if tensor.shape.rank:
         return conversion.operation not in PYTHON
     value = float(tensor)

@@ -333,6 +333,31 @@ def a_cast_to_an_integer_and_back():
     return tape.gradient(loss, w)
 
 
+@case("w", "average", "AssignVariableOp", code="averages.apply")
+def a_moving_average_of_the_weights():
+    """The average of the weights is steadier, so the loss is taken of that."""
+    w = tf.Variable([1.0, 2.0], name="w")
+    averages = tf.train.ExponentialMovingAverage(0.9)
+    with tf.GradientTape() as tape:
+        averages.apply([w])
+        loss = tf.reduce_sum(averages.average(w) ** 2)
+    return tape.gradient(loss, w)
+
+
+@case("w", "assignment", "AssignVariableOp", code="tf.Variable(w * 2.0)")
+def a_variable_is_made_anew_in_every_call():
+    """What a layer computes with is a variable, so the scaled weights become one."""
+    w = tf.Variable([1.0, 2.0], name="w")
+
+    def call(x):
+        scaled = tf.Variable(w * 2.0)
+        return x * scaled
+
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(call(tf.constant([3.0, 4.0])))
+    return tape.gradient(loss, w)
+
+
 @case("w", "custom gradient", code="doubled(w)")
 def a_custom_gradient_that_gives_none():
     """The gradient function was written for one input and forgot the other."""

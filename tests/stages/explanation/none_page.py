@@ -65,6 +65,9 @@ How it knows, and what it cannot know:
   could not be followed is named as *not followed*: where the value left TensorFlow, where arrays came in, iterators,
   and Python inside of `py_function`.
 - `tape.jacobian`, `tape.batch_jacobian` and `tf.autodiff.ForwardAccumulator` are seen like `tape.gradient`.
+- Where a `tf.function` is called, `explain` runs the code once more as it is, compiled, and that verdict counts: a loop
+  over a data set passes a gradient eagerly and none in a graph, and a branch that was not taken gives zeros there.
+  `explaining` has seen your code run eagerly, and notes such a loop.
 - All tensors of the run stay in memory, as on a tape. Look at one step of a small batch.
 - `explain` puts random states back, but not those of `tf.random` operations that are given a seed of their own.
 

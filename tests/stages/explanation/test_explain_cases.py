@@ -70,6 +70,7 @@ def test_every_reason_is_asked_about_somewhere() -> None:
     elsewhere = {"integer result", "not differentiable"}  # test_explain
     elsewhere |= {"not followed", "hidden way", "branch", "tf.data", "queue", "table", "another tape"}
     elsewhere |= {"second derivative"}  # test_explain_reruns
+    elsewhere |= {"compiled"}  # test_explain_functions
     pipelines = {"truncation"}  # tests/pipeline/reference/test_explain
     assert set(ADVICE) == {case.reason for case in CASES} | elsewhere | pipelines | {"unknown"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,25 @@ def losses_in_a_list_of_numbers(w: Any) -> Any:
 @way("NumPy", "not followed")
 def a_ufunc_of_numpy(w: Any) -> Any:
     return tf.reduce_sum(tf.constant([2.0, 3.0]) * np.exp(w * 0.1))
+
+
+@way("branch", "not followed")
+def turns_of_a_loop_in_a_function(w: Any) -> Any:
+    @tf.function
+    def powers() -> Any:
+        total = tf.constant(1.0)
+        for _ in tf.range(tf.cast(w[1], tf.int32)):
+            total = total * 2.0
+        return total
+
+    return powers()
+
+
+@way("hidden way", "not followed")
+def written_to_a_file_and_read(w: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        tf.io.write_file(f"{folder}/w", tf.io.serialize_tensor(w))
+        return tf.reduce_sum(tf.io.parse_tensor(tf.io.read_file(f"{folder}/w"), tf.float32))
 
 
 def changed(function: Callable[[Any], Any], by: float) -> float:
