@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from pipeline.distance import distance
+from pipeline.model.call_graph import Call
 
 Array = np.ndarray[Any, Any]
 ALLOWED = 1e-3
@@ -45,3 +47,10 @@ def same(ours: Any, theirs: Any) -> bool:
 def largest_value(array: Array) -> float:
     """The largest |value|."""
     return float(np.abs(array).max(initial=0.0))
+
+
+def called(call: Call) -> str:
+    """A call as messages name it: the layer's or operation's name and kind."""
+    kind = type(call.operation).__name__
+    what = "layer" if isinstance(call.operation, keras.Layer) else "operation"
+    return f"the {what} {call.name!r} ({kind})"

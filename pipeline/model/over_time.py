@@ -31,7 +31,7 @@ import tensorflow as tf
 from pipeline.distance import distance
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import Call, CallGraph, play
-from pipeline.model.in_windows import ALLOWED, added_losses, largest_value, put_back_only, same
+from pipeline.model.in_windows import ALLOWED, LOW_PRECISION, added_losses, called, largest_value, put_back_only, same
 from pipeline.model.random_inputs import SIZE, random_input
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of, own_trainable_variables
@@ -47,7 +47,9 @@ _LONG = 24
 STEPS = 7
 """Time steps of the trial where the model leaves the length free."""
 _MARGIN = 32
-"""Where rounding grows: so many times what changing weights by 1e-6 changes."""
+"""Where rounding grows: so many times what changing weights by a little changes."""
+_LITTLE, _LITTLE_IF_LOW = 1e-6, 2.0**-9
+"""So much, as a part of each weight; the second where tensors have less than 24 bits of mantissa."""
 
 WITHOUT_WINDOWS = (
     "leave windows (and keep_state) out, or compute what needs other steps before the data come to the pipeline"
@@ -165,7 +167,8 @@ class _Trial:
         for call in self.graph.calls:
             if isinstance(call.operation, keras.Layer) and not isinstance(call.operation, keras.layers.RNN):
                 self._alone(call)
-        if distance(self.cut_losses, self.losses) > ALLOWED:
+        allowed = LOW_PRECISION if self._low else ALLOWED
+        if distance(self.cut_losses, self.losses) > allowed:
             names = [layer.name for layer in layers_of(self.graph.model) if layer.activity_regularizer is not None]
             raise SplitError(
                 "what layers add to the loss themselves (add_loss, activity regularisers"
@@ -176,11 +179,16 @@ class _Trial:
         for name, gradient in self.gradients.items():
             other = self.cut_gradients[name]
             by = distance(other, gradient, largest)
-            if by > ALLOWED and self._roundings() is not None and by > self._gradient_rounding:
+            if by > allowed and self._roundings() is not None and by > self._gradient_rounding:
                 raise SplitError(
                     f"in windows the gradient of {name!r} would be another than over the whole length, though outputs "
                     f"are the same: a layer keeps something in a variable, which no gradient passes; {WITHOUT_WINDOWS}"
                 )
+
+    @property
+    def _low(self) -> bool:
+        """Whether some tensors have less than 24 bits of mantissa, and gradients with them."""
+        return any(value.dtype.is_floating and value.dtype.size < 4 for value in self.found.values())
 
     def _whole(self, tensors: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
         results = keras.tree.flatten(self.whole([tensors[t] for t in self.graph.inputs], training=False))
@@ -264,7 +272,8 @@ class _Trial:
             weights = [v.value for v in self.whole.trainable_variables if v.value.dtype.is_floating]
             with values_put_back(weights) as before:
                 for weight, value in before:
-                    noise = self.random.uniform(1 - 1e-6, 1 + 1e-6, tuple(value.shape))
+                    by = _LITTLE_IF_LOW if self._low else _LITTLE
+                    noise = self.random.uniform(1 - by, 1 + by, tuple(value.shape))
                     weight.assign(value * tf.cast(noise, value.dtype))
                 self._anew()
                 found, gradients, _ = self._under_a_tape(lambda tensors: self._whole(tensors))
@@ -298,7 +307,7 @@ class _Trial:
         makes = [is_over_time(self.symbols[tensor].shape) for tensor in call.makes]
         if any(makes) and not all(over):
             return "it gives time steps from what is known only behind the last window"
-        return "it reads several time steps at once, and windows would cut between them"
+        return "it reads several time steps at once, or counts them from the first, and windows would cut between them"
 
     def _alone(self, call: Call) -> None:
         """One layer in training, on what it reads over the whole length."""
@@ -386,10 +395,3 @@ class _Trial:
             shape[1] = self.steps
         readers = [call.operation for call in self.graph.calls if tensor in call.reads]
         return random_input(self.random, symbol.dtype, shape, readers, list(self.ends) if over else None)
-
-
-def called(call: Call) -> str:
-    """A call as messages name it: the layer's or operation's name and kind."""
-    kind = type(call.operation).__name__
-    what = "layer" if isinstance(call.operation, keras.Layer) else "operation"
-    return f"the {what} {call.name!r} ({kind})"

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from pipeline.errors import SplitError
 from pipeline.model.call_graph import ArgumentPlace, Call, CallGraph, read_graph
-from pipeline.model.over_time import WITHOUT_WINDOWS, called, refuse_what_windows_change
+from pipeline.model.in_windows import called
+from pipeline.model.over_time import WITHOUT_WINDOWS, refuse_what_windows_change
 from stages.keras_internals import (
     forget_variables,
     layers_of,
@@ -164,7 +166,9 @@ def _recurrent_call(call: Call, tensors: Mapping[int, Any]) -> tuple[list[Any], 
         for state, shape in zip(names, shapes, strict=True)
     ]
     begins, order = enter, []
-    if initial:
+    if not initial:
+        _refuse_a_begin_of_its_own(layer)
+    else:
         begun = keras.Input((1,), dtype=layer.compute_dtype, name=f"{layer.name}_begun_in")
         layers = [BeginWith(name=f"{state}_begin") for state in names]
         begins = [one([e, begun, i]) for one, e, i in zip(layers, enter, initial, strict=True)]
@@ -199,6 +203,19 @@ def _repeated(layer: Any, output: Any, mask: Any) -> tuple[Any, _State, list[str
         return output, _State(name, enter, output), [again.name]
     last = LastStep(name=f"{name}_last", dtype=layer.dtype_policy)
     return output, _State(name, enter, last(output)), [again.name, last.name]
+
+
+def _refuse_a_begin_of_its_own(layer: Any) -> None:
+    """Refuse a cell whose own initial state is not zeros: states that windows hand over begin with zeros."""
+    if isinstance(layer, CONVOLUTIONAL):
+        return
+    own = keras.tree.flatten(layer.get_initial_state(2))
+    if any(np.any(np.asarray(keras.ops.cast(state, "float32"))) for state in own):
+        raise SplitError(
+            f"the recurrent layer {layer.name!r} begins with a state of its own that is not zeros (get_initial_state), "
+            "and what windows hand over begins with zeros; give that state in the call, initial_state=, as an input of "
+            "the model or as a stages.LearnedState"
+        )
 
 
 def _arguments(call: Call, tensors: Mapping[int, Any]) -> tuple[Any, list[Any], Any | None]:

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from pipeline.compare.tolerance import eps
 from pipeline.own.layer_calls import JoinedCall, LayerCall, by_layer, nothing_drawn
 from stages.keras_internals import own_added_losses
 from stages.masks import mask_of, with_mask
 
 NOT_EQUAL = 1e-4
 """Losses that are farther apart, as a part of the largest, are not the same."""
+ROUNDINGS = 8
+"""Or this many roundings, of a layer that computes in half precision."""
 
 
 def no_mean(calls: Sequence[LayerCall], microbatches: int, training: bool) -> str:
@@ -45,6 +48,7 @@ def no_mean(calls: Sequence[LayerCall], microbatches: int, training: bool) -> st
 
 def _tried(layer: Any, joined: JoinedCall, training: bool) -> str:
     total, draw = joined.total, np.random.default_rng(0)
+    not_equal = max(NOT_EQUAL, ROUNDINGS * _coarsest(layer, joined.values))
     for values in (joined.values, [_drawn(value, total, draw) for value in joined.values]):
 
         def losses(begin: int, end: int, values: Sequence[Any] = values) -> Any:
@@ -59,7 +63,7 @@ def _tried(layer: Any, joined: JoinedCall, training: bool) -> str:
             ways = {"mean", "sum"}
             for sizes in _cuts(total):
                 parts = [losses(begin, end) for begin, end in pairwise(accumulate(sizes, initial=0))]
-                scale = NOT_EQUAL * np.max([np.abs(whole), *(np.abs(part) for part in parts)], axis=0)
+                scale = not_equal * np.max([np.abs(whole), *(np.abs(part) for part in parts)], axis=0)
                 weighed = sum(size / total * part for size, part in zip(sizes, parts, strict=True))
                 ways -= {
                     way
@@ -71,6 +75,12 @@ def _tried(layer: Any, joined: JoinedCall, training: bool) -> str:
                 return "a sum over samples"
             return "neither a mean over samples nor the same for all of them"
     return ""
+
+
+def _coarsest(layer: Any, values: Sequence[Any]) -> float:
+    """The distance from 1 to the next number in the coarsest dtype that a layer computes in or is given."""
+    dtypes = [tf.as_dtype(layer.compute_dtype or "float32"), *(value.dtype for value in values if tf.is_tensor(value))]
+    return max((eps(dtype.name) for dtype in dtypes if dtype.is_floating), default=0.0)
 
 
 def _drawn(value: Any, total: int, draw: np.random.Generator) -> Any:

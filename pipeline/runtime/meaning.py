@@ -44,7 +44,7 @@ class Meaning:
     def __init__(self, setup: Setup, steps: StepRunner, driver: Callable[[], Driver], compiled: Compiled) -> None:
         self._setup, self._steps, self._driver, self.compiled = setup, steps, driver, compiled
         self._tried: dict[tuple[str, bool], Ways] = {}
-        self._said = False
+        self._said = self._said_of_windows = False
 
     def ways(self, batch: Batch) -> Mapping[str, Ways]:
         """{output label: its ways}, of those that are not made of a batch's parts as Keras's means are.
@@ -92,6 +92,20 @@ class Meaning:
                 "use microbatches=1"
             )
 
+    def say_of_windows(self, batch: Batch) -> None:
+        """Say, once, that a metric over time is not Keras's where windows have unequal lengths."""
+        if self._said_of_windows or len(set(batch.lengths)) < 2 or not batch.targets:
+            return
+        heads = self.compiled.heads
+        counted = [label for label in self._steps.over_time(list(batch.targets)) if heads[label].has_metrics]
+        if counted:
+            self._said_of_windows = True
+            _warn(
+                f"metrics of {counted[0]!r} count every window alike, and these have {batch.lengths} time steps: a "
+                "mean is not Keras's, which weighs every step alike (the loss, and its gradients, do). Sequences of a "
+                f"length that is a multiple of windows={len(batch.lengths)} are counted as in Keras"
+            )
+
     def _try(self, batch: Batch, labels: list[str]) -> dict[str, Ways]:
         """What a trial says of some outputs; nothing of those whose loss fails on the batch, which a worker tells."""
         driver, wires, outputs = self._driver(), self._setup.wires, {}
@@ -123,13 +137,15 @@ class Meaning:
             head = self.compiled.heads[label]
             if ways.loss is Way.WHOLE:
                 raise CompileError(
-                    f"the loss {name_of(head.loss)} couples the samples of a batch, so it cannot be computed window by "
-                    "window; use a loss that is a mean or a sum over samples and time, or leave windows out"
+                    f"the loss {name_of(head.loss)} is no mean or sum over samples and time steps alike (it couples "
+                    "some, or adds up a sample's steps), so it cannot be computed window by window; use one that is, "
+                    "or leave windows out"
                 )
             if ways.metrics is Way.WHOLE:
                 raise CompileError(
-                    f"a metric of the output {label!r} gives a number of a whole batch, so it cannot count window by "
-                    "window; use one that counts samples and time steps, or leave windows out"
+                    f"a metric of the output {label!r} gives a number of a whole batch, or of a sample's whole length, "
+                    "so it cannot count window by window; use one that counts samples and time steps, or leave windows "
+                    "out"
                 )
 
 

@@ -201,8 +201,10 @@ class StepRunner:
     def plan(self, batch: Batch, training: bool) -> Plan:
         """The checked plan of a step; made once for each number of microbatches and windows."""
         at_once = training and batch.at_once
-        if training and self._meaning is not None:
-            self._meaning.say(batch)
+        if self._meaning is not None:
+            if training:
+                self._meaning.say(batch)
+            self._meaning.say_of_windows(batch)
         return self._plan(len(batch.sizes), max(1, len(batch.lengths)), training, at_once)
 
     def _plan(self, microbatches: int, windows: int, training: bool, at_once: bool = False) -> Plan:

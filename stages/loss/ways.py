@@ -44,8 +44,8 @@ def known_loss(loss: Any) -> Way | None:
     """The way of one of Keras's losses; None of another one, and PARTS where there is none.
 
     Args:
-        loss: As `keras.losses.get` gives it. Of one that sums along axes counted from the last, None, too: whether the
-            samples are among them depends on the predictions.
+        loss: As `keras.losses.get` gives it. Of one that sums along other axes than the last, None, too: whether the
+            samples, or time steps that windows cut, are among them depends on the predictions.
     """
     if loss is None:
         return Way.PARTS
@@ -59,7 +59,7 @@ def known_loss(loss: Any) -> Way | None:
     axes = axis if isinstance(axis, list | tuple) else (axis,)
     if None in axes or 0 in axes:
         return Way.WHOLE
-    return None if min(axes) < -1 else Way.PARTS
+    return None if min(axes) < -1 or max(axes) > 0 else Way.PARTS
 
 
 def known_metrics(metrics: Any) -> Way | None:

@@ -229,7 +229,12 @@ def test_what_needs_the_whole_batch_is_refused_in_windows() -> None:
     model = keras.Model(inputs, L.Dense(2)(L.LSTM(3, return_sequences=True)(inputs)))
     x, y = RNG.normal(size=(6, 4, 4)).astype("float32"), RNG.normal(size=(6, 4, 2)).astype("float32")
     with Pipeline.split(model, stages=2, microbatches=2, windows=2, transport="inproc") as pipe:
-        for loss, metrics, told in ((rmse, [], "the loss rmse couples"), ("mse", [rmse], "a metric of the output")):
+        along_time = keras.losses.CosineSimilarity(axis=1)
+        for loss, metrics, told in (
+            (rmse, [], "the loss rmse is no mean or sum over samples and time steps alike"),
+            (along_time, [], "the loss CosineSimilarity is no mean or sum over samples and time steps"),
+            ("mse", [rmse], "a metric of the output"),
+        ):
             pipe.compile("sgd", loss, metrics=metrics)
             with pytest.raises(CompileError, match=told):
                 pipe.train_on_batch(x, y)

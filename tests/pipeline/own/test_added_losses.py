@@ -8,8 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipeline import FirstBatchError, Pipeline
+from pipeline.own.added_losses import no_mean
+from pipeline.own.layer_calls import LayerCall
 from tests.pipeline.reference.twins import assert_same_arrays
 
 layers, ops = keras.layers, keras.ops
@@ -163,3 +166,13 @@ def test_one_microbatch_trains_a_sum_as_keras_does() -> None:
     whole.compile("sgd", "mse", run_eagerly=True)
     whole.train_on_batch(X, Y)
     assert_same_arrays(ours, whole.get_weights())
+
+
+@pytest.mark.parametrize(("loss", "refused"), [(lambda x: ops.mean(ops.square(x)), False), (ops.sum, True)])
+def test_half_precision_is_rounding_and_no_sum(loss: Callable[..., Any], refused: bool) -> None:
+    layer = Adding(loss)
+    layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
+    values = tf.cast(np.abs(X) + 1.0, "bfloat16")
+    calls = [LayerCall(layer, ((values[begin:end],), {})) for begin, end in ((0, 12), (12, 24))]
+    layer(values)
+    assert bool(no_mean(calls, 2, training=True)) == refused

@@ -1,5 +1,7 @@
 """windows= means the whole length: what would be something else in windows is refused, what is the same is taken."""
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
@@ -39,6 +41,51 @@ def test_split_and_stateful_refuse():
     for cut in (lambda model: Pipeline.split(model, stages=1, windows=2), stateful.stateful):
         with pytest.raises(SplitError, match=r"'over' .Softmax. cannot be run window by window"):
             cut(behind(layers.Softmax(axis=1, name="over")))
+
+
+class BeginsWithOnes(layers.GRUCell):
+    """A cell with a state of its own to begin with."""
+
+    def get_initial_state(self, batch_size=None):
+        return [keras.ops.ones((batch_size, self.units))]
+
+
+def test_a_begin_that_is_not_zeros_is_refused_with_the_way_to_give_it():
+    model = keras.Sequential([keras.Input((STEPS, 3)), layers.RNN(BeginsWithOnes(2), name="ones")])
+    with pytest.raises(SplitError, match=r"'ones' begins with a state of its own that is not zeros.*initial_state="):
+        Pipeline.split(model, stages=1, windows=2)
+
+
+def test_half_precision_is_rounding_and_no_other_gradient():
+    """A state in a variable is still found, though the dtype leaves eight bits."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        plain = behind(layers.LSTM(4, return_sequences=True), layers.Dense(2, name="out"))
+        keeps = behind(KeepsTheLast(), samples=4)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    stateful.refuse_what_mixes_time(stateful.read_graph(plain))
+    with pytest.raises(SplitError, match=r"the gradient of .* would be another"):
+        stateful.refuse_what_mixes_time(stateful.read_graph(keeps))
+
+
+@pytest.mark.gate
+def test_a_metric_over_windows_of_unequal_lengths_is_named_once():
+    """The loss is Keras's, and the metric is where the lengths are equal."""
+    model = behind(layers.Dense(1))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, STEPS, 3)).astype("float32"), rng.normal(size=(4, STEPS, 1)).astype("float32")
+    model.compile("sgd", "mse", metrics=["mae"])
+    loss, error = model.evaluate(x, y, verbose=0)
+    for windows, told in ((3, False), (4, True)):
+        with Pipeline.split(model, stages=2, windows=windows, transport="inproc") as pipe:
+            pipe.compile("sgd", "mse", metrics=["mae"])
+            with pytest.warns(UserWarning, match="count every window alike") if told else nullcontext() as found:
+                ours = [pipe.evaluate(x, y, verbose=0) for _ in range(2)][-1]
+        assert ours[0] == pytest.approx(loss, rel=1e-5)
+        assert (ours[1] == pytest.approx(error, rel=1e-5)) != told
+        assert not told or len(found) == 1
 
 
 @pytest.mark.gate
