@@ -24,11 +24,11 @@ import numpy as np
 
 from pipeline.compiled.compiled import slots_with
 from pipeline.errors import CompileError
-from pipeline.own.attributes import Attributes, plain
 from pipeline.own.held import Held
 from pipeline.runtime.values import digest
 from stages.keras_internals import layers_of, own_other_variables, own_seed_generators
 from stages.keras_training_internals import variables_known_to
+from stages.plain_attributes import Attributes, plain
 from stages.recipe.optimizer_state import rate_of
 from stages.tape.model_call import states_of_layers
 from stages.worker import snapshot

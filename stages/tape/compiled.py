@@ -91,7 +91,8 @@ class CompiledTapes(Tapes):
         pair: FunctionPair = self._function(name, inputs, masked, objective, trace, key.window)
         outputs, own, losses, kept = pair.layout.results(pair.forward(*flat_arguments(inputs, objective)))
         self._open[key] = OpenPass(pair, tuple(kept), outputs, share)
-        return Opened(None, outputs, None if own is None else own * scalar(share), losses, pair.layout.masked)
+        own = None if own is None else own * scalar(share)
+        return Opened(pair.layout.structure, outputs, own, losses, pair.layout.masked)
 
     def _all_at_once(
         self, key: PassKey, inputs: Sequence[Any], share: float, masked: Sequence[int], objective: Objective
@@ -116,7 +117,7 @@ class CompiledTapes(Tapes):
         inputs, share, masked, objective = given
         run, layout = self._function("infer", inputs, masked, objective, self._traces.inference, window)
         outputs, own, losses, _ = layout.results(run(*flat_arguments(inputs, objective), scalar(share)))
-        return Opened(None, outputs, own, losses, layout.masked)
+        return Opened(layout.structure, outputs, own, losses, layout.masked)
 
     def backward_input(self, key: PassKey, output_gradients: Sequence[Any | None]) -> tuple[Any | None, ...]:
         """Run the compiled backward, or its input half, and return dL/dinputs."""
@@ -206,6 +207,10 @@ class CompiledTapes(Tapes):
     def forget_updates(self) -> None:
         """Trace updates anew: numbers in the optimizer were changed."""
         self._functions = {name: found for name, found in self._functions.items() if name[0] != "apply"}
+
+    def forget_traces(self) -> None:
+        """Trace forwards and backwards anew: settings of layers or losses were changed."""
+        self._functions = {name: found for name, found in self._functions.items() if name[0] == "apply"}
 
     def clear(self, failed: bool = False) -> None:
         """Drop what is open and set the sums to zero; a function that failed half way may have added to any of them."""

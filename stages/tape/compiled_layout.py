@@ -67,6 +67,7 @@ class Layout:
         places: Where each of their gradients is summed.
         wanted: Which inputs are differentiated.
         outputs: Dtypes of the outputs, masks included.
+        structure: The nesting of the outputs, with 0 at its leaves.
         masked: Which outputs have a mask.
         own: Whether the part has losses of its own.
         depends: For each wanted input and then each variable, the seeds its gradient depends on; None if it has none.
@@ -84,6 +85,7 @@ class Layout:
     places: tuple[int, ...] = ()
     wanted: tuple[bool, ...] = ()
     outputs: tuple[Any, ...] = ()
+    structure: Any = None
     masked: tuple[int, ...] = ()
     own: bool = False
     depends: tuple[frozenset[int] | None, ...] = ()

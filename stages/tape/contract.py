@@ -68,7 +68,8 @@ class Opened(NamedTuple):
     """The results of a forward pass.
 
     Attributes:
-        structure: The outputs in the model's nesting; None where the caller asked for flat ones only.
+        structure: The model's nesting, with the outputs (eager) or 0 (compiled) at its leaves; None where the outputs
+            come back to nobody.
         outputs: The outputs, flat, followed by the masks of those that have one.
         own_loss: The weighted sum of the part's own losses, a float scalar tensor, or None.
         losses: With an objective, one float scalar tensor per head: its loss times what the microbatch weighs.
@@ -155,6 +156,10 @@ class Tapes(ABC):
     @abstractmethod
     def forget_updates(self) -> None:
         """Let the next update read the optimizer's numbers anew."""
+
+    @abstractmethod
+    def forget_traces(self) -> None:
+        """Let the next forward read the layers' and losses' settings anew; tapes that are open stay as they are."""
 
     @abstractmethod
     def clear(self, failed: bool = False) -> None:

@@ -196,6 +196,9 @@ class EagerTapes(Tapes):
     def forget_updates(self) -> None:
         """Nothing: an eager update reads the optimizer each time."""
 
+    def forget_traces(self) -> None:
+        """Nothing: eager layers read their settings each time."""
+
     def clear(self, failed: bool = False) -> None:
         """Drop all open tapes and sums."""
         self._open.clear()

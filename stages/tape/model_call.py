@@ -109,6 +109,10 @@ class Part:
         masks = {place: mask for place, output in enumerate(outputs) if (mask := mask_of(output)) is not None}
         return Called(structure, (*outputs, *masks.values()), tuple(masks), own)
 
+    def nest_as(self, structure: Any) -> None:
+        """Call a model that does not say how its inputs are nested with inputs nested so."""
+        self._pack = lambda tensors: keras.tree.pack_sequence_as(structure, list(tensors))
+
     def strips(self) -> tuple[int, ...]:
         """Which inputs lose their mask while the model runs: Keras's attention layers take it off the tensor itself.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from stages.loss.heads import Heads, Objective
@@ -152,7 +153,8 @@ class Traces:
         def infer(*arguments: Any) -> list[Any]:
             *given, share = arguments
             inputs, objective = layout.unpack(given)
-            _, outputs, layout.masked, own = self._part.call(inputs, False, layout.takes, layout.window)
+            structure, outputs, layout.masked, own = self._part.call(inputs, False, layout.takes, layout.window)
+            layout.structure = _nesting(structure)
             layout.outputs, layout.own = tuple(output.dtype for output in outputs), bool(own)
             results = [portable(output) for output in outputs]
             results += [tf.add_n(own) * share] if own else []
@@ -180,7 +182,8 @@ class Traces:
         layout.wanted = self._part.wanted(inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             sources = watch(tape, inputs, layout.wanted, layout.variables)
-            _, outputs, layout.masked, own = self._part.call(inputs, True, layout.takes, layout.window)
+            structure, outputs, layout.masked, own = self._part.call(inputs, True, layout.takes, layout.window)
+            layout.structure = _nesting(structure)
             values = [] if objective is None else self._heads.values(outputs, objective)
             terms = [] if objective is None else self._heads.terms(values, objective.heads)
         if objective is not None and counts:
@@ -217,6 +220,11 @@ class Traces:
 def _whole(run: Callable[..., list[Any]], values: int, results: int, source: Any = None) -> Halves:
     """A whole backward: it takes so many values, and what it gives behind `results` tensors is left as it is."""
     return Halves(run, tuple(range(values)), results, (), None, source)
+
+
+def _nesting(structure: Any) -> Any:
+    """A nesting without its tensors, which belong to the trace."""
+    return keras.tree.map_structure(lambda _: 0, structure)
 
 
 def _existing(gradients: Sequence[Any | None]) -> list[Any]:

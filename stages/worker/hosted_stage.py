@@ -1,4 +1,4 @@
-"""A stage as a worker hosts it: the `Stage`, where its tensors come from and go to, its optimizer."""
+"""A stage as a worker hosts it: the `FlatStage`, where its tensors come from and go to, its optimizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from stages.errors import SegmentError
+from stages.flat_stage import FlatStage
 from stages.grid import is_over_time
 from stages.keras_internals import layers_of
 from stages.loss.head import Head
@@ -18,7 +19,6 @@ from stages.loss.ways import Ways
 from stages.recipe.optimizer_state import as_unbuilt, leave_undecayed, set_attributes
 from stages.recipe.segment import build_part
 from stages.recipe.stage_objects import Judging, StageObjects
-from stages.stage import Stage
 from stages.tape.model_call import changed_by_calls, metrics_of_layers, states_of_layers
 from stages.tape.optimizer_update import rescaled
 from stages.variable_names import unique_names
@@ -49,7 +49,7 @@ class HostedStage:
         model = build_part(self.objects.part, spec.name)
         self.labels = [head.label for head in spec.heads]
         self.ties = spec.ties
-        self.stage = Stage(
+        self.stage = FlatStage(
             model,
             spec.name,
             run_eagerly=spec.run_eagerly,

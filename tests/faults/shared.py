@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.reference.one_tape import joined_model
 from pipeline.reference.one_tape.single_tape import SingleTape
+from stages.flat_stage import FlatStage
 from stages.loss.head import Head
 from stages.loss.heads import Heads
-from stages.stage import Stage
 from stages.tape import model_call
 from tests.faults.cases import CASES, MICROBATCHES
 from tests.faults.live import Live, replaced
@@ -91,7 +91,7 @@ def _own_losses_in_full() -> Iterator[None]:
     def in_tape(right: Any) -> Any:
         return lambda self, part, weights, share, states: right(self, part, weights, 1.0, states)
 
-    with replaced(Stage, "forward_flat", in_stage), replaced(SingleTape, "run_windows", in_tape):
+    with replaced(FlatStage, "forward_flat", in_stage), replaced(SingleTape, "run_windows", in_tape):
         yield
 
 

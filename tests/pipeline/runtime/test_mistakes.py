@@ -118,7 +118,9 @@ def test_what_a_layer_refuses_leaves_the_run_bit_for_bit_as_it_was(eager):
 def test_the_oracle_sees_what_is_not_undone(left_out, monkeypatch):
     """A negative control: each thing that is left out of the undoing makes another run."""
     if left_out == "gradients":
-        monkeypatch.setattr("stages.stage.Stage.zero_gradients", lambda stage, failed=False: stage._forget_open())
+        monkeypatch.setattr(
+            "stages.flat_stage.FlatStage.zero_gradients", lambda stage, failed=False: stage._forget_open()
+        )
     else:
         right = kept_values._changed_by_steps
         some = {"states": 1, "metrics": 0}[left_out]

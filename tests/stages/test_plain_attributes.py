@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.own.attributes import Attributes
+from stages.plain_attributes import Attributes
 
 
 @pytest.mark.parametrize("many", [3, 9000])

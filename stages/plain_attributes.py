@@ -45,6 +45,15 @@ class Attributes:
                 self._all.append((read, value, f"{label} got {name}="))
         self._next = 0
 
+    def moved(self) -> dict[int, str]:
+        """{place of an attribute that is not what it was: in words}."""
+        found = {}
+        for place, (read, value, words) in enumerate(self._all):
+            now = type(value).of(read()) if isinstance(value, _Bits | _Sum) else read()
+            if now is not value and (type(now) is not type(value) or now != value) and not _both_nan(now, value):
+                found[place] = _words(read, value, words)
+        return found
+
     def changed(self, most: int | None) -> str | None:
         """The first attribute that is not what it was, in words; None if there is none.
 
@@ -61,9 +70,9 @@ class Attributes:
             now = read()
             if isinstance(value, _Bits | _Sum):
                 if value != type(value).of(now):
-                    return f"{words}other values in its array"
+                    return _words(read, value, words)
             elif now is not value and (type(now) is not type(value) or now != value) and not _both_nan(now, value):
-                return f"{words}{now!r} (it was {value!r})"
+                return _words(read, value, words)
         return self._new() if most is None else None
 
     def _new(self) -> str | None:
@@ -75,6 +84,15 @@ class Attributes:
                 if name[0] != "_" and name not in _BOOKKEEPING and isinstance(held[name], _PLAIN + _REPLACED):
                     return f"{label} got {name}={held[name]!r} (it had none of its own)"
         return None
+
+
+def _words(read: Callable[[], Any], value: Any, words: str) -> str:
+    """What became of an attribute."""
+    return (
+        f"{words}other values in its array"
+        if isinstance(value, _Bits | _Sum)
+        else f"{words}{read()!r} (it was {value!r})"
+    )
 
 
 def plain(thing: Any) -> dict[str, Any]:
