@@ -173,6 +173,6 @@ def test_half_precision_is_rounding_and_no_sum(loss: Callable[..., Any], refused
     layer = Adding(loss)
     layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
     values = tf.cast(np.abs(X) + 1.0, "bfloat16")
-    calls = [LayerCall(layer, ((values[begin:end],), {})) for begin, end in ((0, 12), (12, 24))]
+    calls = [LayerCall(layer, ((values[begin:end],), {}), True) for begin, end in ((0, 12), (12, 24))]
     layer(values)
     assert bool(no_mean(calls, 2, training=True)) == refused
