@@ -74,8 +74,9 @@ def _check_fixed_sizes(inputs: Mapping[str, InputSpec | None], size: int, sizes:
         if wanted is not None and any(one != wanted for one in sizes):
             parts = "" if len(sizes) == 1 else f", cut into microbatches of {', '.join(map(str, sizes))}"
             raise DataError(
-                f"the input {name!r} takes batches of {wanted} samples only (its keras.Input has a batch_size), "
-                f"received {size}{parts}; give batches of that size, or leave the batch_size out of the model"
+                f"the input {name!r} takes batches of {wanted} samples only (its keras.Input has a batch_size, which a "
+                f"layer counts on), received {size}{parts}; give batches of that size, or leave the batch_size out of "
+                "the model"
             )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import DataError, SplitError
+from pipeline.model.batch_sizes import only_size
 from stages.tape.tensors import flatten
 
 
@@ -81,17 +82,17 @@ def check_cuttable(models: Iterable[Any], microbatches: int) -> None:
     """Refuse microbatches where a model says how many samples a batch has.
 
     Args:
-        models: The one that was split, or the parts; None for one that its worker builds.
+        models: The one that was split, or the parts; None for one that its worker builds, which is not looked at.
         microbatches: Into how many parts a batch is cut.
 
     Raises:
         SplitError: A batch of the only size that an input takes would be cut.
     """
-    for symbol in (symbol for model in models if model is not None for symbol in model.inputs):
-        size, *shape = symbol.shape
-        if size is not None and microbatches > 1:
+    for found in map(only_size, models if microbatches > 1 else ()):
+        if found is not None:
+            symbol, size = found
             raise SplitError(
-                f"the input {symbol.name!r} takes batches of {size} samples (keras.Input has a batch_size), "
-                f"and microbatches={microbatches} would cut them into smaller ones; make it "
-                f"keras.Input({tuple(shape)}), or microbatches=1"
+                f"the input {symbol.name!r} takes batches of {size} samples (keras.Input has a batch_size, which a "
+                f"layer counts on), and microbatches={microbatches} would cut them into smaller ones; make it "
+                f"keras.Input({tuple(symbol.shape[1:])}), or microbatches=1"
             )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +26,11 @@ from pipeline.model.merge import StageValues
 from pipeline.own.added_losses import no_mean
 from pipeline.own.chance import layers_that_draw, told
 from pipeline.own.coupling import THE_MODEL, coupling
-from pipeline.own.layer_calls import LayerCall, recorded_calls
+from pipeline.own.layer_calls import LayerCall
 from pipeline.own.lent import lent
 from pipeline.own.metrics import OwnMetrics
 from pipeline.own.model import OwnModel, OwnResult
+from pipeline.own.runs import OwnRuns, first_of
 from pipeline.own.sent import sent_whole
 from stages.worker.orders import Mode, Service
 
@@ -120,7 +120,7 @@ class FirstBatch:
             self._look_at_parts(Mode.TRAIN, batch, runs, calls)
 
     @contextmanager
-    def _own_runs(self, batch: Batch, training: bool) -> Iterator[_Runs]:
+    def _own_runs(self, batch: Batch, training: bool) -> Iterator[OwnRuns]:
         """Runs of the own model on some samples, with the workers' values; everything is put back."""
         setup, compiled = self._session.setup, self._session.workers.compiled
         own = OwnModel(setup.segments, setup.wires, setup.original, compiled)
@@ -128,7 +128,7 @@ class FirstBatch:
         own.begin_with(self._session.values.read("layer states"))
         besides = [variable for some in self._session.workers.besides().values() for variable in some]
         with lent([*own.variables, *besides]):
-            yield _Runs(own, values, self._few(batch), training)
+            yield OwnRuns(own, values, self._few(batch), training)
 
     def _compare(self, mode: Mode, batch: Batch) -> None:
         with self._own_runs(batch, mode.training) as runs:
@@ -159,7 +159,7 @@ class FirstBatch:
                     raise FirstBatchError(self._sentence(far, ours, theirs, apart[far], own, few, runs.training))
             self._compare_metrics(ours, theirs, few, max([plain, *(MARGIN * max(some.values()) for some in changes)]))
 
-    def _look_at_parts(self, mode: Mode, batch: Batch, runs: _Runs, calls: Sequence[LayerCall]) -> None:
+    def _look_at_parts(self, mode: Mode, batch: Batch, runs: OwnRuns, calls: Sequence[LayerCall]) -> None:
         """Say or refuse what microbatches change, just after the first run, whose calls added these losses."""
         changed = runs.own.changed_by_calls(runs.values)
         if mode is not Mode.PREDICT:
@@ -222,6 +222,11 @@ class FirstBatch:
                 stacklevel=5,
             )
 
+    @property
+    def _models(self) -> Collection[Any]:
+        """The stages' models in this process."""
+        return self._session.setup.models.values()
+
     def _cannot(self) -> bool:
         """Whether there is nothing in this process to compare with, or something else by design."""
         setup = self._session.setup
@@ -235,11 +240,10 @@ class FirstBatch:
         if self._session.setup.options.schedule_name:  # a user's function may know of so many microbatches only
             parts = min(parts, LOOKED_AT)
         rows = min(samples, ROWS * parts)
-        inputs = [symbol for model in self._session.setup.models.values() for symbol in model.inputs]
-        if rows == samples or any(symbol.shape[0] is not None for symbol in inputs):
+        if rows == samples or self._session.setup.one_size:
             return batch
 
-        return _first(batch, _unequal(rows, parts))
+        return first_of(batch, _unequal(rows, parts))
 
     def _refuse_sums(self, calls: Sequence[LayerCall], few: Batch, training: bool) -> None:
         """Refuse losses that layers add and that would count otherwise in microbatches than in the batch."""
@@ -259,6 +263,11 @@ class FirstBatch:
             if counts:
                 driver.call(Service.RESET_METRICS)
             result = self._step(mode, few)
+        if mode is Mode.TRAIN and not result.squared_norms and any(m.trainable_variables for m in self._models):
+            raise FirstBatchError(
+                "no variable has a gradient of the loss, so nothing would be trained (Keras: No gradients provided for "
+                "any variable); pipe.explain(x, y) says which operation is in the way"
+            )
         return OwnResult(result.loss, result.outputs, {}, result.losses, {}, result.metrics if counts else {})
 
     def _step(self, mode: Mode, few: Batch, observe: str = "") -> StepResult:
@@ -267,7 +276,7 @@ class FirstBatch:
         scale = None if scaling is None else scaling.scale
         plan = self._session.steps.plan(few, training=mode.training)
         try:
-            return driver.run(plan, mode, few, loss_scale=scale, observe=observe)
+            return driver.run(plan, mode, few, norms=mode.training, loss_scale=scale, observe=observe)
         finally:
             if mode.training and not driver.closed:
                 driver.discard()
@@ -301,39 +310,7 @@ class FirstBatch:
         return f"All that crosses between stages agrees, so it is in the last stage ({last!r}) or in a loss."
 
 
-class _Runs:
-    """Runs of the own model, each from the values that the workers have.
-
-    Args:
-        own: The user's own model and loss.
-        values: Of its variables.
-        few: Some samples, in microbatches.
-        training: Whether layers run as in training.
-    """
-
-    def __init__(self, own: OwnModel, values: StageValues, few: Batch, training: bool) -> None:
-        self.own, self.values, self.few, self.training = own, values, few, training
-
-    def __call__(self, batch: Batch | None = None, seed: int | None = None) -> OwnResult:
-        """One run, of `few` where no other batch is given; with a seed, every variable is changed by one rounding."""
-        self.own.assign(self.values)
-        if seed is not None:
-            self.own.disturb(seed)
-        return self.own.run(self.few if batch is None else batch, self.training)
-
-    def first(self, batch: Batch) -> tuple[OwnResult, list[LayerCall]]:
-        """The first run, and the calls in which losses were added; `few` becomes what the model can be called with."""
-        for few in (self.few, _as_it_is_cut(batch, len(self.few.sizes))):
-            self.few = few
-            try:
-                with recorded_calls(adding=True) as calls:
-                    return self(), calls
-            except Exception as error:  # a model may want microbatches of a certain size
-                failed = error
-        raise failed
-
-
-def _coupling(runs: _Runs, changed: Collection[str]) -> str:
+def _coupling(runs: OwnRuns, changed: Collection[str]) -> str:
     try:
         return coupling(runs, runs.few, runs.training, runs.own.precision, changed)
     except Exception:  # the model may want microbatches of a certain size
@@ -344,26 +321,6 @@ def _differ(ours: StageValues, theirs: StageValues) -> bool:
     """Whether any bit of the stages' variables does."""
     pairs = (pair for i in ours for pair in zip(ours[i], theirs[i], strict=True))
     return any(a.tobytes() != b.tobytes() for a, b in pairs)
-
-
-def _first(batch: Batch, sizes: tuple[int, ...]) -> Batch:
-    """The first samples of a batch, in microbatches of these sizes."""
-
-    def first(arrays: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: array[: sum(sizes)] for name, array in arrays.items()}
-
-    return replace(
-        batch,
-        inputs=first(batch.inputs),
-        targets=first(batch.targets),
-        sample_weights=first(batch.sample_weights),
-        sizes=sizes,
-    )
-
-
-def _as_it_is_cut(batch: Batch, parts: int) -> Batch:
-    """So many of a batch's first microbatches, whole."""
-    return _first(batch, tuple(batch.sizes[:parts]))
 
 
 def _told(error: Exception) -> str:

@@ -21,6 +21,7 @@ from pipeline.model.wiring import Wires
 from pipeline.own.model import as_tensors
 from stages.loss.head import LossModel
 from stages.masks import mask_of, with_mask
+from stages.recipe.held_attributes import HeldAttributes
 
 Array = np.ndarray[Any, Any]
 CHANGED_PREDICTIONS = 8
@@ -91,11 +92,13 @@ def _kept(objectives: Iterable[Any]) -> Iterator[None]:
     given = keras.tree.flatten([[one.metrics, one.weighted_metrics] for one in objectives])
     metrics = [one for one in given if isinstance(one, keras.metrics.Metric)]
     before = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
+    attributes = HeldAttributes(metrics)
     try:
         yield
     finally:
         for metric in metrics:
             metric.reset_state()
+        attributes.put_back()
         for variable, value in before:
             variable.assign(value)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cutting.splitter import Split
 from pipeline.errors import WiringError
+from pipeline.model.batch_sizes import only_size
 from pipeline.model.shared_variables import state_in_two_stages
 from pipeline.model.stateful import warn_of_stateful_layers
 from pipeline.model.wiring import Wires
@@ -42,6 +43,12 @@ class Setup:
     def models(self) -> dict[int, Any]:
         """{stage: its Keras model in this process} of those that are not built in their workers."""
         return {i: segment.model for i, segment in enumerate(self.segments) if segment.model is not None}
+
+    @cached_property
+    def one_size(self) -> bool:
+        """Whether batches of one size only are taken, as far as models in this process say."""
+        models = self.models.values() if self.original is None else [self.original]
+        return any(only_size(model) is not None for model in models)
 
     @cached_property
     def layers_count(self) -> bool:

@@ -268,7 +268,9 @@ class StepRunner:
             for index, description in driver.descriptions.items():
                 for i, (name, source) in enumerate(self._setup.wires.takes[index]):
                     if source == DRIVER and description.inputs is not None:
-                        found[name] = description.inputs[i]
+                        dtype, shape = description.inputs[i]
+                        free = shape and index in self._setup.models and not self._setup.one_size
+                        found[name] = dtype, (None, *shape[1:]) if free else tuple(shape)
             self._specs_of, self._specs = driver.descriptions, found
         return self._specs
 

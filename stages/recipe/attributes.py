@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import keras
@@ -43,6 +43,12 @@ def fill(thing: Any, state: Any) -> None:
         object.__setattr__(thing, name, value)
 
 
+def forget(thing: Any, names: Iterable[str]) -> None:
+    """Take attributes from an object, past every `__delattr__` that would untrack them."""
+    for name in names:
+        del vars(thing)[name]
+
+
 def attributes_of(thing: Any) -> dict[str, Any]:
     """What an object has in its own attributes; {} of one without any."""
     return dict(getattr(thing, "__dict__", {}))
@@ -56,4 +62,4 @@ def in_floats(state: dict[str, Any], floats: str | None) -> dict[str, Any]:
     return state | dict.fromkeys(named, floats)
 
 
-__all__ = ["FLOATS", "Reduced", "Writing", "attributes_of", "blank", "fill", "in_floats"]
+__all__ = ["FLOATS", "Reduced", "Writing", "attributes_of", "blank", "fill", "forget", "in_floats"]

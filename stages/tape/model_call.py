@@ -160,10 +160,11 @@ class Part:
         if len(inputs) != len(expected):
             raise HandoffError(f"{where}: the model takes {len(expected)} tensor(s), received {len(inputs)}")
         for given, wanted in zip(inputs, expected, strict=True):
-            if not compatible(given.shape, wanted.shape):
+            fits = len(given.shape) == len(wanted.shape) and compatible(given.shape[1:], wanted.shape[1:])
+            if not fits:  # of any number of samples, as Keras takes them
                 raise HandoffError(
-                    f"{where}: input {wanted.name!r} must have the shape {tuple(wanted.shape)} (None is any size), "
-                    f"received {describe_tensor(given)}; the model before it, or the data, gives another shape"
+                    f"{where}: input {wanted.name!r} must have the shape {(None, *wanted.shape[1:])} (None is any "
+                    f"size), received {describe_tensor(given)}; the model before it, or the data, gives another shape"
                 )
         if self.settled and len(self._fitting) < _KNOWN_SIZES:
             self._fitting.add(sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -106,6 +107,13 @@ class HostedStage:
         if known is None or traces is None or known[0] != traces:
             known = self._found[what] = (traces, find())
         return known[1]
+
+    @cached_property
+    def metrics_of_own_classes(self) -> list[Any]:
+        """The metric objects of the stage's outputs whose classes are not Keras's, each once."""
+        given = keras.tree.flatten([[one.metrics, one.weighted_metrics] for one in self.objects.judging])
+        metrics = {id(one): one for one in given if isinstance(one, keras.metrics.Metric)}.values()
+        return [one for one in metrics if not type(one).__module__.startswith("keras.")]
 
     def inner_results(self) -> dict[str, Any]:
         """Their values so far, by the names that Keras's logs give them."""

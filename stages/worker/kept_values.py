@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stages.recipe.held_attributes import HeldAttributes
 from stages.tape.tensors import quick_read, to_array
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
@@ -26,11 +27,13 @@ class Kept:
     def __init__(self, hosted: HostedStage, groups: Sequence[str] = EVERYTHING) -> None:
         self._hosted = hosted
         self._values = {group: snapshot.read(hosted.variables(group)) for group in groups}
+        self._attributes = HeldAttributes(hosted.metrics_of_own_classes if "metrics" in groups else ())
         carried = hosted.stage.carried
         self._states = None if carried is None else carried.kept
 
     def put_back(self) -> None:
         """Set everything to what it was; metrics that did not exist yet begin anew."""
+        self._attributes.put_back()
         for group, values in self._values.items():
             variables = self._hosted.variables(group)
             if group == "metrics" and len(values) != len(variables):
@@ -70,11 +73,13 @@ class Undo:
     def __init__(self, hosted: HostedStage) -> None:
         self._hosted = hosted
         self._held = {id(one): (one, quick_read(one)) for one in _changed_by_steps(hosted)}
+        self._attributes = HeldAttributes(hosted.metrics_of_own_classes)
         self._states = None if hosted.stage.carried is None else hosted.stage.carried.kept
 
     def put_back(self) -> None:
         """Set them to what they were, and forget gradients and open tapes; metrics that are new begin anew."""
         self._hosted.stage.zero_gradients(failed=True)
+        self._attributes.put_back()
         if any(id(variable) not in self._held for variable in _changed_by_steps(self._hosted)):
             self._hosted.reset_metrics()
         for variable, value in self._held.values():

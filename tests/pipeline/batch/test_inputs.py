@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import DataError, Pipeline
 from pipeline.errors import SplitError
+from tests.levels import in_turn
 from tests.pipeline.reference.twins import SEED, assert_same_arrays
 
 layers = keras.layers
@@ -111,16 +112,52 @@ def test_a_list_of_one_output_is_that_output() -> None:
         assert pipe.evaluate([X], [y], verbose=0) == pipe.evaluate(X, y, verbose=0)
 
 
-def test_a_fixed_number_of_samples_cannot_be_cut_into_microbatches() -> None:
+def reshaped(x: Any) -> Any:
+    return keras.ops.reshape(layers.Dense(4, name="cut")(x), (6, 2, 2))
+
+
+def remembering(x: Any) -> Any:
+    return layers.SimpleRNN(3, stateful=True, name="cut")(layers.Reshape((2, 2))(x))
+
+
+@pytest.mark.filterwarnings("ignore:the layer .* is stateful")
+@pytest.mark.parametrize("middle", [reshaped, remembering])
+def test_a_number_of_samples_that_a_layer_counts_on_cannot_be_cut_into_microbatches(middle: Any) -> None:
     inputs = keras.Input(batch_shape=(6, 4), name="six")
-    model = keras.Model(inputs, layers.Dense(1)(layers.Dense(3, name="cut")(inputs)))
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(middle(inputs))))
     with pytest.raises(
         SplitError, match=r"'six' takes batches of 6 samples .* keras\.Input\(\(4,\)\), or microbatches=1"
     ):
         Pipeline.split(model, at=["cut"], microbatches=3)
     with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
         pipe.compile(loss="mse", run_eagerly=True)
-        assert_same_arrays([pipe.predict_on_batch(X)], [np.asarray(model(X))])
+        with pytest.raises(DataError, match=r"takes batches of 6 samples only .* received 3"):
+            pipe.predict_on_batch(X[:3])
+        if middle is reshaped:
+            assert_same_arrays([pipe.predict_on_batch(X)], [np.asarray(model(X))])
+
+
+@pytest.mark.parametrize("eager", in_turn([False, True], 1, 2))
+def test_another_number_of_samples_than_an_input_says_is_taken_as_by_keras(eager: bool) -> None:
+    """Where no layer counts on it: a smaller last batch, and microbatches."""
+    inputs = keras.Input(batch_shape=(4, 4))
+    x = layers.BatchNormalization()(layers.Dense(6, name="cut")(inputs))
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(layers.Reshape((2, 3))(x))))
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    with Pipeline.split(model, at=["cut"], microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=eager)
+        pipe.fit(X, X[:, :1], batch_size=4, shuffle=False, verbose=0)
+        pipe.verify(X[:3], X[:3, :1]).raise_if_failed()
+        ours = [pipe.predict(X, batch_size=4, verbose=0), *pipe.get_weights()]
+    twin.compile("sgd", "mse", run_eagerly=eager)
+    twin.fit(X, X[:, :1], batch_size=4, shuffle=False, verbose=0)
+    for found, right in zip(ours, [twin.predict(X, batch_size=4, verbose=0), *twin.get_weights()], strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+    low = keras.Sequential([keras.Input(batch_shape=(6, 4)), layers.Dense(3)])
+    with Pipeline([low, keras.Sequential([keras.Input((3,)), layers.Dense(1)])], 4, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=eager)
+        pipe.verify(X, X[:, :1]).raise_if_failed()
 
 
 def test_text_is_refused_with_where_to_turn_it_into_numbers() -> None:

@@ -170,8 +170,10 @@ def test_a_message_that_is_too_large_is_taken_back(monkeypatch):
         assert trained(pipe, [of_the_batch, of_a_stage]) == trained(twin, ())
 
 
+@pytest.mark.filterwarnings("ignore:the layer .* is stateful")
 def test_a_batch_of_another_size_than_the_only_one_is_refused_before_anything_is_sent():
-    model = keras.Sequential([keras.Input(batch_shape=(8, 4)), keras.layers.Dense(5), keras.layers.Dense(1)])
+    remembers = [keras.layers.Reshape((1, 4)), keras.layers.SimpleRNN(5, stateful=True)]
+    model = keras.Sequential([keras.Input(batch_shape=(8, 4)), *remembers, keras.layers.Dense(1)])
     with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
         pipe.compile("adam", "mean_squared_error", run_eagerly=True)
         before = pipe.predict(X, verbose=0)
@@ -179,7 +181,8 @@ def test_a_batch_of_another_size_than_the_only_one_is_refused_before_anything_is
         with pytest.raises(DataError, match=r"takes batches of 8 samples only .* received 5; give"):
             pipe.predict(X[:5], verbose=0)
         assert pipe.session.workers.driver()._step == step
-        assert len(pipe.get_weights()) == 4
+        assert len(pipe.get_weights()) == 5
+        pipe.reset_state()
         np.testing.assert_array_equal(pipe.predict(X, verbose=0), before)
 
 
