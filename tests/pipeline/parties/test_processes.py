@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,7 +78,8 @@ silence = 1.5
 class Two:
     """Both processes, each in a folder of its own with its own keys."""
 
-    def __init__(self, folder, stop=0, sent=signal.SIGKILL):
+    def __init__(self, folder, stop=0, sent=signal.SIGKILL, inside=None, address=None):
+        self.inside = inside or {"hospital": (), "lab": ()}
         table = {**VANILLA, "limits": {"patience": 60, "silence": 1.5}}
         plan, folders = plan_with_keys(table, folder / "keys")
         self.folders = {name: folder / name for name in ("hospital", "lab")}
@@ -87,28 +89,20 @@ class Two:
             folders[name].path.rename(home / "keys")
             (home / "plan.toml").write_text(plan_text(plan))
             (home / "mine.py").write_text(source[name])
-        with socket.socket() as free:  # both start at once: who joins waits until the other serves
-            free.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        self.lab = self._start("lab", "serve", "--listen", address)
-        self.hospital = self._start("hospital", "join", "--at", address)
+        self.address = address or free_address()
+        self.start()
+
+    def start(self, *options):
+        """Both at once: who joins waits until the other serves."""
+        self.lab = self._start("lab", "serve", "--listen", self.address, *options)
+        self.hospital = self._start("hospital", "join", "--at", self.address, *options)
 
     def _start(self, name, *arguments):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(self.folders[name])}
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            "pipeline",
-            "party",
-            arguments[0],
-            "plan.toml",
-            "mine:make",
-            "--as",
-            name,
-        ]
+        program = [*self.inside[name], sys.executable, "-u", "-m", "pipeline", "party", arguments[0]]
+        own = ["plan.toml", "mine:make", "--as", name, "--keys", "keys", "--save", "trained", "--checkpoints", "runs"]
         return subprocess.Popen(
-            [*command, *arguments[1:], "--keys", "keys", "--save", "trained"],
+            [*program, *own, *arguments[1:]],
             cwd=self.folders[name], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -125,10 +119,85 @@ class Two:
         return {name: (status, out, errors) for name, (out, errors, status) in found.items()}
 
 
+def free_address():
+    """A loopback address with a port that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
 @pytest.mark.soak
-def test_two_processes_train_what_two_threads_train(tmp_path):
-    """And write their weights, each its own; the first of the two loads what it wrote."""
+def test_two_processes_train_what_one_tape_trains(tmp_path):
+    """And write their weights, each its own."""
     two = Two(tmp_path)
+    assert_trained(two)
+
+
+@pytest.mark.soak
+def test_two_processes_of_which_one_was_killed_end_as_if_it_had_not_been(tmp_path):
+    two = Two(tmp_path, stop=4)  # the second step of the second epoch
+    assert two.end()["hospital"][0] == -signal.SIGKILL
+    (two.folders["hospital"] / "mine.py").write_text(HOSPITAL.format(stop=0, signal=0))
+    two.start("--resume")
+    assert_trained(two)
+
+
+def run_ip(*words):
+    """Whether the command `ip` did it."""
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with one cable between them: the words that run a command in each, and an address."""
+    names = {name: f"tapeline-{os.getpid()}-{name}" for name in ("hospital", "lab")}
+    cable = [f"tl{os.getpid()}a", f"tl{os.getpid()}b"]
+    try:
+        made = shutil.which("ip") is not None and all(run_ip("netns", "add", name) for name in names.values())
+        made = made and run_ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        for end, (party, number) in zip(cable, (("lab", 1), ("hospital", 2)), strict=True):
+            inside = ("-n", names[party])
+            made = made and run_ip("link", "set", end, "netns", names[party])
+            made = made and run_ip(*inside, "addr", "add", f"10.99.7.{number}/24", "dev", end)
+            made = made and run_ip(*inside, "link", "set", end, "up")
+        if not made:
+            pytest.skip("network namespaces are not allowed here")
+        yield {party: ("ip", "netns", "exec", name) for party, name in names.items()}, "tcp://10.99.7.1:7443", cable[0]
+    finally:
+        for name in names.values():
+            run_ip("netns", "del", name)
+
+
+def connections(words):
+    """Established TCP connections in a namespace."""
+    table = subprocess.run([*words, "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True).stdout
+    return sum(line.split()[3] == "01" for line in table.splitlines()[1:])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole cable", "cable cut"])
+def test_two_hosts_have_one_connection_and_notice_a_cut_cable(tmp_path, two_hosts, cut):
+    """Different addresses, folders and network stacks, one open port."""
+    inside, address, cable = two_hosts
+    two = Two(tmp_path, stop=3, sent=signal.SIGSTOP, inside=inside, address=address)
+    while not (line := two.hospital.stdout.readline()).startswith("stopping"):
+        assert line, two.hospital.stderr.read()
+    assert [connections(words) for words in inside.values()] == [1, 1]
+    if cut:
+        assert run_ip("-n", inside["lab"][3], "link", "set", cable, "down")
+    two.hospital.send_signal(signal.SIGCONT)
+    if not cut:
+        assert_trained(two)
+        return
+    _, errors = two.hospital.communicate(timeout=SECONDS)
+    assert "lab is gone" in errors and "hospital has the values of its last commit, step 2" in errors
+    status, _, errors = two.end()["lab"]
+    assert status == 2 and "hospital is gone" in errors and "last commit, step 2" in errors
+
+
+def assert_trained(two):
+    """Both end well, and what each has written is its part of one tape."""
     for name, (status, out, errors) in two.end().items():
         assert status == 0, (name, out, errors)
         assert "done: 4 steps" in out
