@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ".weights.h5"
 _MODELS = (".keras", ".h5")
+_OF_THE_MACHINE = ("transport", "threads", "recovery", "check_first_batch")
+"""Options that no checkpoint keeps."""
 
 
 def save(pipe: Pipeline, filepath: str | Path, overwrite: bool = True, **options: Any) -> None:
@@ -140,7 +142,7 @@ def resume(
     *,
     model: Any = None,
     trust: bool | Sequence[str] = (),
-    **own: Any,
+    **options: Any,
 ) -> Pipeline:
     """A pipeline whose next `fit` goes on where a training that was stopped or killed had saved itself last.
 
@@ -154,8 +156,9 @@ def resume(
         begin: Makes and compiles the pipeline where nothing was saved as yet, so that one program does for the first
             start and all later ones; None: that is an error.
         model: As for `load`, like `trust`.
-        **own: Your own `optimizer`, `loss`, `loss_weights`, `metrics` or `weighted_metrics` in place of the saved ones,
-            as for `load`.
+        **options: Your own `optimizer`, `loss`, `loss_weights`, `metrics` or `weighted_metrics` in place of the saved
+            ones, as for `load`; and what no checkpoint keeps: `transport`, `threads`, `recovery` and
+            `check_first_batch`, as for `Pipeline`.
 
     Raises:
         CheckpointError: Nothing is there, it is not whole, it needs your own objects, or it would run other code.
@@ -164,10 +167,10 @@ def resume(
         >>> with Pipeline.resume("run", begin=make_and_compile) as pipe:
         ...     pipe.fit(x, y, epochs=20, callbacks=[PipelineCheckpoint("run", every=100)])
     """
-    if unknown := set(own) - set(COMPILE):
+    if unknown := set(options) - {*COMPILE, *_OF_THE_MACHINE}:
         raise CheckpointError(
-            f"a training goes on under the options that it was begun with; resume takes {', '.join(COMPILE)}, received "
-            f"{', '.join(sorted(unknown))}"
+            f"a training goes on under the options that it was begun with; resume takes {', '.join(COMPILE)}, "
+            f"{', '.join(_OF_THE_MACHINE)}, received {', '.join(sorted(unknown))}"
         )
     folder = Path(directory)
     found = [folder] if (folder / MANIFEST).is_file() else states(folder)
@@ -180,7 +183,8 @@ def resume(
         )
     from pipeline.saving import checkpoint
 
-    pipe = checkpoint.load(kind, found[-1], None, None, {}, Own(model, own), trust, going_on=True)
+    own = Own(model, {name: options.pop(name) for name in COMPILE if name in options})
+    pipe = checkpoint.load(kind, found[-1], None, None, options, own, trust, going_on=True)
     pipe.session.workers.loaded_from = found[-1].name
     return pipe
 

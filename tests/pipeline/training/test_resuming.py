@@ -53,7 +53,7 @@ def resumed(folder, every=1, **options):
     """What it leaves when it has gone on; other numbers were drawn in between."""
     keras.utils.set_random_seed(99)
     more = [Stopping(-1), PipelineCheckpoint(folder, every)]
-    return trained(Pipeline.resume(folder), options.pop("logs", None), more, **options)
+    return trained(Pipeline.resume(folder, transport="inproc"), options.pop("logs", None), more, **options)
 
 
 @pytest.mark.parametrize("behind", in_turn(range(2, STEPS + 1), check=0, gate=0))
@@ -67,7 +67,7 @@ def test_the_last_batch_of_an_epoch_was_saved_before_its_validation(tmp_path):
     stopped(tmp_path, 4)
     assert [one.name for one in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000003"]
     assert resumed(tmp_path) == undisturbed()
-    with Pipeline.resume(tmp_path) as pipe:
+    with Pipeline.resume(tmp_path, transport="inproc") as pipe:
         before = pipe.session.values.read("model")
         history = fit(pipe, callbacks(), [Stopping(-1), PipelineCheckpoint(tmp_path, 1)])
         assert repr(dict(history.history)) == undisturbed()["history"], "a training that has ended gives its history"
@@ -95,7 +95,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize("what", in_turn(list(LEFT_OUT), check=0, gate=1))
 def test_without_any_one_state_something_differs(tmp_path, monkeypatch, what):
     stopped(tmp_path, 6)
-    pipe = Pipeline.resume(tmp_path)
+    pipe = Pipeline.resume(tmp_path, transport="inproc")
     state = pipe.session.workers.resumed
     start = pipe.session.workers._start
     if what == "weights":
@@ -187,7 +187,7 @@ def test_other_data_are_refused(tmp_path):
         Pipeline.resume(tmp_path) as p,
     ):
         p.fit(shuffled(3), epochs=3)
-    with pytest.raises(CheckpointError, match=r"compile\(\) was called behind"), Pipeline.resume(tmp_path) as pipe:
+    with pytest.raises(CheckpointError, match=r"compile\(\) was called behind"), Pipeline.resume(tmp_path, transport="inproc") as pipe:
         pipe.compile("sgd", "mse")
         fit(pipe, callbacks(), [Stopping(-1)], data=(shuffled(3),), **options)
 
