@@ -37,6 +37,7 @@ _NONE_FREE: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _VALUE: Final = 9
 """Where a header has the value."""
 _WITH_ARRAY, _IN_PIECES, _TRUNCATED = int(Form.WITH_ARRAY), int(Form.IN_PIECES), int(socketlib.MSG_TRUNC)
+_LOST_DESCRIPTORS: Final = int(socketlib.MSG_CTRUNC)
 """As plain integers, with which every message is compared: members of an enumeration are ten times slower."""
 
 
@@ -224,6 +225,8 @@ class LocalInbox(Inbox):
                 return None
             if flags & _TRUNCATED or size < PREFIX.size:
                 raise MalformedMessage(f"a datagram of {size} bytes is none of this protocol")
+            if flags & _LOST_DESCRIPTORS and not descriptors:
+                raise OSError(errno.EMFILE, "a shared region arrived and no file descriptor is free (ulimit -n)")
             return self._interpret(peer, self._view[:size], descriptors)
         except MalformedMessage:
             peer.header.clear()
@@ -288,7 +291,7 @@ class LocalInbox(Inbox):
         try:
             if descriptors is not None:
                 if not descriptors:
-                    raise OSError(errno.EMFILE, "a shared region arrived and no file descriptor is free (ulimit -n)")
+                    raise MalformedMessage("a new region was announced, and none came")
                 peer.regions.learn(number, descriptors[0])
             peer.regions.read(number, raw)
         except ValueError as error:

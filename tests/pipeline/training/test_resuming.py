@@ -187,7 +187,10 @@ def test_other_data_are_refused(tmp_path):
         Pipeline.resume(tmp_path) as p,
     ):
         p.fit(shuffled(3), epochs=3)
-    with pytest.raises(CheckpointError, match=r"compile\(\) was called behind"), Pipeline.resume(tmp_path, transport="inproc") as pipe:
+    with (
+        pytest.raises(CheckpointError, match=r"compile\(\) was called behind"),
+        Pipeline.resume(tmp_path, transport="inproc") as pipe,
+    ):
         pipe.compile("sgd", "mse")
         fit(pipe, callbacks(), [Stopping(-1)], data=(shuffled(3),), **options)
 
