@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pipeline.errors import PlanError, ScheduleError
 from pipeline.plan import rules
@@ -18,6 +19,13 @@ from pipeline.plan.clock import Tick, run_clock
 from stages.actions import Action, Kind, Wiring, chain, dependencies, open_tapes
 
 __all__ = ["Plan", "validate"]
+
+
+if TYPE_CHECKING:
+    from pipeline.plan.arrays import PlanArrays
+
+MANY_WORKERS, MANY_ACTIONS = 16, 4096
+"""From so many on arrays are faster than a loop."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,22 @@ class Plan:
                 action: tuple(same.get(needed, needed) for needed in self.dependencies(action, of)) for action in same
             }
             known = self.__dict__["_known_needs"] = (of, found)
+        return known[1]
+
+    def arrays(self, wiring: Mapping[int, Iterable[int]] | None = None) -> PlanArrays | None:
+        """A large plan as arrays, kept for the wiring asked last; None for a small one, and where something is wrong.
+
+        Args:
+            wiring: stage -> upstream stages, each known and no circle; None means a chain.
+        """
+        if self.workers < MANY_WORKERS or sum(map(len, self.programs)) < MANY_ACTIONS:
+            return None
+        from pipeline.plan.arrays import PlanArrays  # NumPy is imported with the first large plan
+
+        of = Wiring.of(chain(self.stages) if wiring is None else wiring)
+        known: tuple[Wiring, PlanArrays | None] | None = self.__dict__.get("_known_arrays")
+        if known is None or known[0] != of:
+            known = self.__dict__["_known_arrays"] = (of, PlanArrays.of(self, of))
         return known[1]
 
     def peak_in_flight(self) -> tuple[int, ...]:

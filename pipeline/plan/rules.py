@@ -34,7 +34,7 @@ from stages.actions import Action, Kind, Wiring, open_tapes
 if TYPE_CHECKING:
     from pipeline.plan.plan import Plan
 
-__all__ = ["RULES", "faults"]
+__all__ = ["RULES", "faults", "miswired"]
 
 RULES = (
     "shape",
@@ -69,12 +69,12 @@ def faults(plan: Plan, wiring: Mapping[int, Iterable[int]]) -> tuple[Fault, ...]
     wiring = Wiring.of(wiring)
     if shape := tuple(_shape(plan)):
         return shape
+    circles = tuple(miswired(plan, wiring))
+    if not circles and plan.arrays(wiring) is not None:
+        return ()
     contents = (*_range(plan), *_worker(plan), *_duplicate(plan), *_kind(plan), *_missing(plan))
     programs = [_sane(plan, worker) for worker in range(plan.workers)]
-    if miswired := tuple(_wiring(plan, wiring)):
-        timing = miswired
-    else:
-        timing = (*_before_and_deadlock(plan, programs, wiring),)
+    timing = circles or (*_before_and_deadlock(plan, programs, wiring),)
     return (*contents, *timing, *_order(programs), *_in_flight(plan, programs))
 
 
@@ -101,7 +101,13 @@ def _shape(plan: Plan) -> Iterator[Fault]:
         )
 
 
-def _wiring(plan: Plan, wiring: Wiring) -> Iterator[Fault]:
+def miswired(plan: Plan, wiring: Wiring) -> Iterator[Fault]:
+    """Rule 2.
+
+    Args:
+        plan: the plan.
+        wiring: stage -> upstream stages.
+    """
     known = range(plan.stages)
     for stage in wiring:
         if stage not in known:

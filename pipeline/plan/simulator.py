@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from pipeline.errors import PlanError, TimelineError
 from pipeline.plan import rules
 from pipeline.plan.clock import run_clock
 from pipeline.plan.plan import Plan
-from pipeline.plan.timeline import Span, Timeline
+from pipeline.plan.timeline import Span, SpanRows, Timeline
 from stages.actions import Action, Kind, Wiring, chain
+
+if TYPE_CHECKING:
+    from pipeline.plan.arrays import PlanArrays
 
 __all__ = ["Cost", "costs_of_stages", "simulate"]
 
@@ -73,6 +77,21 @@ def costs_of_stages(stages: int, costs: Cost | Sequence[Cost]) -> tuple[Cost, ..
     return each
 
 
+def _simulated(plan: Plan, costs: Sequence[Cost], arrays: PlanArrays) -> Timeline:
+    """The same of a large plan."""
+    import numpy as np  # imported by the arrays
+
+    seconds = np.array([[cost.of(kind) for kind in Kind] for cost in costs])
+    transfer, place = np.array([cost.transfer for cost in costs]), np.asarray(plan.placement)
+    giving = np.append(arrays.stage, 0)[arrays.needs]
+    taking = arrays.stage[:, None]
+    producer = np.where(arrays.kind[:, None] == Kind.FORWARD, giving, taking)
+    delays = np.where((place[giving] == place[taking]) | (arrays.needs == len(arrays.kind)), 0.0, transfer[producer])
+    starts, ends = arrays.times(seconds[arrays.stage, arrays.kind], delays)
+    spans = SpanRows(plan.programs, arrays.begins, starts, ends)
+    return Timeline(spans, workers=plan.workers, name=plan.headline())
+
+
 def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iterable[int]] | None = None) -> Timeline:
     """Predict the timeline of one step.
 
@@ -90,6 +109,9 @@ def simulate(plan: Plan, costs: Cost | Sequence[Cost], wiring: Mapping[int, Iter
     """
     each = costs_of_stages(plan.stages, costs)
     wiring = Wiring.of(chain(plan.stages) if wiring is None else wiring)
+
+    if not any(rules.miswired(plan, wiring)) and (arrays := plan.arrays(wiring)) is not None:
+        return _simulated(plan, each, arrays)
 
     def delay(needed: Action, action: Action) -> float:
         if plan.placement[needed.stage] == plan.placement[action.stage]:

@@ -16,16 +16,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from pipeline.errors import TimelineError
 from pipeline.plan.step_events import StepEvents
 from stages.actions import Action, Kind, open_tapes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.plan.bottleneck import Bottleneck
 
-__all__ = ["Span", "Timeline", "measured_timeline"]
+__all__ = ["Span", "SpanRows", "Timeline", "measured_timeline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,64 @@ class Span:
     def duration(self) -> float:
         """Seconds from start to end."""
         return self.end - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class SpanRows(Sequence[Span]):
+    """The spans of a simulated step of many actions, as arrays; a `Span` is made when it is asked for.
+
+    Args:
+        programs: For each worker its actions in order.
+        begins: For each worker where its actions begin in the arrays, and their number at the end.
+        starts, ends: (actions,) seconds, the first 0; on each worker ascending.
+    """
+
+    programs: Sequence[Sequence[Action]]
+    begins: np.ndarray[Any, Any]
+    starts: np.ndarray[Any, Any]
+    ends: np.ndarray[Any, Any]
+
+    @cached_property
+    def _order(self) -> np.ndarray[Any, Any]:
+        """The places of the spans in the arrays, ordered by start, end and worker."""
+        import numpy as np  # imported by the arrays
+
+        return np.lexsort((self.ends, self.starts))  # it is stable, and the arrays are in the order of the workers
+
+    def _span(self, place: int) -> Span:
+        worker = int(self.begins.searchsorted(place, side="right")) - 1
+        action = self.programs[worker][place - int(self.begins[worker])]
+        return Span(worker, action, float(self.starts[place]), float(self.ends[place]))
+
+    def of_worker(self, worker: int) -> tuple[Span, ...]:
+        """The spans of one worker, ordered by start."""
+        own = slice(self.begins[worker], self.begins[worker + 1])
+        times = zip(self.programs[worker], self.starts[own].tolist(), self.ends[own].tolist(), strict=True)
+        return tuple(Span(worker, action, start, end) for action, start, end in times)
+
+    def durations(self, worker: int) -> list[float]:
+        """The seconds of each of a worker's actions."""
+        own = slice(self.begins[worker], self.begins[worker + 1])
+        found: list[float] = (self.ends[own] - self.starts[own]).tolist()
+        return found
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Span, ...]: ...
+    def __getitem__(self, index: int | slice) -> Span | tuple[Span, ...]:
+        if isinstance(index, slice):
+            return tuple(self._span(int(place)) for place in self._order[index])
+        return self._span(int(self._order[index]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpanRows | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
 
 
 @dataclass(frozen=True)
@@ -63,13 +123,15 @@ class Timeline:
             or a worker is out of range.
     """
 
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     workers: int = field(default=0)
     name: str = "step"
     events: StepEvents | None = field(default=None, compare=False, repr=False)
     origin: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.spans, SpanRows):  # from the simulator, which makes none that are wrong
+            return
         spans = tuple(self.spans)
         workers = self.workers or max((span.worker for span in spans), default=0) + 1
         for span in spans:
@@ -97,6 +159,8 @@ class Timeline:
 
     @cached_property
     def _by_worker(self) -> tuple[tuple[Span, ...], ...]:
+        if isinstance(self.spans, SpanRows):
+            return tuple(self.spans.of_worker(worker) for worker in range(self.workers))
         found: list[list[Span]] = [[] for _ in range(self.workers)]
         for span in self.spans:
             found[span.worker].append(span)
@@ -105,11 +169,15 @@ class Timeline:
     @cached_property
     def step_time(self) -> float:
         """Seconds from the start of the first action to the end of the last one."""
+        if isinstance(self.spans, SpanRows):
+            return float(self.spans.ends.max())
         return max((span.end for span in self.spans), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """For each worker, the seconds in which it did something."""
+        if isinstance(self.spans, SpanRows):
+            return tuple(math.fsum(self.spans.durations(worker)) for worker in range(self.workers))
         return tuple(math.fsum(span.duration for span in self.of_worker(worker)) for worker in range(self.workers))
 
     @cached_property

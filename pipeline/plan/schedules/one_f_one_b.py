@@ -11,6 +11,8 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 
 from __future__ import annotations
 
+from itertools import chain, zip_longest
+
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.common import Block, backwards, blocks, check_numbers, forwards, workers_of
 from stages.actions import Action
@@ -56,13 +58,7 @@ def one_f_one_b(
 
 def _program(stages: range, held: int, every: list[Block]) -> tuple[Action, ...]:
     """Fill up to `held` blocks, then each backward makes room for one more forward, then drain."""
-    program: list[Action] = []
-    for block in every[:held]:
-        for stage in stages:
-            program += forwards(stage, [block])
-    for done, block in enumerate(every):
-        for stage in reversed(stages):
-            program += backwards(stage, [block])
-        for stage in stages:
-            program += forwards(stage, every[done + held : done + held + 1])
-    return tuple(program)
+    ups = [[action for stage in stages for action in forwards(stage, [block])] for block in every]
+    downs = [[action for stage in reversed(stages) for action in backwards(stage, [block])] for block in every]
+    turns = chain.from_iterable(zip_longest(downs, ups[held:], fillvalue=[]))
+    return tuple(chain.from_iterable([*ups[:held], *turns]))
