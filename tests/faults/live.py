@@ -201,8 +201,13 @@ def opening(live: Live, stage: int, around: Callable[..., Any]) -> Any:
 
 
 def closing(live: Live, stage: int, around: Callable[..., Any]) -> Any:
-    """Change a stage's backward; ``around(backward, output_gradients, key)`` gives dL/dinputs."""
-    return replaced(live.hosted[stage].stage, "backward_flat", lambda right: lambda *given: around(right, *given))
+    """Change a stage's backward, whole or its first half; ``around(backward, gradients, key)`` gives dL/dinputs."""
+    owner = live.hosted[stage].stage
+    both = [
+        replaced(owner, name, lambda right: lambda *given: around(right, *given))
+        for name in ("backward_flat", "backward_input_flat")
+    ]
+    return _all(both)
 
 
 def applying(live: Live, stage: int, around: Callable[..., None]) -> Any:

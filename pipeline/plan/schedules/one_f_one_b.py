@@ -11,7 +11,7 @@ only min(p-i, m) tapes open, whatever the number of microbatches.
 
 from __future__ import annotations
 
-from itertools import chain, zip_longest
+from itertools import accumulate, pairwise
 
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.common import Block, backwards, blocks, check_numbers, forwards, workers_of
@@ -58,7 +58,11 @@ def one_f_one_b(
 
 def _program(stages: range, held: int, every: list[Block]) -> tuple[Action, ...]:
     """Fill up to `held` blocks, then each backward makes room for one more forward, then drain."""
-    ups = [[action for stage in stages for action in forwards(stage, [block])] for block in every]
-    downs = [[action for stage in reversed(stages) for action in backwards(stage, [block])] for block in every]
-    turns = chain.from_iterable(zip_longest(downs, ups[held:], fillvalue=[]))
-    return tuple(chain.from_iterable([*ups[:held], *turns]))
+    ups = [action for block in every for stage in stages for action in forwards(stage, [block])]
+    downs = [action for block in every for stage in reversed(stages) for action in backwards(stage, [block])]
+    ends = [0, *accumulate(len(windows) * len(stages) for _, windows in every)]
+    program = ups[: ends[held]]
+    for done, (begin, end) in enumerate(pairwise(ends), held):
+        program += downs[begin:end]
+        program += ups[ends[done] : ends[done + 1]] if done < len(every) else []
+    return tuple(program)
