@@ -205,7 +205,7 @@ class Pipeline(WithoutModelNames):
             metrics: Names, functions or Keras metrics; for several outputs a list of lists or a dict.
             weighted_metrics: The same, updated with sample weights.
             run_eagerly: True: eager tapes, bit-identical to one tape. False: compiled functions.
-            steps_per_execution: Only 1 is taken.
+            steps_per_execution: So many batches between two calls of a callback; they are undone together if one fails.
             jit_compile: ``"auto"`` and False are the same here; True is refused.
             auto_scale_loss: Whether a model of the policy ``mixed_float16`` gets a `LossScaleOptimizer`, whose scale is
                 decided by all stages together.
@@ -223,6 +223,7 @@ class Pipeline(WithoutModelNames):
         compiled = Compiled(
             optimizer,
             run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
             **(given if before is None else before.left_out(given)),
             outputs=self.wires.labelled,
             stages=self.names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,39 @@ class StepResult:
     roundings: Mapping[str, float] = field(default_factory=dict)
     own_losses: Mapping[int, float] = field(default_factory=dict)
     boundary_norms: Mapping[tuple[str, int, int, str], float] = field(default_factory=dict)
+
+
+def result_of(
+    answers: Sequence[StepReply],
+    specs: Mapping[int, StageSpec],
+    batch: Batch,
+    outputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    record: StepRecord | None = None,
+) -> StepResult:
+    """What the workers' answers to a step say together.
+
+    Args:
+        answers: One of each worker.
+        specs: The stages by number.
+        batch: What went in.
+        outputs: The predictions, of a step that has them and no loss.
+        record: With a trace: what driver and workers wrote down besides.
+    """
+    counted = [*(answer.metrics for answer in answers), *(answer.inner_metrics for answer in answers)]
+    losses, total, own = losses_of(answers, specs, batch.loss_weights)
+    return StepResult(
+        loss=total if outputs is None else None,
+        losses=losses,
+        metrics={name: v for part in counted for name, v in part.items()},
+        outputs=dict(outputs or {}),
+        spans=[list(answer.spans) for answer in answers],
+        record=record,
+        squared_norms={place: norm for answer in answers for place, norm in answer.squared_norms.items()},
+        finite=all(answer.finite for answer in answers),
+        roundings=max((answer.roundings for answer in answers), key=len),
+        own_losses=own,
+        boundary_norms={place: math.sqrt(squares) for answer in answers for place, squares in answer.squares.items()},
+    )
 
 
 def losses_of(

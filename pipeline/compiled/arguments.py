@@ -15,10 +15,9 @@ from pipeline.saying import did_you_mean
 
 def refuse_options(*, steps_per_execution: int, jit_compile: bool | str) -> None:
     """Refuse what `keras.Model.compile` takes and a pipeline cannot do, before it is silently something else."""
-    if steps_per_execution != 1:
+    if type(steps_per_execution) is not int or steps_per_execution < 1:
         raise CompileError(
-            f"steps_per_execution must be 1, received {steps_per_execution}: a pipeline's step is several processes' "
-            "work; for less overhead a sample, use a larger batch with more microbatches"
+            f"steps_per_execution must be a whole number of at least 1, received {steps_per_execution!r}"
         )
     if jit_compile not in ("auto", False):
         raise CompileError(

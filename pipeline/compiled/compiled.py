@@ -65,8 +65,9 @@ class Compiled:
         outputs: Sequence[tuple[str, str]] = (("y", "y"),),
         stages: Sequence[str] = (),
         mixed_float16: bool = False,
+        steps_per_execution: int = 1,
     ) -> None:
-        self.run_eagerly = run_eagerly
+        self.run_eagerly, self.steps_per_execution = run_eagerly, steps_per_execution
         given = optimizers_per_stage(optimizer, stages)
         self.optimizers = tuple(with_loss_scaling(known_optimizer(one), mixed_float16) for one in given)
         self.one_optimizer = not isinstance(optimizer, Mapping | list | tuple)
@@ -126,6 +127,18 @@ class Compiled:
         for stage in stages:
             self._adjusted.setdefault(stage, {}).update(attributes)
 
+    @property
+    def to_adjust(self) -> dict[int, dict[str, Any]]:
+        """What `adjusted` will give."""
+        return self._adjusted
+
+    @property
+    def decides_after_steps(self) -> str:
+        """What is decided over all stages between any two steps, in words; empty: nothing."""
+        if self.loss_scaling is not None:
+            return "the scale of the loss is decided between them"
+        return "" if self.global_clipnorm is None else "the norm of all gradients decides about their updates"
+
     def adjusted(self) -> dict[int, dict[str, Any]]:
         """{stage: attributes that its optimizer is to get}; they are told once."""
         found, self._adjusted = self._adjusted, {}
@@ -166,7 +179,7 @@ class Compiled:
         given = {"optimizer": optimizer, **self._given}
         found = {name: described(thing, name) for name, thing in given.items()}
         weights = described(keras.tree.map_structure(_value, self._loss_weights), "loss_weights")
-        return {**found, "loss_weights": weights, "run_eagerly": self.run_eagerly}
+        return {**found, "loss_weights": weights, **self._how()}
 
     def judging(self, labels: Sequence[str]) -> list[Judging]:
         """What judges these outputs."""
@@ -183,7 +196,12 @@ class Compiled:
         given = {"optimizer": self.optimizer, **self._given, "loss_weights": weights}
         built = [one for one in (self.optimizer, unscaled(self.optimizer)) if one is not None]
         copy = copied(given, "what compile() was given", unbuilt=[(one, {}) for one in built])
-        return {**copy, "run_eagerly": self.run_eagerly}
+        return {**copy, **self._how()}
+
+    def _how(self) -> dict[str, Any]:
+        """The arguments of `compile` that are no objects."""
+        several = {} if self.steps_per_execution == 1 else {"steps_per_execution": self.steps_per_execution}
+        return {"run_eagerly": self.run_eagerly, **several}
 
     def optimizer_of(self, stage: int, reference: bool = False) -> tuple[Any, dict[str, Any]]:
         """The optimizer that updates a stage, and what is set in the copy that its worker gets.

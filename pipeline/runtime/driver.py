@@ -14,7 +14,6 @@ Rules:
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.batch.step import Batch, StepResult, losses_of
+from pipeline.batch.step import Batch, StepResult, result_of
 from pipeline.plan.placing import placed
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules.forward_only import forward_only
@@ -177,32 +176,28 @@ class Driver:
             loss_scale: Factor on the loss while it is differentiated; then `finite` is returned too.
             observe: ``"values"`` (for `seen`) or ``"norms"`` of tensors at the cuts; see `stages.worker.observers`.
         """
-        with self._going_on():
+        with self.going_on():
             if self._masks_count and mode.with_loss:
                 self._masks_count = self._masked(batch)
             order = order_of(plan, mode, batch)
             order = replace(order, trace=trace, squared_norms=norms, loss_scale=loss_scale, observe=observe)
-            answers = self._step_of(order, plan, batch, notes := DriverNotes() if trace else None)
-            counted = [*(answer.metrics for answer in answers), *(answer.inner_metrics for answer in answers)]
-            losses, total, own = losses_of(answers, self.specs, batch.loss_weights)
-            return StepResult(
-                loss=total if mode is not Mode.PREDICT else None,
-                losses=losses,
-                metrics={name: v for part in counted for name, v in part.items()},
-                outputs=self._outputs(batch) if mode is Mode.PREDICT else {},
-                spans=[list(answer.spans) for answer in answers],
-                record=None if notes is None else notes.record(answers),
-                squared_norms={place: norm for answer in answers for place, norm in answer.squared_norms.items()},
-                finite=all(answer.finite for answer in answers),
-                roundings=max((answer.roundings for answer in answers), key=len),
-                own_losses=own,
-                boundary_norms={
-                    place: math.sqrt(squares) for answer in answers for place, squares in answer.squares.items()
-                },
-            )
+            notes = DriverNotes() if trace else None
+            answers = self.answers(self.begin_step(order, plan, batch, notes))
+            outputs = self._outputs(batch) if mode is Mode.PREDICT else None
+            return result_of(answers, self.specs, batch, outputs, None if notes is None else notes.record(answers))
 
-    def _step_of(self, order: StepOrder, plan: Plan, batch: Batch, notes: DriverNotes | None = None) -> list[StepReply]:
-        """Order a step, which gets its number and its plan's here, feed it, and return the workers' answers."""
+    @property
+    def next_step(self) -> int:
+        """The number that the next step will have."""
+        return self._step + 1
+
+    @property
+    def looks_at_masks(self) -> bool:
+        """Whether the masks of a batch decide what its microbatches weigh, before it is trained."""
+        return self._masks_count
+
+    def begin_step(self, order: StepOrder, plan: Plan, batch: Batch, notes: DriverNotes | None = None) -> int:
+        """Order a step, which gets its number and its plan's here, and feed it; the order's number."""
         self.discard()  # if whoever ordered the last step failed before its update: nothing of it may go into this one
         identity = self._announce(plan)
         self._step += 1
@@ -211,6 +206,10 @@ class Driver:
         send = self._crew.send if notes is None else notes.around(self._crew.send)
         for worker, message in batch_messages(self.placement, order.mode, batch, self.incarnation, self._step):
             send(worker, message)
+        return number
+
+    def answers(self, number: int) -> list[StepReply]:
+        """The workers' answers to a step's order."""
         return [StepReply.from_plain(reply.value) for reply in self._replies(number)]
 
     def _masked(self, batch: Batch) -> bool:
@@ -222,7 +221,8 @@ class Driver:
         plan = self._mask_plans.get(size)
         if plan is None:
             plan = self._mask_plans[size] = forward_only(len(self._worker_of), size[0], windows=size[1])
-        return any(answer.masked for answer in self._step_of(order_of(plan, Mode.MASKS, batch), plan, batch))
+        number = self.begin_step(order_of(plan, Mode.MASKS, batch), plan, batch)
+        return any(answer.masked for answer in self.answers(number))
 
     def apply(
         self,
@@ -262,7 +262,7 @@ class Driver:
 
     def set(self, what: str, values: Mapping[int, Sequence[Array | None]]) -> None:
         """Write variables of every stage; all arrays of a stage, in order."""
-        with self._going_on():
+        with self.going_on():
             number = self._number + 1
             for index, arrays in values.items():
                 for i, array in enumerate(arrays):
@@ -311,7 +311,7 @@ class Driver:
 
     def ask(self, order: Order) -> list[Reply]:
         """Give an order that is answered to every worker; the answers, in the order of the workers."""
-        with self._going_on():
+        with self.going_on():
             return self._replies(self._order(order))
 
     def call(self, service: Service) -> None:
@@ -328,7 +328,7 @@ class Driver:
             self._abandon(self._step)
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
+    def going_on(self) -> Iterator[None]:
         """Take back what was ordered where it fails, so that the workers go on; else end them (rule 2)."""
         with self._turns, deferred_interrupts():
             first, taken_back = self._step + 1, None

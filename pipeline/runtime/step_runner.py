@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from pipeline.plan.timeline import Timeline, measured_timeline
 from pipeline.runtime.driver import Driver
 from pipeline.runtime.interrupts import deferred_interrupts
 from pipeline.runtime.meaning import Meaning
+from pipeline.runtime.run_ahead import run_ahead
 from pipeline.runtime.runnable import check_runnable
 from pipeline.runtime.setup import Setup
 from pipeline.runtime.workers import Workers
@@ -78,6 +79,45 @@ class StepRunner:
             batch = self.batch(x, y, sample_weight, judged=compiled.judged)
             self.look(Mode.TRAIN, batch)
             return self.step(batch, observe=observe, trace=trace), sum(batch.sizes)
+
+    def one_by_one(self) -> str:
+        """Why no step may begin before the one in front of it was answered, in words; empty: it may."""
+        if self._setup.options.recovery is not None:
+            return "recovery writes all values down behind each of them"
+        if self._workers.driver().looks_at_masks:
+            return "the masks of a batch are looked at before it is trained"
+        return self._workers.needs_compile("training").decides_after_steps
+
+    def train_several(self, data: Iterable[tuple[Any, Any, Any]]) -> list[tuple[StepResult, int]]:
+        """As `train` for one batch after another, without a round trip between them where nothing is decided there.
+
+        A batch that does not fit is refused when those before it were trained. Where a step fails, all are undone.
+
+        Args:
+            data: (x, y, sample weights) of each batch.
+        """
+        compiled = self._workers.needs_compile("training")
+        compiled.needs_optimizer()
+        batches: list[Batch] = []
+        refused: Exception | None = None
+        with self._workers.turns:
+            try:
+                for x, y, sample_weight in data:
+                    batch = self.batch(x, y, sample_weight, judged=compiled.judged)
+                    self.look(Mode.TRAIN, batch)
+                    batches.append(batch)
+            except Exception as error:
+                refused = error
+            rates = compiled.learning_rates(len(self._setup.segments))
+            with deferred_interrupts():
+                work = [(self.plan(batch, training=True), batch) for batch in batches]
+                results = run_ahead(self._workers.driver(), work, rates, compiled.to_adjust)
+                compiled.adjusted()
+                for _ in results:
+                    compiled.count_update()
+        if refused is not None:
+            raise refused
+        return [(result, sum(batch.sizes)) for result, batch in zip(results, batches, strict=True)]
 
     def step(
         self,

@@ -58,7 +58,7 @@ def load(
         pipe.session.workers.start_from(state)
         return pipe
     given = keras.saving.deserialize_keras_object(model.get_compile_config())
-    names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly")
+    names = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics", "run_eagerly", "steps_per_execution")
     pipe.compile(**{name: given[name] for name in names if name in given}, auto_scale_loss=False)
     compiled, optimizer = pipe.session.workers.needs_compile("load"), model.optimizer
     if optimizer is not None and optimizer.built:

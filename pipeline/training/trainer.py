@@ -7,7 +7,8 @@ model" in a callback (weights, saving, the learning rate, a metric's direction) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -17,11 +18,12 @@ import tensorflow as tf
 from pipeline.batch.data import refuse_text
 from pipeline.batch.outputs import by_label
 from pipeline.batch.step import StepResult
-from pipeline.errors import DataError, NotInPipelineError
+from pipeline.errors import CompileError, DataError, NotInPipelineError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, saves_or_goes_on, watchers_among
+from pipeline.training.executions import next_batches
 from pipeline.training.model_without_layers import ModelWithoutLayers, in_words
 from pipeline.training.running_logs import RunningLogs
 
@@ -64,9 +66,12 @@ class Trainer(ModelWithoutLayers):
         self._watchers: tuple[StepWatcher, ...] = ()
         self._metrics_are_read = False
         self._trained = self._tested = self._predicted = 0
+        self._told_of_steps = False
         if session.workers.compiled is not None:
             session.workers.compiled.build_optimizers()  # Keras asks them for the rate and the iterations
-        keras.Model.compile(self, pipe.optimizer, run_eagerly=True, jit_compile=False, auto_scale_loss=False)
+        several = 1 if session.workers.compiled is None else session.workers.compiled.steps_per_execution
+        options: dict[str, Any] = {"run_eagerly": True, "jit_compile": False, "auto_scale_loss": False}
+        keras.Model.compile(self, pipe.optimizer, steps_per_execution=several, **options)
         self.loss = None if session.workers.compiled is None else session.workers.compiled.loss
 
     def call(self, x: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -115,6 +120,11 @@ class Trainer(ModelWithoutLayers):
         before = self._trained
         try:
             if saves_or_goes_on(self.session, callbacks):
+                if self.steps_per_execution > 1:
+                    raise CompileError(
+                        f"PipelineCheckpoint(every=...) and Pipeline.resume go batch by batch, and compile() was given "
+                        f"steps_per_execution={self.steps_per_execution}; leave it at 1"
+                    )
                 from pipeline.training.fit_run import FitRun  # what only files take is imported with the first
 
                 self._run = FitRun(
@@ -150,6 +160,60 @@ class Trainer(ModelWithoutLayers):
         if self._predicted == before:
             raise DataError(f"{_NO_BATCH}; there is nothing to predict")
         return outputs
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Keras's; several batches an execution go to the workers together."""
+        super().make_train_function(force)
+        if self.steps_per_execution > 1:
+            self.train_function = self._executed(self._train_several)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """The same."""
+        super().make_test_function(force)
+        if self.steps_per_execution > 1:
+            self.test_function = self._executed(lambda batches: [self.test_step(data) for data in batches])
+
+    def _executed(self, run: Callable[[Iterator[Any]], list[dict[str, Any]]]) -> Callable[[Any], Any]:
+        """A function from Keras's iterator to the logs behind its next batches, as many as there still are."""
+
+        def function(iterator: Any) -> Any:
+            if not (logs := run(next_batches(iterator, self.steps_per_execution))):
+                raise StopIteration
+            return tf.experimental.Optional.from_value(logs[-1]).get_value()  # numbers as Keras gives them
+
+        return function
+
+    def _train_several(self, batches: Iterator[Any]) -> list[dict[str, Any]]:
+        compiled, steps = self.session.workers.needs_compile("training"), self.session.steps
+        if self._watchers or steps.one_by_one():
+            logs = [self.train_step(data) for data in batches]
+            self._say_nothing_is_gained("a callback looks at each of them" if self._watchers else steps.one_by_one())
+            return logs
+        several: list[Any] = []
+        lost: Exception | None = None
+        try:
+            for data in batches:
+                several.append(keras.utils.unpack_x_y_sample_weight(data))
+                self._see(several[-1][1])
+        except Exception as error:  # of the user's data: what came before is trained, as one by one
+            lost = error
+        results = steps.train_several(several)
+        self._trained += len(results)
+        logs = [self.logs.add(result, compiled.loss_labels, size) for result, size in results]
+        if self._metrics_are_read and logs:
+            self._fetch_metrics()
+        if lost is not None:
+            raise lost
+        return logs
+
+    def _say_nothing_is_gained(self, why: str) -> None:
+        if why and not self._told_of_steps:
+            self._told_of_steps = True
+            warnings.warn(
+                f"steps_per_execution={self.steps_per_execution} makes no step faster here, since {why}: they go one "
+                "by one, and callbacks are called as often as you asked",
+                stacklevel=2,
+            )
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One batch: forward, backward, update."""

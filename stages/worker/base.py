@@ -69,6 +69,7 @@ from transport.registry import open_transport
 Array = np.ndarray[Any, Any]
 CONNECT_SECONDS = 30.0
 """How long a neighbour may take to accept a connection."""
+_NOTHING = Key("abandon", -1)  # no message has it: of what was ordered behind a failed order nothing is carried out
 _NAMED = 20
 """So many variables are named that could not be put back."""
 
@@ -120,7 +121,7 @@ class BaseWorker(ABC):
         self.plans: dict[int, list[Action]] = {}
         self._outboxes: dict[int, Outbox] = {DRIVER: driver}
         self._number = 0
-        self._building = False
+        self._building = self._failed = False
         self._applied = -1
         self._last_step = 0
         self._seen: ValueObserver | NormObserver | None = None
@@ -216,7 +217,7 @@ class BaseWorker(ABC):
         self._number += 1
         order = None
         try:
-            message = self._take(Key("command", self._number, self.place))
+            message = self._take(_NOTHING if self._failed else Key("command", self._number, self.place))
             self.board.busy()
             order = of_wire(message.value, self._known)
             self.obey(order)
@@ -230,6 +231,7 @@ class BaseWorker(ABC):
             lost = isinstance(error, TransportError) and not isinstance(error, Unsendable)
             undone = not lost and order is not None and self.undo(order)
             self._report(error, place, undone)
+            self._failed = undone
             if not (undone or lost):
                 self._wait_for_the_end()
             return undone
@@ -240,7 +242,7 @@ class BaseWorker(ABC):
         if self._last_step >= taken_back.first_step:
             self.undo_last_step()
             self.state = WorkerState.READY if self.state is WorkerState.STEPPED else self.state
-        self._number = taken_back.number
+        self._number, self._failed = taken_back.number, False
         self.mailbox.clear()
         self._tell("abandoned", None)
         self.board.idle()
@@ -294,12 +296,8 @@ class BaseWorker(ABC):
         return Reply({str(index): hosted.describe().plain() for index, hosted in self.hosted.items()})
 
     def _do_strips(self, order: Strips) -> Reply:
-        return Reply(
-            {
-                str(index): [hosted.spec.inputs[place][0] for place in hosted.stage.strips()]
-                for index, hosted in self.hosted.items()
-            }
-        )
+        stages = self.hosted.items()
+        return Reply({str(i): [one.spec.inputs[place][0] for place in one.stage.strips()] for i, one in stages})
 
     def _do_unmask(self, order: Unmask) -> Reply:
         for index, pairs in order.pairs.items():

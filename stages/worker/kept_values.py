@@ -68,11 +68,13 @@ class Undo:
 
     Args:
         hosted: The stage, before the step.
+        updates: Whether updates are undone too: then a copy of all weights and slots is held as soon as they change.
     """
 
-    def __init__(self, hosted: HostedStage) -> None:
+    def __init__(self, hosted: HostedStage, updates: bool = False) -> None:
         self._hosted = hosted
-        self._held = {id(one): (one, quick_read(one)) for one in _changed_by_steps(hosted)}
+        changed = [*_changed_by_steps(hosted), *(_changed_by_updates(hosted) if updates else ())]
+        self._held = {id(one): (one, quick_read(one)) for one in changed}
         self._attributes = HeldAttributes(hosted.metrics_of_own_classes)
         self._states = None if hosted.stage.carried is None else hosted.stage.carried.kept
 
@@ -91,6 +93,11 @@ class Undo:
 def _changed_by_steps(hosted: HostedStage) -> list[Any]:
     """TensorFlow's variables of statistics, seeds, metrics, and of the user's losses."""
     return [getattr(one, "value", one) for group in CHANGED_BY_STEPS for one in hosted.variables(group)]
+
+
+def _changed_by_updates(hosted: HostedStage) -> list[Any]:
+    """TensorFlow's variables of the model and its optimizer."""
+    return [getattr(one, "value", one) for group in ("model", "optimizer") for one in hosted.variables(group)]
 
 
 def _bits(kept: Any) -> list[list[tuple[str, tuple[int, ...], bytes]]]:

@@ -157,6 +157,8 @@ class StepOrder(Order):
             `stages.worker.observers`.
         squared_norms: Whether the reply says each gradient's sum of squares.
         ways: {label of an output: how its loss and its metrics are made of microbatches}, of those that were tried.
+        undo_to: The first of the steps that are undone together with this one, their updates included; 0: it alone,
+            and not once its update was ordered.
     """
 
     do: ClassVar[str] = "step"
@@ -171,6 +173,7 @@ class StepOrder(Order):
     observe: str = ""
     squared_norms: bool = False
     ways: Mapping[str, Ways] = field(default_factory=dict)
+    undo_to: int = 0
 
     @property
     def command(self) -> str:

@@ -54,6 +54,7 @@ class Worker(BaseWorker):
         self._program: Program | None = None
         self._stepped: set[Mode] = set()
         self._undo: dict[int, Undo] = {}
+        self._keeps_undo = False
 
     def own_deeds(self) -> Mapping[type[Order], Callable[[Any], Reply]]:
         """To become what another worker was."""
@@ -82,7 +83,9 @@ class Worker(BaseWorker):
 
     def step(self, order: StepOrder) -> StepReply:
         """Run the stages' actions of a plan."""
-        self._undo = {index: Undo(hosted) for index, hosted in self.hosted.items()}
+        self._keeps_undo = order.undo_to > 0
+        if order.undo_to in (0, order.step):
+            self._undo = {index: Undo(hosted, self._keeps_undo) for index, hosted in self.hosted.items()}
         # Of a look at masks nothing is left either: so the undo of the step behind it is the undo of both.
         before = self._keep(CHANGED_BY_STEPS) if order.mode.only_looks else {}
         if order.mode is Mode.MASKS:
@@ -131,7 +134,7 @@ class Worker(BaseWorker):
 
     def apply(self, order: Apply) -> None:
         """One update of every stage."""
-        self._undo = {}
+        self._undo = self._undo if self._keeps_undo else {}
         for index, hosted in self.hosted.items():
             rate = order.learning_rates.get(index)
             if rate is not None and rate_now(hosted.optimizer) != rate:

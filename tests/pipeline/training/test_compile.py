@@ -198,7 +198,6 @@ def test_losses_by_name_object_and_function(name):
         ({"loss": ["mse", "mae"]}, "has one output.*received 2 entries"),
         ({"metrics": ["crossentropy"]}, "metric called 'crossentropy'"),
         ({"loss_weights": [1.0, 2.0]}, "has one output.*received 2 entries"),
-        ({"steps_per_execution": 8}, "must be 1, received 8"),
         ({"jit_compile": True}, "must be 'auto' or False"),
         ({"optimizer": 3}, "unknown optimizer"),
     ],
