@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.tape.tensors import quick_read
+from stages.put_back import quick_read
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from stages.tape.tensors import quick_read
+from stages.put_back import quick_read
 
 Array = np.ndarray[Any, Any]
 

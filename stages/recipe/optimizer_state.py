@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from stages.keras_training_internals import names_excluded_from_decay
+from stages.put_back import quick_read
 from stages.recipe.attributes import blank
 from stages.recipe.keras_kinds import kinds, samples
-from stages.tape.tensors import quick_read
 
 
 def excluded(optimizer: Any) -> list[Any]:

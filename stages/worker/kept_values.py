@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stages.put_back import quick_read
 from stages.recipe.held_attributes import HeldAttributes
-from stages.tape.tensors import quick_read, to_array
+from stages.tape.tensors import to_array
 from stages.worker import snapshot
 from stages.worker.hosted_stage import HostedStage
 
