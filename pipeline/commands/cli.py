@@ -1,4 +1,4 @@
-"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `doctor`, `bench`, `keys`, `party`.
+"""The command line: `tapeline demo`, `verify`, `explain`, `plan`, `doctor`, `bench`, `keys`, `psi`, `party`.
 
 Every command imports what it needs when it runs, so that `--help` and `plan` never load TensorFlow.
 """
@@ -15,6 +15,7 @@ from pipeline.commands import doctor as doctor_command
 from pipeline.commands import explain as explain_command
 from pipeline.commands import keys as keys_command
 from pipeline.commands import party as party_command
+from pipeline.commands import psi as psi_command
 from pipeline.commands import verify as verify_command
 from pipeline.commands.quiet import import_quietly
 
@@ -85,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         "tapeline doctor --json here.json    # then, on the other host: tapeline doctor here.json",
     )  # fmt: skip
     doctor_command.arguments(doctor)
+    psi = _command(
+        commands, "psi", psi_command.run, "find the rows that two parties both have, in private",
+        "tapeline psi join ids.txt --as hospital --with lab --at tcp://lab.example:7444 --output rows.txt",
+    )  # fmt: skip
+    psi_command.arguments(psi)
     bench = _command(
         commands, "bench", _bench, "measure step times on this machine, against one process",
         "tapeline bench --width 512 --microbatch 64",
@@ -139,7 +145,7 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
-WITHOUT_TENSORFLOW = (_plan, keys_command.run)
+WITHOUT_TENSORFLOW = (_plan, keys_command.run, psi_command.run)
 """Commands that are answered at once."""
 
 

@@ -13,7 +13,7 @@ import pytest
 from pipeline.commands.cli import main
 from tests.sources import ROOT
 
-COMMANDS = ("demo", "verify", "explain", "plan", "doctor", "bench", "keys", "party")
+COMMANDS = ("demo", "verify", "explain", "plan", "doctor", "bench", "keys", "psi", "party")
 
 
 def tapeline(*arguments: str, folder: Path, seconds: float = 240) -> subprocess.CompletedProcess[str]:
