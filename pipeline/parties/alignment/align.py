@@ -28,8 +28,7 @@ from transport.message import Message
 from transport.party_ends import PartyDoor, PartyLine
 from transport.party_links import LinkBounds, PartyLink
 
-Say = Callable[[str], None]
-MOST: Final = 1_000_000
+MOST_ALIGNED: Final = 1_000_000
 """So many ids of the other party are taken unless more are asked for: 32 MB, and some two minutes."""
 _BLINDED, _ANSWERED, _MARK = "blinded ids", "answered ids", "mark of what both have"
 
@@ -41,9 +40,9 @@ def serve_alignment(
     listen: str,
     *,
     keys: KeyFolder | str | Path | None = None,
-    most: int = MOST,
+    most: int = MOST_ALIGNED,
     patience: float = 600.0,
-    say: Say = print,
+    say: Callable[[str], None] = print,
     listening: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Wait for the other party, and find the rows that both have.
@@ -97,9 +96,9 @@ def join_alignment(
     at: str,
     *,
     keys: KeyFolder | str | Path | None = None,
-    most: int = MOST,
+    most: int = MOST_ALIGNED,
     patience: float = 600.0,
-    say: Say = print,
+    say: Callable[[str], None] = print,
 ) -> list[int]:
     """Dial the other party, and find the rows that both have.
 
