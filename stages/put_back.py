@@ -52,4 +52,4 @@ def random_numbers_put_back() -> Iterator[None]:
         np.random.set_state(numpy_drawn)
 
 
-__all__ = ["held_by", "random_numbers_put_back", "values_put_back"]
+__all__ = ["held_by", "quick_read", "random_numbers_put_back", "values_put_back"]

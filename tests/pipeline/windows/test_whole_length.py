@@ -8,7 +8,17 @@ import pytest
 
 from pipeline import Pipeline, ScheduleError, SplitError
 from pipeline.model import stateful
-from tests.pipeline.windows.whole_length import REFUSED, STEPS, TAKEN, KeepsTheLast, behind, masked, without_the_mask
+from tests.levels import in_turn
+from tests.pipeline.windows.whole_length import (
+    ASKED,
+    REFUSED,
+    STEPS,
+    TAKEN,
+    KeepsTheLast,
+    behind,
+    masked,
+    without_the_mask,
+)
 
 layers = keras.layers
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not support masking")
@@ -30,6 +40,24 @@ def test_what_is_the_same_in_windows_is_taken(case):
     before = [v.numpy() for v in model.variables]
     stateful.refuse_what_mixes_time(stateful.read_graph(model))
     assert all(map(np.array_equal, before, (v.numpy() for v in model.variables)))
+
+
+@pytest.mark.parametrize("case", in_turn(list(ASKED), 0, 4))
+def test_what_people_ask_for_is_keras_over_the_whole_length(case):
+    """Predictions, loss and one update."""
+    keras.utils.set_random_seed(1)
+    model = ASKED[case]()
+    x = np.random.default_rng(0).normal(size=(4, *model.input_shape[1:])).astype("float32")
+    before = model.get_weights()
+    y = np.random.default_rng(1).normal(size=model.predict(x, verbose=0).shape).astype("float32")
+    with Pipeline.split(model, stages=2, windows=3, microbatches=2, transport="inproc") as pipe:
+        pipe.compile(keras.optimizers.SGD(0.1), "mse", metrics=[], run_eagerly=True)
+        ours = [pipe.train_on_batch(x, y), pipe.predict(x, verbose=0)]
+    model.set_weights(before)
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    theirs = [model.train_on_batch(x, y), model.predict(x, verbose=0)]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_state_in_a_variable_has_the_values_and_not_the_gradients():

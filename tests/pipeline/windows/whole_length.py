@@ -74,6 +74,36 @@ class KeepsTheLast(layers.Layer):
         return x + before
 
 
+class Placed(layers.Layer):
+    """Adds a number for the step's place."""
+
+    def build(self, shape):
+        self.places = self.add_weight(shape=(STEPS, shape[-1]), initializer="normal")
+
+    def call(self, x):
+        return x + self.places[: ops.shape(x)[1]]
+
+
+class Counted(layers.SimpleRNNCell):
+    """A cell of one's own: its second state counts the steps."""
+
+    def __init__(self, units):
+        super().__init__(units)
+        self.state_size = [units, 1]
+
+    def call(self, x, states, training=False):
+        given, _ = super().call(x + 0.1 * states[1], states[0], training)
+        return 2.0 * given, [given, states[1] + 1.0]
+
+    def get_initial_state(self, batch_size=None):
+        return [ops.zeros((batch_size, size)) for size in self.state_size]
+
+
+def pictures(*more):
+    """What comes behind a sequence of pictures."""
+    return keras.Sequential([keras.Input((STEPS, 4, 4, 1)), *more])
+
+
 def learned_from_all():
     x = keras.Input((STEPS, 3))
     start = layers.Dense(3)(layers.GlobalAveragePooling1D(name="all_of_x")(x))
@@ -139,6 +169,7 @@ REFUSED = {
         lambda: behind(layers.Bidirectional(layers.GRU(2), name="both")),
         "'both' .Bidirectional. cannot be run window by window: it reads the sequence from its end",
     ),
+    "position": (lambda: behind(Placed(name="place")), "'place' .Placed.*counts them from the first"),
     "masked mean": (lambda: masked(layers.GlobalAveragePooling1D(name="pool")), "'pool'"),
 }
 
@@ -159,3 +190,22 @@ TAKEN = {
         [keras.Input((STEPS, 4, 4, 2)), layers.ConvLSTM2D(2, 2, return_sequences=True), layers.ConvLSTM2D(1, 2)]
     ),
 }
+
+ASKED = {
+    "time distributed": lambda: behind(layers.TimeDistributed(layers.Dense(2))),
+    "pictures": lambda: pictures(
+        layers.TimeDistributed(layers.Conv2D(2, 3)), layers.TimeDistributed(layers.Flatten()), layers.LSTM(3)
+    ),
+    "sequences in sequences": lambda: keras.Sequential(
+        [keras.Input((STEPS, 4, 2)), layers.TimeDistributed(layers.LSTM(2)), layers.GRU(3, return_sequences=True)]
+    ),
+    "a cell that counts": lambda: behind(layers.RNN(Counted(2), return_sequences=True, name="counting")),
+    "cells in a stack": lambda: behind(
+        layers.RNN([layers.LSTMCell(3), layers.GRUCell(2)], return_sequences=True, name="stack"), layers.Dense(1)
+    ),
+    "unrolled": lambda: behind(layers.GRU(2, unroll=True, reset_after=False, return_sequences=True)),
+    "residual": lambda: functional(lambda x: layers.LayerNormalization()(x + layers.Dense(3, "gelu")(x))),
+    "the last step": lambda: functional(lambda x: layers.Dense(2)(x[:, -1])),
+    "features and their places": lambda: functional(lambda x: layers.Reshape((-1, 3, 1))(x)),
+}
+"""What people ask to train on long sequences, and windows take."""
