@@ -187,9 +187,11 @@ class WorkerDiedError(WorkerError):
 
     Attributes:
         running: whether it was computing its action; else it waited, or was at something else.
+        noticed: when its end was noticed, seconds since the epoch.
     """
 
     running = False
+    noticed = 0.0
 
 
 class RecoveryError(PipelineError, PeerError, RuntimeError):

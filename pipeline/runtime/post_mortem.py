@@ -5,6 +5,7 @@ A board outlives its worker, so even a killed one is described by what it wrote 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
         step=status.step if action else -1,
         worker_traceback=words,
     )
-    error.running = bool(action) and status.phase == Phase.RUNNING
+    error.running, error.noticed = bool(action) and status.phase == Phase.RUNNING, time.time()
     return error
 
 

@@ -237,7 +237,7 @@ class LastingDriver(Driver):
         where = ""
         if isinstance(death, WorkerDiedError) and death.action:
             where = f"{'in' if death.running else 'after'} {death.action}, {self._updates} update(s) made"
-        self._lost.append((time.time(), stage, why, where))
+        self._lost.append((getattr(death, "noticed", 0.0) or time.time(), stage, why, where))
         if self._ashore is not None or self._launcher is None:
             return
         log = self._history

@@ -45,9 +45,9 @@ class LastingLauncher:
         for memory in self._memories:
             memory.close()
 
-    def why(self, name: str) -> str:
-        """Why a worker was ended here; "" if it was not."""
-        return self._watch.reasons.get(name, "")
+    def why(self, stage: str) -> str:
+        """Why the worker of a stage was ended here; "" if it was not."""
+        return next((why for name, why in self._watch.reasons.items() if stage in name.split("+")), "")
 
     def all_wrote(self, number: int) -> bool:
         """Whether every worker has written down its values behind an order."""

@@ -31,7 +31,7 @@ def faults(monkeypatch, tmp_path):
 def verified(pipe):
     report = pipe.verify(XS[:12], YS[:12], checks="all", steps=2)
     assert report.ok
-    return [row.name for row in report.rows]
+    return len(report.rows)
 
 
 def saved(pipe, folder):
@@ -84,7 +84,7 @@ def undisturbed_answers(tmp_path_factory):
 def test_questions_in_which_workers_die_have_the_same_answers(faults, tmp_path, undisturbed_answers, some, way):
     with pipeline(recovery=True) as pipe:
         found = answers(pipe, tmp_path, faults, some, way)
-        assert len(pipe.repairs) > 3
+        assert len(pipe.repairs) >= sum(bool(places[some]) for _, _, places in QUESTIONS)
     for ours, theirs in zip(found, undisturbed_answers, strict=True):
         assert ours == theirs, ours[0]
 
