@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from stages.process.boundary_memory import BoundaryMemory, Region
 from stages.put_back import held_by
@@ -24,6 +25,8 @@ from stages.worker.recovery_orders import GoOnAs, WriteDown
 from stages.worker.written_values import GROUPS
 
 Array = np.ndarray[Any, Any]
+_EAGERLY = 24
+"""So many times the large region is read variable by variable."""
 _CHANGE_ALL = (Build, Set, PutBack, Keep, WriteDown, GoOnAs)
 
 
@@ -41,7 +44,7 @@ class BoundaryWriter:
         self._behind = True
         self._last: StepOrder | None = None
         self._number = 0
-        self._large: tuple[list[Any], bytes] | None = None
+        self._large = _Large()
 
     def passed(self, order: Order, number: int) -> None:
         """Write down what an order has changed, if it is one behind which there is a boundary.
@@ -56,10 +59,10 @@ class BoundaryWriter:
             isinstance(order, CallService) and order.service is Service.FINALIZE
         ):
             self._behind = True
+        if isinstance(order, _CHANGE_ALL):
+            self._large.known = False  # an optimizer may have been built anew
         if self._is_boundary(order):
             self._write(number)
-        if isinstance(order, _CHANGE_ALL):
-            self._large = None  # an optimizer may have been built anew
 
     def take_back_step(self) -> None:
         """The last step was undone: what was written down behind it is not so."""
@@ -77,23 +80,48 @@ class BoundaryWriter:
 
     def _write(self, number: int) -> None:
         if self._behind:
-            if self._large is None:
-                groups = [
-                    (i, group, one.variables(group))
-                    for i, one in self._hosted.items()
-                    for group in GROUPS[Region.LARGE]
-                ]
-                variables = [held_by(variable) for _, _, some in groups for variable in some]
-                values = [np.asarray(variable.read_value()) for variable in variables]
-                self._large = variables, _head(groups, values, {})
-            variables, head = self._large
-            values = [np.asarray(variable.read_value()) for variable in variables]
-            self._memory.write(Region.LARGE, number, head, [_bytes(value) for value in values])
+            values = self._large.read(self._hosted)
+            self._memory.write(Region.LARGE, number, self._large.head, [_bytes(value) for value in values])
             self._behind = False
         groups = [(i, group, _small(one, group)) for i, one in self._hosted.items() for group in GROUPS[Region.SMALL]]
         values = [np.asarray(tensor) for _, _, some in groups for tensor in some]
         examples = {str(i): [head.example for head in one.heads] for i, one in self._hosted.items()}
         self._memory.write(Region.SMALL, number, _head(groups, values, examples), [_bytes(value) for value in values])
+
+
+class _Large:
+    """The variables of the large region, listed once, and soon read by one call in place of one each.
+
+    Attributes:
+        head: What they are.
+        known: Whether the list is still right.
+    """
+
+    def __init__(self) -> None:
+        self.head, self.known = b"", False
+        self._variables: list[Any] = []
+        self._reads = 0
+        self._all: Any = None
+
+    def read(self, hosted: Mapping[int, HostedStage]) -> list[Array]:
+        """The values, which later updates leave as they are."""
+        if not self.known:
+            self._list(hosted)
+        self._reads += 1
+        if self._reads == _EAGERLY:  # a trace takes longer than some reads, and another worker waits for these
+            variables = self._variables
+            self._all = tf.function(lambda: [variable.read_value() for variable in variables])
+        if self._all is None:
+            return [np.asarray(variable.read_value()) for variable in self._variables]
+        return [np.asarray(tensor) for tensor in self._all()]
+
+    def _list(self, hosted: Mapping[int, HostedStage]) -> None:
+        groups = [(i, group, one.variables(group)) for i, one in hosted.items() for group in GROUPS[Region.LARGE]]
+        variables = [held_by(variable) for _, _, some in groups for variable in some]
+        if [id(one) for one in variables] != [id(one) for one in self._variables]:
+            self._variables, self._reads, self._all = variables, 0, None
+            self.head = _head(groups, [np.asarray(variable.read_value()) for variable in variables], {})
+        self.known = True
 
 
 def _small(hosted: HostedStage, group: str) -> list[Any]:
