@@ -30,7 +30,7 @@ MOVED := $(if $(filter-out $(CURDIR),$(file <$(VENV)/.folder)),moved)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment check test lint browser format demo soak planted compat fault-matrix bench peer lock clean distclean
+.PHONY: help environment check test lint browser format demo demo-parties soak planted compat fault-matrix bench peer lock clean distclean
 .PHONY: moved $(COMPAT:%=compat-%)
 
 help: ## list the targets
@@ -83,6 +83,9 @@ format: $(READY) ## let ruff rewrite the sources
 
 demo: $(READY) ## train the digits over three processes, verify, draw the timeline
 	$(BIN)/tapeline demo $(ARGS)
+
+demo-parties: $(READY) ## train one model in three organisations' processes, and compare with one tape
+	$(BIN)/python examples/parties.py
 
 soak: $(READY) browser ## every test there is with many more examples, and coverage with the worker processes
 	@$(BIN)/coverage erase

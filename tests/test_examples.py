@@ -20,9 +20,17 @@ ARGUMENTS = {
     "character_windows.py": ("--sequence", "64", "--units", "32", "--steps", "20", "--timed", "2", "--rounds", "1"),
     "applications.py": ("--epochs", "2", "--accuracy", "0.3"),
     "fine_tuning.py": (),
+    "parties.py": (),
 }
 # Half a minute each; what they show is tested elsewhere too.
-LONG = {"character_model.py", "several_passes.py", "applications.py", "state_gradients.py", "character_windows.py"}
+LONG = {
+    "character_model.py",
+    "several_passes.py",
+    "applications.py",
+    "state_gradients.py",
+    "character_windows.py",
+    "parties.py",
+}
 
 
 @pytest.mark.timeout(420)

@@ -128,6 +128,11 @@ class PartySession:
         return epoch
 
     def _train(self, begin: int) -> None:
+        if not batches(self._wire.rows, self._plan, drop=True):
+            raise PartyStoppedError(
+                f"there is no whole batch: {self._wire.rows} rows, {self._plan.batch} a batch, and drop_last leaves "
+                "out what is smaller"
+            )
         for epoch in range(begin, self._plan.epochs):
             order = self._order(epoch)
             total, counted = 0.0, 0

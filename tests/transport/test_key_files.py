@@ -13,8 +13,10 @@ from transport.errors import KeyFileError
 from transport.key_files import KeyFolder, PartyKeys, checked_key, fingerprint
 
 
-def test_a_secret_file_is_for_its_owner_only_whatever_the_umask(tmp_path):
-    before = os.umask(0)
+@pytest.mark.parametrize("umask", [0, 0o177])
+def test_a_secret_file_is_for_its_owner_only_whatever_the_umask(tmp_path, umask):
+    (tmp_path / "keys").mkdir(mode=0o700)
+    before = os.umask(umask)
     try:
         folder = KeyFolder(tmp_path / "keys")
         keys = folder.new("lab")
@@ -22,7 +24,7 @@ def test_a_secret_file_is_for_its_owner_only_whatever_the_umask(tmp_path):
         os.umask(before)
     secret = folder.path / "lab.key"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder.path / "lab.pub").stat().st_mode) == 0o644
     assert folder.own("lab") == keys
     assert keys.secret not in (folder.path / "lab.pub").read_text() and keys.secret not in repr(keys)
     assert sorted(path.name for path in folder.path.iterdir()) == ["lab.key", "lab.pub"]  # and no draft

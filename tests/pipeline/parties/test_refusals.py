@@ -111,6 +111,13 @@ def test_an_error_of_a_party_reaches_the_others_without_its_words(tmp_path):
     pair.assert_untouched()
 
 
+def test_a_training_without_a_whole_batch_is_refused_at_both_ends(tmp_path):
+    pair = Pair(tmp_path, {**VANILLA, "training": {"batch": 17, "drop_last": True}})
+    found = pair.meet()
+    assert all("there is no whole batch" in str(error) for error in found.values()), found
+    pair.assert_untouched()
+
+
 def test_a_key_that_is_revoked_ends_the_live_session_with_the_last_commit_kept(tmp_path):
     pair = Pair(tmp_path)
     lab, hospital = pair.folders["lab"], pair.parties["hospital"]
