@@ -1,4 +1,4 @@
-"""Measure the peak memory of every worker under GPipe, 1F1B and 1F1B with recomputation, beside the plan's bound.
+"""Measure the peak memory of every worker under several schedules, beside what is predicted and the plan's bound.
 
 The model is a stack of narrow `Dense` layers on many rows, so that a layer's activations are hundreds of times its
 weights. What is measured is `VmHWM`, the kernel's own high-water mark of a worker's resident memory, less `VmRSS` at
@@ -37,6 +37,7 @@ import numpy as np
 import tensorflow as tf
 
 from pipeline import Pipeline
+from pipeline.cutting.stage_prediction import peak_bytes
 from pipeline.plan.schedules import build_plan
 from stages.tape.graph_split import Traced, split_functions
 
@@ -81,6 +82,12 @@ class Way:
 
 
 WAYS = (Way("gpipe", False), Way("1f1b", False), Way("1f1b", True))
+WAYS_PREDICTED = (
+    *WAYS,
+    Way("gpipe", True),
+    *(Way(name, again) for name in ("zb-h1", "zb-h2") for again in (False, True)),
+)
+"""Of which what workers take is predicted, action by action; the bound knows no halves of backwards."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Row:
     seconds: float
 
 
-def make_pipeline(setting: Setting, way: Way) -> Pipeline:
+def make_pipeline(setting: Setting, way: Way, sample: Any = None) -> Pipeline:
     """A stack of Dense(width, relu), the same number of layers in each stage; one output."""
     layers = [
         keras.layers.Dense(setting.width, activation="relu", name=f"dense_{i}")
@@ -133,9 +140,22 @@ def make_pipeline(setting: Setting, way: Way) -> Pipeline:
     ]
     model = keras.Sequential([keras.Input((FEATURES,)), *layers, keras.layers.Dense(1, name="out")])
     cuts = [f"dense_{setting.layers * stage - 1}" for stage in range(1, setting.stages)]
-    return Pipeline.split(
-        model, at=cuts, microbatches=setting.microbatches, schedule=way.schedule, recompute=way.recompute, threads=1
-    )
+    options = {"schedule": way.schedule, "recompute": way.recompute, "threads": 1}
+    return Pipeline.split(model, at=cuts, microbatches=setting.microbatches, sample=sample, **options)
+
+
+def predicted(setting: Setting, way: Way) -> list[int]:
+    """For each worker the bytes that it should take at most beyond its weights, compiled, by `Pipeline.prediction`."""
+    sample = np.zeros((setting.rows, FEATURES), "float32")
+    with make_pipeline(setting, way, sample) as pipe:
+        prediction = pipe.prediction
+    assert prediction is not None
+    found = [
+        stage.under_way + peak_bytes(prediction.stages, program)
+        for stage, program in zip(prediction.stages, prediction.plan.programs, strict=True)
+    ]
+    found[0] += setting.microbatches * sample.nbytes
+    return found
 
 
 def sizes(model: Any, rows: int) -> Sizes:
@@ -259,6 +279,19 @@ def measure(setting: Setting, rounds: int, modes: Sequence[bool] = (False, True)
         )
         rows.append(Row(way, eager, workers, statistics.median(seconds for _, seconds in found[way, eager])))
     return rows
+
+
+def predictions(setting: Setting, rounds: int) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells: measured MiB beside those that were predicted, compiled, medians of the rounds."""
+    rows = []
+    for way in WAYS_PREDICTED:
+        peaks = zip(*(growths(setting, way, eager=False)[0] for _ in range(rounds)), strict=True)
+        cells = [
+            f"{taken / MIB:.0f} of {size / MIB:.0f} ({taken / size:.2f})"
+            for taken, size in zip(map(statistics.median, peaks), predicted(setting, way), strict=True)
+        ]
+        rows.append([str(way), *cells])
+    return ["MiB at the peak, of those predicted", *(f"worker {i}" for i in range(setting.stages))], rows
 
 
 def table(setting: Setting, rounds: int) -> tuple[list[str], list[list[str]]]:

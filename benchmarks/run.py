@@ -199,10 +199,11 @@ def transport() -> str:
 
 
 def memory(quick: bool, rounds: int) -> str:
-    """The peak memory of every worker beside the plan's bound, as benchmarks/memory.py measures it."""
+    """The peak memory of every worker beside the plan's bound and the prediction, as benchmarks/memory.py measures it."""
     from benchmarks import memory as peaks
 
-    return markdown(*peaks.table(peaks.QUICK if quick else peaks.FULL, rounds))
+    setting = peaks.QUICK if quick else peaks.FULL
+    return "\n\n".join(markdown(*make(setting, rounds)) for make in (peaks.table, peaks.predictions))
 
 
 def written(page: str, tables: dict[str, str]) -> str:

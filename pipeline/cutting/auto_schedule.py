@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from pipeline.cutting.prediction import Prediction
+from pipeline.cutting.stage_prediction import peak_bytes
 from pipeline.errors import ScheduleError
 from pipeline.plan.plan import Plan
 from pipeline.plan.rules import HALVES
@@ -149,8 +149,7 @@ def _bytes(plan: Plan, prediction: Prediction) -> tuple[int, ...]:
     """For each worker the most bytes that its stages need at once."""
     stages = prediction.stages
     return tuple(
-        sum(stages[i].memory for i in plan.stages_of(worker))
-        + max(accumulate((stages[a.stage].bytes_of(a.kind) for a in program), initial=0))
+        sum(stages[i].memory for i in plan.stages_of(worker)) + peak_bytes(stages, program)
         for worker, program in enumerate(plan.programs)
     )
 

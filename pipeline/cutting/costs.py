@@ -44,11 +44,13 @@ class TensorCost:
         name: What it is called at a cut.
         bytes: Bytes of one sample of it.
         differentiable: Whether a gradient of the same size comes back over a cut.
+        memory: Which memory it is, by the name that `CallCost.kept` has for it; "": its own.
     """
 
     name: str
     bytes: float
     differentiable: bool = True
+    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,11 @@ class Costs:
             for call in self.calls
         )
         return replace(self, calls=calls, samples=samples)
+
+    def memory(self, tensors: Iterable[int]) -> dict[str, int]:
+        """{memory: its bytes}, of one microbatch of some tensors; those that are one memory are in it once."""
+        each = [(tensor, self.tensors[tensor]) for tensor in tensors]
+        return {cost.memory or f"tensor {tensor}": round(cost.bytes * self.samples) for tensor, cost in each}
 
     def makers(self) -> dict[int, int]:
         """{tensor: position of the call that makes it}; the model's inputs are in no call."""

@@ -125,7 +125,9 @@ def _measured(
             )
         )
     tensors = {
-        tensor: TensorCost(names[tensor], found[source] / samples, is_differentiable(graph.symbols[tensor].dtype))
+        tensor: TensorCost(
+            names[tensor], found[source] / samples, is_differentiable(graph.symbols[tensor].dtype), source
+        )
         for tensor, source in run.sources.items()
     }
     return Costs(tuple(calls), tensors, graph.inputs, graph.outputs, samples)
@@ -215,7 +217,7 @@ class _Run:
             with tf.control_dependencies(times[-1:]):
                 played.append(self._forward(call, tensors, seed))
             times.append(_clock([*played[-1].outputs, *times[-1:]]))
-        self.sources = {tensor: self._note(value) for tensor, value in tensors.items()}
+        self.sources = {tensor: self._note(_owner(value)) for tensor, value in tensors.items()}
         scope = tf.compat.v1.get_default_graph()
         flowing: dict[int, Any] = {}
         results: list[Any] = []
@@ -227,7 +229,7 @@ class _Run:
             made = scope.get_operations()[begin:]
             times.append(_clock([*flows, *times[-1:]]))
             names = {operation.name for operation in made}
-            second = names - needed_for(flows, names)
+            second = needed_for(sums, names) - needed_for(flows, names)
             times.append(_clock([*sums, *times[-1:]]))
             results += [*flows, *sums]
             operations.append((made, second, times[-2].op))
@@ -299,8 +301,7 @@ class _Run:
         for tensor in (tensor for operation in operations for tensor in operation.inputs):
             if tensor.op.name in own or tensor.dtype == tf.resource:
                 continue
-            while tensor.op.type in _ALIASES:
-                tensor = tensor.op.inputs[0]
+            tensor = _owner(tensor)
             if tensor.op.type not in _FREE:
                 found[self._note(tensor)] = True
         return list(found)
@@ -326,6 +327,13 @@ class _Run:
 def _clock(after: Sequence[Any]) -> Any:
     with tf.control_dependencies([tensor for tensor in after if tensor is not None]):
         return tf.timestamp()
+
+
+def _owner(tensor: Any) -> Any:
+    """The tensor whose memory it is."""
+    while tensor.op.type in _ALIASES:
+        tensor = tensor.op.inputs[0]
+    return tensor
 
 
 def _touch(tensor: Any) -> Any:

@@ -17,65 +17,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from operator import attrgetter
 
 from rich.table import Table
 
 from pipeline.cutting.costs import CallCost, Costs, Transfer
 from pipeline.cutting.optimise import SENDING_SLOTS
+from pipeline.cutting.stage_prediction import StagePrediction, peak_bytes
 from pipeline.errors import TimelineError
 from pipeline.plan.plan import Plan
 from pipeline.plan.schedules import build_plan
-from pipeline.plan.simulator import Cost, simulate
+from pipeline.plan.simulator import simulate
 from pipeline.plan.timeline import Timeline
-from stages.actions import Kind, Wiring
+from stages.actions import Action, Wiring
 from stages.plain_text import plain_text
 
-__all__ = ["Comparison", "Prediction", "StagePrediction", "predict"]
-
-
-@dataclass(frozen=True, slots=True)
-class StagePrediction:
-    """The predicted time and memory of one stage.
-
-    Attributes:
-        name: The stage's name.
-        forward: Seconds of a microbatch's forward.
-        backward: Seconds of its backward.
-        transfer: Seconds from the end of a forward until what later stages read is there.
-        sent: Bytes that a microbatch's forward sends to other stages.
-        parameters: Elements of its variables.
-        memory: Bytes of variables, gradients and optimizer slots.
-        activations: Bytes that one open microbatch keeps for its backward.
-        weight_half: Seconds of that part of a backward that only gradients of variables need.
-        left: Bytes that a microbatch keeps between the halves of its backward.
-    """
-
-    name: str
-    forward: float
-    backward: float
-    transfer: float
-    sent: float
-    parameters: int
-    memory: int
-    activations: int
-    weight_half: float = 0.0
-    left: int = 0
-
-    @property
-    def cost(self) -> Cost:
-        """What the simulator asks for."""
-        return Cost(self.forward, self.backward - self.weight_half, self.weight_half, self.transfer)
-
-    def bytes_of(self, kind: Kind) -> int:
-        """Bytes that are kept for a microbatch from an action on, less what it frees."""
-        return {
-            Kind.FORWARD: self.activations,
-            Kind.BACKWARD: -self.activations,
-            Kind.BACKWARD_INPUT: self.left - self.activations,
-            Kind.BACKWARD_WEIGHT: -self.left,
-        }[kind]
+__all__ = ["Comparison", "Prediction", "predict"]
 
 
 @dataclass(frozen=True)
@@ -125,12 +82,16 @@ class Prediction:
         return tuple(stage.name for stage in self.stages)
 
     def peak_memory(self) -> tuple[int, ...]:
-        """For each stage bytes of variables, gradients, slots, and of what its most open microbatches keep."""
-        own: list[list[int]] = [[] for _ in self.stages]
+        """For each stage the bytes that it has at most at once.
+
+        Variables, their gradients and slots, what its open microbatches keep, the microbatch at work, and messages.
+        """
+        own: list[list[Action]] = [[] for _ in self.stages]
         for _, action in self.plan.actions():
-            own[action.stage].append(self.stages[action.stage].bytes_of(action.kind))
+            own[action.stage].append(action)
         return tuple(
-            stage.memory + max(accumulate(sizes, initial=0)) for stage, sizes in zip(self.stages, own, strict=True)
+            stage.memory + stage.under_way + peak_bytes(self.stages, program)
+            for stage, program in zip(self.stages, own, strict=True)
         )
 
     def of(self, microbatches: int | None = None, samples: int | None = None) -> Prediction:
@@ -153,6 +114,9 @@ class Prediction:
                     activations=round(stage.activations * factor),
                     weight_half=stage.weight_half * factor,
                     left=round(stage.left * factor),
+                    returned=round(stage.returned * factor),
+                    at_work=round(stage.at_work * factor),
+                    under_way=round(stage.under_way * factor),
                 )
                 for stage in self.stages
             ),
@@ -343,21 +307,31 @@ def _with_calls(
     """The stage with what its calls need; `again`: it computes its forward again in backward."""
     weights = {weight.key: weight for call in calls for weight in call.weights}.values()
     forward, backward = math.fsum(call.forward for call in calls), math.fsum(call.backward for call in calls)
-    kept, left = (sum(dict(pair for call in calls for pair in of(call)).values()) for of in (_KEPT, _LEFT))
+    kept, left = (dict(pair for call in calls for pair in of(call)) for of in (_KEPT, _LEFT))
     made = {tensor for call in calls for tensor in call.makes}
-    if again and not made & set(costs.outputs):
-        backward += forward
-        taken = {tensor for call in calls for tensor in call.reads} - made
-        kept = round(math.fsum(costs.tensors[tensor].bytes for tensor in taken) * costs.samples)
+    taken = {tensor for call in calls for tensor in call.reads} - made
+    at_once = bool(made & set(costs.outputs)) and not stage.sent
+    away = {tensor for call in costs.calls if call not in calls for tensor in call.reads} | set(costs.outputs)
+    under_way = 2 * sum(costs.memory(taken | (made & away)).values())
+    at_work = {name: size for name, size in left.items() if name not in kept} | (kept if again or at_once else {})
+    if not at_once:
+        if again:
+            backward, kept = backward + forward, costs.memory(taken)
+        kept = kept | costs.memory(made & away)
+    returned = costs.memory(tensor for tensor in taken - set(costs.inputs) if costs.tensors[tensor].differentiable)
     return replace(
         stage,
         forward=forward,
         backward=backward,
         parameters=sum(weight.count for weight in weights),
         memory=sum(weight.bytes * (2 + slots if weight.trainable else 1) for weight in weights),
-        activations=kept,
+        activations=sum(kept.values()),
         weight_half=math.fsum(call.weight_half for call in calls),
-        left=left,
+        left=sum(left.values()),
+        at_once=at_once,
+        returned=sum(returned.values()),
+        at_work=sum(at_work.values()),
+        under_way=under_way,
     )
 
 

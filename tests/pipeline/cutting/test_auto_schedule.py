@@ -9,7 +9,8 @@ import pytest
 
 from pipeline import AutoSchedule, Pipeline
 from pipeline.cutting.auto_schedule import choose_schedule
-from pipeline.cutting.prediction import Prediction, StagePrediction
+from pipeline.cutting.prediction import Prediction
+from pipeline.cutting.stage_prediction import StagePrediction
 from pipeline.errors import ScheduleError, SplitError
 from pipeline.plan.schedules import build_plan
 from pipeline.plan.simulator import Cost, simulate

@@ -70,13 +70,16 @@ def test_halves_take_what_they_were_measured_to_take():
 
 
 def test_between_halves_only_what_the_weight_half_reads_is_held():
-    """F0 F1 F2 hold 100 each, I0 turns one of them into 130; the first stage's backward is whole."""
+    """The last stage goes forward and backward at once: a microbatch leaves 130, and 10 of dL/dinput until its I.
+
+    The first one's backward is whole: it keeps 100 and an output of 10 each, and makes 30 that only sums read.
+    """
     prediction = predict(chain(3), assignment([1, 2], 3), schedule="zb-h1", microbatches=3, transfer=FREE)
-    held = [100, 200, 300, 330, 360, 390, 260, 130, 0]
+    held = [140, 130, 270, 260, 400, 390, 260, 130, 0]
     plan = prediction.plan.text().splitlines()
     assert plan[3].split("│")[1].split("·")[-1].split() == ["F0", "I0", "F1", "I1", "F2", "I2", "W0", "W1", "W2"]
-    fixed = 20 * 4
-    assert prediction.peak_memory() == (fixed + 300, prediction.peak_memory()[1], fixed + max(held[2:6]))
+    fixed = 20 * 4 + 2 * (10 + 10)  # and a message each there and back
+    assert prediction.peak_memory() == (fixed + 3 * 110 + 30, prediction.peak_memory()[1], fixed + max(held))
 
 
 @given(data=st.data())
@@ -140,17 +143,18 @@ def two_branches():
 
 def test_memory_grows_with_the_microbatches_that_are_open():
     prediction = predict(chain(4), (0, 0, 1, 1), microbatches=8, transfer=FREE)
-    fixed = 2 * 20 * 4  # variables, gradients, two slots
-    assert prediction.peak_memory() == (fixed + 2 * 200, fixed + 200)
+    fixed = 2 * 20 * 4 + 2 * (10 + 10)  # variables, gradients, two slots; a message each there and back
+    kept, made, returned = 2 * 100, 2 * 30, 10
+    assert prediction.peak_memory() == (fixed + 2 * (kept + 10) + made, fixed + kept + made)
     gpipe = predict(chain(4), (0, 0, 1, 1), microbatches=8, transfer=FREE, schedule="gpipe")
-    assert gpipe.peak_memory() == (fixed + 8 * 200, fixed + 8 * 200)
+    assert gpipe.peak_memory() == (fixed + 8 * (kept + 10) + made, fixed + 7 * returned + kept + made)
 
 
 def test_recomputing_takes_a_forward_more_and_keeps_the_inputs_only():
     costs = chain(4, samples=2)
     keeping = predict(costs, (0, 0, 1, 1), transfer=FREE)
     first, last = predict(costs, (0, 0, 1, 1), transfer=FREE, recompute=True).stages
-    assert (first.forward, first.backward, first.activations) == (2.0, 4.0 + 2.0, 2 * 10)
+    assert (first.forward, first.backward, first.activations) == (2.0, 4.0 + 2.0, 2 * 10 + 2 * 10)
     assert last == keeping.stages[1]  # it has the loss
     assert predict(costs, (0, 0, 1, 1), transfer=FREE, recompute=[False, True]).stages == keeping.stages
     with pytest.raises(TimelineError, match="one value of `recompute` for each of 2 stages"):
