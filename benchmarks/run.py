@@ -199,7 +199,7 @@ def transport() -> str:
 
 
 def memory(quick: bool, rounds: int) -> str:
-    """The peak memory of every worker beside the plan's bound and the prediction, as benchmarks/memory.py measures it."""
+    """The peak memory of every worker beside bound and prediction, as benchmarks/memory.py measures it."""
     from benchmarks import memory as peaks
 
     setting = peaks.QUICK if quick else peaks.FULL
