@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from stages import tensorflow_internals as internals
 from tests.sources import ROOT
-from tests.stages import test_tensorflow_graphs
+from tests.stages import test_tensorflow_graphs, test_watched_classes
 
 
 def test_every_name_has_a_test_here():
-    tests = {**globals(), **vars(test_tensorflow_graphs)}
+    tests = {**globals(), **vars(test_tensorflow_graphs), **vars(test_watched_classes)}
     tested = "\n".join(inspect.getsource(test) for name, test in tests.items() if name.startswith("test_"))
     for name, value in vars(internals).items():
         mine = getattr(value, "__module__", "") == internals.__name__ and not isinstance(value, type)
