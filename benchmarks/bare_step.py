@@ -235,8 +235,17 @@ class Bare:
         return found
 
 
+def processor(pids: list[int]) -> list[float]:
+    """Milliseconds of processor time that each process has taken so far, all its threads together."""
+    threads = [list(Path(f"/proc/{pid}/task").iterdir()) for pid in pids]
+    return [sum(int((one / "schedstat").read_text().split()[0]) for one in some) / 1e6 for some in threads]
+
+
 def compare(width: int, microbatch: int, rounds: int, steps: int, transport: str = "auto") -> dict[str, float]:
-    """Milliseconds of a step, ours and the bare program's, medians and least, and the rounds' median ratio."""
+    """Milliseconds of a step, ours and the bare program's, medians and least, and the rounds' median ratio.
+
+    Besides the processor time of a step of ours, the rounds' median: the driver's and the slower worker's.
+    """
     import keras
 
     from pipeline import Pipeline
@@ -256,7 +265,12 @@ def compare(width: int, microbatch: int, rounds: int, steps: int, transport: str
             return found
 
         ours(WARM_UP), bare.times(WARM_UP)
-        taken = [(ours(steps), bare.times(steps)) for _ in range(rounds)]
+        pids = [os.getpid(), *(pid for pid in pipe.session.workers.driver().pids if pid is not None)]
+        taken, spent = [], []
+        for _ in range(rounds):
+            before, mine, after = processor(pids), ours(steps), processor(pids)
+            taken.append((mine, bare.times(steps)))
+            spent.append([(b - a) / steps for a, b in zip(before, after, strict=True)])
     medians = [(statistics.median(mine), statistics.median(theirs)) for mine, theirs in taken]
     return {
         "least ours": min(min(mine) for mine, _ in taken) * 1e3,
@@ -264,6 +278,8 @@ def compare(width: int, microbatch: int, rounds: int, steps: int, transport: str
         "ours": statistics.median(mine for mine, _ in medians) * 1e3,
         "bare": statistics.median(theirs for _, theirs in medians) * 1e3,
         "ratio": statistics.median(mine / theirs for mine, theirs in medians),
+        "driver": statistics.median(one[0] for one in spent),
+        "worker": statistics.median(max(one[1:], default=0.0) for one in spent),
     }
 
 
@@ -287,7 +303,8 @@ def main() -> None:
         found = compare(width, microbatch, arguments.rounds, arguments.steps, arguments.transport)
         print(
             f"N = {width}, microbatch {microbatch}: ours {found['ours']:.2f} ms, bare {found['bare']:.2f} ms, "
-            f"{found['ratio']:.2f}x; least {found['least ours']:.2f} and {found['least bare']:.2f} ms",
+            f"{found['ratio']:.2f}x; least {found['least ours']:.2f} and {found['least bare']:.2f} ms; of a processor, "
+            f"driver {found['driver']:.2f}, worker {found['worker']:.2f} ms",
             flush=True,
         )
 

@@ -52,8 +52,8 @@ TAPES = (
     Planted(
         "compiled, own losses of a stage that others follow weigh the same in unequal microbatches",
         _COMPILED,
-        "[scalar(opened.share * self.loss_scale)] * layout.own",
-        "[scalar(self.loss_scale)] * layout.own",
+        "seeds.append(scalar(opened.share * self.loss_scale))",
+        "seeds.append(scalar(self.loss_scale))",
         _OWN,
     ),
     Planted(

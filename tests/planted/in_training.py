@@ -35,7 +35,7 @@ OPTIMIZERS = (
     ),
     Planted(
         "stages without an overflow update when another one overflows",
-        "pipeline/runtime/driver.py",
+        "pipeline/batch/step.py",
         "finite=all(answer.finite for answer in answers)",
         "finite=any(answer.finite for answer in answers)",
         _MIXED,
@@ -71,15 +71,15 @@ OPTIMIZERS = (
     Planted(
         "the user's optimizer does not count updates",
         _STEPS,
-        "                compiled.count_update()\n",
-        "",
+        "compiled.adjusted())\n                compiled.count_update()\n",
+        "compiled.adjusted())\n",
         ("test_callbacks", "test_compile"),
     ),
     Planted(
         "an optimizer per stage: all stages take the first one's rate",
         "pipeline/compiled/compiled.py",
-        "each = pairs if len(pairs) > 1 else pairs * stages",
-        "each = pairs[:1] * stages",
+        "each = rates if len(rates) > 1 else rates * stages",
+        "each = rates[:1] * stages",
         _PER_STAGE,
     ),
 )
