@@ -84,7 +84,7 @@ RUNTIME = (
     Planted(
         "the neighbour of a dead worker is blamed",
         _CREW,
-        'report["type"] in (PeerLost.__name__, ChannelClosed.__name__)',
+        'report["type"] in _LOST',
         'report["type"] is PeerLost',
         _FAILURES,
     ),
