@@ -1,8 +1,10 @@
 """A training that was stopped anywhere goes on with the bits of one that was not."""
 
 import functools
+import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -117,11 +119,11 @@ def test_without_any_one_state_something_differs(tmp_path, monkeypatch, what):
     elif what == "random numbers":
         state.progress["random"]["now"] = state.progress["random"]["begin"]
     elif what == "order":  # of the samples
-        monkeypatch.setattr(fit_run.FitRun, "takes", lambda run, data: not run.skipping)
-        monkeypatch.setattr(fit_run.FitRun, "_go_on", fit_run.FitRun._go_on)
-        state.progress["random"]["begin"]["tensorflow"] = (6, state.progress["random"]["begin"]["tensorflow"][1])
-        state.progress["random"]["epoch"]["tensorflow"] = state.progress["random"]["begin"]["tensorflow"]
-        state.progress["drawn"] = fit_run.Drawn().number
+        for when in ("begin", "epoch"):
+            _, drawn = state.progress["random"][when]["tensorflow"]
+            state.progress["random"][when]["tensorflow"] = (6, drawn)
+        monkeypatch.setattr(fit_run.Drawn, "number", "any")
+        state.progress["drawn"] = "any"
     found = trained(pipe, None, [Stopping(-1), PipelineCheckpoint(tmp_path, 1)])
     assert differing(found, undisturbed()) >= LEFT_OUT[what]
 
@@ -155,9 +157,16 @@ def endless():
         yield resumable.X[some], resumable.Y[some]
 
 
+def unknown_length():
+    """A data set whose length nobody knows before it has ended."""
+    signature = (tf.TensorSpec((None, 6), tf.float32), tf.TensorSpec((None,), tf.int32))
+    return tf.data.Dataset.from_generator(lambda: itertools.islice(endless(), 3), output_signature=signature)
+
+
 DATA = {
     "tf.data shuffle with a seed": (lambda: (shuffled(3),), {}),
     "PyDataset that shuffles itself": (lambda: (Sequence(),), {"shuffle": True}),
+    "data set of unknown length": (lambda: (unknown_length(),), {}),
     "generator": (lambda: (endless(),), {"steps_per_epoch": 3}),
     "steps_per_epoch over arrays": (lambda: (resumable.X, resumable.Y), {"steps_per_epoch": 2, "batch_size": 10}),
 }
@@ -169,8 +178,9 @@ def test_data_that_have_a_state_are_drawn_from_the_first_epoch_on(tmp_path, kind
     make, options = DATA[kind]
     options = {"batch_size": None, "validation_split": 0.0, "validation_data": (resumable.X, resumable.Y), **options}
     whole = trained(begin(), None, [], data=make(), **options)
-    stopped(tmp_path, 5, data=make(), **options)
-    assert resumed(tmp_path, data=make(), **options) == whole
+    stopped(tmp_path / "run", 5, data=make(), **options)
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "a copy elsewhere")
+    assert resumed(copy, data=make(), **options) == whole
 
 
 @pytest.mark.gate
