@@ -3,6 +3,9 @@
 Dense layers of one width, cut into equal stages with one thread each, so that a step is arithmetic and not messages.
 The rounds alternate, and the median of their ratios counts. What a forward and each half of a backward cost is measured
 on a stage of its own first; the simulator takes these costs.
+
+On a machine with other work the cores are never idle, and no schedule gains anything. There `--wait 0.04` takes stages
+whose forward and halves compute nothing and last so many seconds each: what is measured is the schedule alone.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ def main() -> None:
     parser.add_argument("--schedule", default="zb-h1", help="what is compared with 1f1b")
     parser.add_argument("--steps", type=int, default=20, help="steps of a schedule in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds that each forward and half waits instead")
     given = parser.parse_args()
-    cost = costs(given.width, given.microbatch, LAYERS // given.stages)
+    cost = Cost(*[given.wait] * 3) if given.wait else costs(given.width, given.microbatch, LAYERS // given.stages)
     parts = (("forward", cost.forward), ("input half", cost.input_gradient), ("weight half", cost.weight_gradient))
     print("a microbatch of a stage: " + ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in parts))
     first, other = (
@@ -90,10 +94,50 @@ def part(width: int, layers: int) -> Any:
     return keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width, "relu") for _ in range(layers))])
 
 
+class Waits(keras.Layer):
+    """A product with a weight whose forward, input gradient and weight gradient take so many seconds each."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def build(self, shape: Any) -> None:
+        """Make the weight."""
+        self.weight = self.add_weight(shape=(shape[-1],), initializer="ones", name="weight")
+
+    def call(self, x: Any) -> Any:
+        """Wait, then multiply."""
+
+        @tf.custom_gradient
+        def product(x: Any, weight: Any) -> Any:
+            def gradients(upstream: Any) -> Any:
+                return self.late(upstream * weight), tf.reduce_sum(self.late(upstream * x), axis=0)
+
+            return self.late(x) * weight, gradients
+
+        return product(x, tf.convert_to_tensor(self.weight))
+
+    def late(self, tensor: Any) -> Any:
+        """The same tensor, some seconds later."""
+
+        def wait(array: Any) -> Any:
+            time.sleep(self.seconds)
+            return array
+
+        found = tf.numpy_function(wait, [tensor], tensor.dtype)
+        found.set_shape(tensor.shape)
+        return found
+
+
 def pipeline(schedule: str, given: argparse.Namespace) -> Pipeline:
     """The pipeline of one schedule, compiled."""
-    parts = [part(given.width, LAYERS // given.stages) for _ in range(given.stages)]
-    pipe = Pipeline(parts, given.microbatches, schedule, threads=1)
+    parts = [
+        keras.Sequential([keras.Input((given.width,)), Waits(given.wait)])
+        if given.wait
+        else part(given.width, LAYERS // given.stages)
+        for _ in range(given.stages)
+    ]
+    pipe = Pipeline(parts, given.microbatches, schedule, threads=1, check_first_batch=not given.wait)
     pipe.compile(keras.optimizers.SGD(1e-4), "mse")
     return pipe
 
