@@ -35,8 +35,9 @@ class VerifyEvery(StepWatcher):
     A verification by one tape costs 2 to 3 training steps of eager stages and, of compiled ones, 4 (convolutions of
     0.5 s a step) to 13 (dense layers of 6 ms a step): medians, two stages on two cores. The first one starts the
     reference, 0.4 to 4 s. The check "own" comes on top: your model's layers are called eagerly, once in inference and
-    once under a tape, and one update is made; 15 compiled steps of six dense layers, 20 of MobileNetV2
-    (``python benchmarks/first_batch.py``). ``print(callback)`` says what it was in a run.
+    once under a tape (two to four times more where rounding is magnified), and one update is made; 15 compiled steps of
+    six dense layers, at most 10 of MobileNetV2 (``python benchmarks/first_batch.py``). ``print(callback)`` says what it
+    was in a run.
 
     Args:
         every: Verify step 1 and every so many-th after it; None: only those of `at`. Steps count from 1, over all
