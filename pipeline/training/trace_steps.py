@@ -221,7 +221,7 @@ class TraceSteps(StepWatcher):
     def _write(self, figures: Mapping[str, float]) -> None:
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(str(Path(str(self.log_dir)) / "pipeline"))
-        with self._writer.as_default():
+        with self._writer.as_default(), tf.summary.record_if(True):  # whatever another callback records
             for name, value in figures.items():
                 tf.summary.scalar(name, value, step=self.step)
         self._writer.flush()
