@@ -118,6 +118,7 @@ def data():
     return x, x[:, ::-1].copy()
 
 
+@pytest.mark.gate
 def test_a_pipeline_says_what_was_chosen_and_trains_the_same_bits(tmp_path):
     """Whatever was measured: summary, prediction, report and checkpoint name it, and no bit depends on it."""
     x, y = data()
@@ -143,6 +144,7 @@ def test_a_pipeline_says_what_was_chosen_and_trains_the_same_bits(tmp_path):
         assert pipe.schedule == name
 
 
+@pytest.mark.gate
 def test_what_cannot_be_chosen_is_refused_in_a_sentence():
     x, _ = data()
     with pytest.raises(SplitError, match=re.escape("give one microbatch, sample=x[:32]")):
@@ -158,6 +160,7 @@ def recurrent():
     return keras.Sequential([keras.Input((4, 3)), *cells])
 
 
+@pytest.mark.gate
 def test_with_windows_it_is_1f1b_and_nothing_is_measured():
     pipe = Pipeline.split(recurrent(), at=["low"], schedule="auto", windows=2, transport="inproc")
     assert pipe.schedule.name == "1f1b" and pipe.prediction is None

@@ -72,6 +72,7 @@ def test_both_halves_of_a_backward_take_time():
     assert a.weight_half > 0.9 * a.backward
 
 
+@pytest.mark.gate
 def test_a_loop_leaves_finished_sums_to_its_weight_half():
     """A recurrent layer's gradients come out of one loop: nothing of what the loop keeps is needed any more."""
     model = stack(layers.LSTM(8, return_sequences=True, name="r"), layers.LSTM(8, name="s"), shape=(20, 6))
