@@ -67,7 +67,7 @@ COUPLING: dict[str, tuple[Callable[[], list[Any]], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*takes its statistics from each microbatch")
-@pytest.mark.parametrize("case", in_turn(list(COUPLING), 2, 5))
+@pytest.mark.parametrize("case", in_turn(list(COUPLING), 1, 5))
 def test_what_couples_samples_is_named_once_with_what_to_do(case: str) -> None:
     middle, name = COUPLING[case]
     with split(model(*middle())) as pipe:
@@ -76,11 +76,13 @@ def test_what_couples_samples_is_named_once_with_what_to_do(case: str) -> None:
         pipe.predict(X, verbose=0)
 
 
+@pytest.mark.gate
 def test_it_is_named_where_the_pipeline_only_predicts() -> None:
     with split(model(Centred())) as pipe, pytest.warns(UserWarning, match="layer 'centred' lets the samples"):
         pipe.predict(X, verbose=0)
 
 
+@pytest.mark.gate
 def test_one_microbatch_is_keras_and_nothing_is_said() -> None:
     whole = model(Centred())
     with split(whole, microbatches=1) as pipe:

@@ -141,6 +141,7 @@ def changed_later() -> Any:
     return layer
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("layer", "loss", "said"),
     [
