@@ -145,6 +145,7 @@ class PartyLink(ABC):
     def let_go(self, peer: str) -> None:
         """Take it for no loss when this party's connection ends: it has said goodbye."""
         self._let_go.add(peer)
+        self._lost = [name for name in self._lost if name != peer]  # the end may have been seen before the goodbye
 
     def _notice(self) -> None:
         """Note whose connections have ended."""

@@ -200,12 +200,16 @@ def test_what_the_door_sent_before_it_closed_is_received_first():
             clinic.receive(PATIENCE, anything)
 
 
-def test_a_party_that_has_said_goodbye_is_no_loss(door):
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_party_that_has_said_goodbye_is_no_loss(door, noticed):
     clinic = line(door)
     clinic.send("lab", Message("stop"), PATIENCE)
+    clinic.close()
+    if noticed:  # the end, by a message to another party, before the goodbye was read
+        assert door._monitor.poll(PATIENCE * 1000)
+        door._notice()
     assert door.receive(PATIENCE, anything)[1].kind == "stop"
     door.let_go("clinic")
-    clinic.close()
     with pytest.raises(TransportTimeout):
         door.receive(0.3, anything)
 
