@@ -203,6 +203,8 @@ def test_what_the_door_sent_before_it_closed_is_received_first():
 @pytest.mark.parametrize("noticed", [False, True])
 def test_a_party_that_has_said_goodbye_is_no_loss(door, noticed):
     clinic = line(door)
+    clinic.send("lab", Message("hello"), PATIENCE)
+    assert door.receive(PATIENCE, anything)[1].kind == "hello"
     clinic.send("lab", Message("stop"), PATIENCE)
     clinic.close()
     if noticed:  # the end, by a message to another party, before the goodbye was read
