@@ -91,10 +91,17 @@ def failed(report: Mapping[str, Any]) -> WorkerError:
     where = f" in step {report['step']}, {report['action']}" if report["action"] else ""
     if report["building"]:
         where = " while it built its model"
+    if report["updating"]:
+        where = " while its optimizer updated it"
     text = (
         f"stage {report['stage']!r} failed{where}: {report['type']}: {report['message']}\n"
         f"--- traceback of the worker ---\n{report['traceback'].rstrip()}\n--- end of the worker's traceback ---"
     )
+    if report["updating"]:
+        text += (
+            "\nThe other stages may have made this update already, which cannot be taken back: the pipeline is over. "
+            f"{_CHECKPOINT}"
+        )
     if report["undone"]:
         text += "\nNothing of it was kept in any stage: the pipeline goes on with the values from before."
     return WorkerError(

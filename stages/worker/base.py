@@ -122,6 +122,7 @@ class BaseWorker(ABC):
         self._outboxes: dict[int, Outbox] = {DRIVER: driver}
         self._number = 0
         self._building = self._failed = False
+        self._updating: int | None = None
         self._applied = -1
         self._last_step = 0
         self._seen: ValueObserver | NormObserver | None = None
@@ -370,10 +371,12 @@ class BaseWorker(ABC):
     def _report(self, error: Exception, place: tuple[int, Action | None], undone: bool) -> None:
         """Tell the driver what happened, as far as the driver is still there (rule 3), and whether it left a trace."""
         step, action = place
-        spec = next((s for s in self.specs if action is not None and s.index == action.stage), None)
+        at = self._updating if action is None else action.stage
+        spec = next((s for s in self.specs if s.index == at), None)
         if spec is None:
             spec = self.specs[min(len(self.hosted), len(self.specs) - 1)]
-        value = failure_report(error, spec, step, action, building=self._building, undone=undone)
+        doing = {"building": self._building, "updating": self._updating is not None, "undone": undone}
+        value = failure_report(error, spec, step, action, **doing)
         try:
             self._tell("error", value)
         except TransportError:

@@ -13,7 +13,7 @@ _CHARACTERS = 12000
 
 
 def failure_report(
-    error: Exception, spec: StageSpec, step: int, action: Action | None, *, building: bool, undone: bool
+    error: Exception, spec: StageSpec, step: int, action: Action | None, *, building: bool, updating: bool, undone: bool
 ) -> dict[str, Any]:
     """What is told of an exception.
 
@@ -23,6 +23,7 @@ def failure_report(
         step: The step's number; -1 outside of one.
         action: What was carried out; None outside of a step.
         building: Whether the stage was being built.
+        updating: Whether its optimizer was updating it.
         undone: Whether the worker is as it was before, and goes on.
     """
     return {
@@ -34,6 +35,7 @@ def failure_report(
         "message": str(error)[:_CHARACTERS],
         "traceback": "".join(traceback.format_exception(error))[-_CHARACTERS:],
         "building": building,
+        "updating": updating,
         "undone": undone,
         "time": time.time(),
     }

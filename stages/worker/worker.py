@@ -141,9 +141,10 @@ class Worker(BaseWorker):
                 hosted.optimizer.learning_rate = rate
             if attributes := order.attributes.get(index):
                 hosted.adjust_optimizer(attributes)
-            begin = time.monotonic()
+            begin, self._updating = time.monotonic(), index
             hosted.stage.apply(hosted.optimizer, order.scale, order.divisor)
             hosted.update_times = (begin, time.monotonic())
+        self._updating = None
 
     def discard(self) -> None:
         """Set the accumulated gradients to zero."""

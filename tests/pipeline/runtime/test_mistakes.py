@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import Pipeline
-from pipeline.errors import DataError, WorkerError
+from pipeline.errors import DataError, PipelineClosedError, WorkerError
 from pipeline.runtime import crew, interrupts
 from stages.worker import base, kept_values
 from tests.levels import in_turn
@@ -198,3 +198,28 @@ def test_an_error_between_a_step_and_its_update_undoes_the_step():
 
     with made(Refuses) as pipe, made(Refuses) as twin:
         assert trained(pipe, [failing]) == trained(twin, ())
+
+
+@keras.saving.register_keras_serializable("tests")
+class Breaks(keras.optimizers.SGD):
+    """Raises behind its first variable's update."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate)
+        raise ArithmeticError("no more of this")
+
+
+def test_an_update_that_raises_ends_the_run_and_says_why_it_cannot_be_taken_back():
+    with made(Refuses) as pipe:
+        pipe.compile(Breaks(0.1), "mean_squared_error", run_eagerly=True)
+        pipe.session.steps.look = lambda mode, batch: None
+        with pytest.raises(WorkerError, match=r"while its optimizer updated it: ArithmeticError: no more") as caught:
+            pipe.session.steps.train(X, Y, None)
+            pipe.get_weights()  # an update is not waited for
+        assert not caught.value.undone
+        assert "may have made this update already, which cannot be taken back: the pipeline is over" in str(
+            caught.value
+        )
+        assert "Load the last checkpoint" in str(caught.value)
+        with pytest.raises(PipelineClosedError, match="while its optimizer updated it"):
+            pipe.get_weights()
