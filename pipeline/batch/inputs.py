@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import DataError, SplitError
 from pipeline.model.batch_sizes import only_size
+from stages.plain_text import printable
 from stages.tape.tensors import flatten
 
 
@@ -49,7 +50,7 @@ class InputNames:
         Raises:
             DataError: Something is missing or too much.
         """
-        takes = f"the pipeline takes {len(self.keys)} input(s) ({', '.join(self.keys)})"
+        takes = f"the pipeline takes {len(self.keys)} input(s) ({', '.join(map(printable, self.keys))})"
         if isinstance(x, Mapping) and not any(isinstance(value, Mapping | list | tuple) for value in x.values()):
             missing, more = [key for key in self.keys if key not in x], [key for key in x if key not in self.keys]
             mixed = self.ordered and not missing and min(more, default=self.keys[-1]) < self.keys[-1]

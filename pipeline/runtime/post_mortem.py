@@ -5,17 +5,20 @@ A board outlives its worker, so even a killed one is described by what it wrote 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import StalledError, WorkerDiedError, WorkerError
 from pipeline.runtime.launch import WorkerHandle
+from stages.plain_text import printable
 from stages.worker.stage_spec import StageSpec
 from stages.worker.status import Phase, Status
 from transport.errors import ClosedError, TransportError, Unsendable
 from transport.message import DRIVER
 
+_BOLD = re.compile("\x1b\\[[01]m")
 _CHECKPOINT = "Load the last checkpoint with Pipeline.load(...), or make a new Pipeline."
 
 
@@ -72,7 +75,7 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
     if status.phase == Phase.BUILDING:
         where = " while it built its model"
     reason = handle.exit_reason()
-    summary, _, words = reason.partition("\n")
+    summary, _, words = _without_power(reason).partition("\n")
     quoted = f"\n--- last words of the worker ---\n{words.rstrip()}\n--- end of its words ---" if words else ""
     error = WorkerDiedError(
         f"the worker of stage {name!r} is gone{where}: {summary.rstrip(':')}. The other workers were stopped. "
@@ -89,13 +92,14 @@ def died(handle: WorkerHandle, specs: Sequence[StageSpec], others: str) -> Worke
 def failed(report: Mapping[str, Any]) -> WorkerError:
     """The error of a worker that reported an exception."""
     where = f" in step {report['step']}, {report['action']}" if report["action"] else ""
+    message, told = _without_power(report["message"]), _without_power(report["traceback"])
     if report["building"]:
         where = " while it built its model"
     if report["updating"]:
         where = " while its optimizer updated it"
     text = (
-        f"stage {report['stage']!r} failed{where}: {report['type']}: {report['message']}\n"
-        f"--- traceback of the worker ---\n{report['traceback'].rstrip()}\n--- end of the worker's traceback ---"
+        f"stage {report['stage']!r} failed{where}: {report['type']}: {message}\n"
+        f"--- traceback of the worker ---\n{told.rstrip()}\n--- end of the worker's traceback ---"
     )
     if report["updating"]:
         text += (
@@ -110,6 +114,11 @@ def failed(report: Mapping[str, Any]) -> WorkerError:
         action=report["action"],
         step=report["step"],
         kind=report["type"],
-        worker_traceback=report["traceback"],
+        worker_traceback=told,
         undone=report["undone"],
     )
+
+
+def _without_power(words: str) -> str:
+    """What a worker said, without power over the terminal: Keras's bold type is left out, tabs are spaces."""
+    return printable(_BOLD.sub("", words).replace("\t", "    "), breaks=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pipeline.commands.cli import main
+from pipeline.commands.verify import imported
 from tests.pipeline.report import synthetic_reports as reports
 
 MODULE = """
@@ -131,3 +132,15 @@ def test_an_unknown_check_is_a_wrong_call(module, checks, capsys):
         main(["verify", "my_pipelines:good", "--checks", checks])
     assert leaving.value.code == 2
     assert "expected all or some of tape, chain, differences, batch, steps" in capsys.readouterr().err
+
+
+def test_a_file_of_the_current_folder_hides_nothing_that_is_installed(tmp_path, monkeypatch):
+    """Whoever left it there would have it run in place of the module that was meant."""
+    (tmp_path / "colorsys.py").write_text("rgb_to_hls = None")
+    (tmp_path / "found_here.py").write_text("make = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("colorsys", "found_here"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert callable(imported("colorsys:rgb_to_hls"))
+    assert imported("found_here:make") == 1

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import BoundaryNorms, Pipeline, Segment
+from pipeline import BoundaryNorms, Pipeline, Segment, save_timeline
+from pipeline.errors import DataError
 from stages.errors import SegmentError
 
 X = np.ones((4, 3), "float32")
@@ -20,20 +21,26 @@ def raw(text):
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_control_characters_in_names_are_shown_as_words(tmp_path):
     layers = [keras.layers.Dense(2, name=HARMFUL), keras.layers.Dense(1, name="z\x00\x1b]0;title\x07")]
-    model = keras.Sequential([keras.Input((3,)), *layers], name="m\x1b[2J")
+    model = keras.Sequential([keras.Input((3,), name="i" + HARMFUL), *layers], name="m\x1b[2J")
     with Pipeline.split(model, at=[HARMFUL], microbatches=2, transport="inproc") as pipe:
         pipe.compile("sgd", "mse", run_eagerly=True)
         norms, summary = BoundaryNorms(every=1), []
         pipe.fit(X, X[:, :1], verbose=0, callbacks=[norms])
         report = pipe.verify(X, X[:, :1])
         pipe.summary(print_fn=summary.append)
+        timeline = pipe.timeline(X, X[:, :1], repeats=1)
+        with pytest.raises(DataError, match=r"takes 1 input\(s\)") as refused:
+            pipe.predict({"other": X}, verbose=0)
         shown = [str(report), str(norms), str(pipe.explain(X, X[:, :1])), *summary]
-        assert [raw(text) for text in shown] == [[]] * 4
+        shown += [str(timeline), str(timeline.bottleneck), str(refused.value)]
+        assert [raw(text) for text in shown] == [[]] * 7
         assert all("\\x1b[31m" in text for text in (str(report), summary[0]))
         for ending in ("html", "svg", "txt"):
             file = report.save(tmp_path / f"report.{ending}")
             assert raw(file.read_text()) == [], ending
         norms.save(tmp_path / "norms.svg")
+        assert raw(timeline.save(tmp_path / "trace.json").read_text()) == []
+        save_timeline(timeline, tmp_path / "timeline.svg")
     for picture in tmp_path.glob("*.svg"):
         ElementTree.parse(picture)
 

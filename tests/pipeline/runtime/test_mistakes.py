@@ -206,9 +206,10 @@ class Breaks(keras.optimizers.SGD):
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient, variable, learning_rate)
-        raise ArithmeticError("no more of this")
+        raise ArithmeticError("no more \x1b[1mof\x1b[0m this\x1b]0;title\x07")
 
 
+@pytest.mark.gate
 def test_an_update_that_raises_ends_the_run_and_says_why_it_cannot_be_taken_back():
     with made(Refuses) as pipe:
         pipe.compile(Breaks(0.1), "mean_squared_error", run_eagerly=True)
@@ -217,6 +218,8 @@ def test_an_update_that_raises_ends_the_run_and_says_why_it_cannot_be_taken_back
             pipe.session.steps.train(X, Y, None)
             pipe.get_weights()  # an update is not waited for
         assert not caught.value.undone
+        assert "no more of this\\x1b]0;title\\x07\n" in str(caught.value)  # no power over the terminal
+        assert not {"\x1b", "\x07"} & {*str(caught.value), *caught.value.worker_traceback}
         assert "may have made this update already, which cannot be taken back: the pipeline is over" in str(
             caught.value
         )
