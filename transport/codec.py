@@ -256,7 +256,8 @@ def _encode_array(
     if nbytes > limits.max_bytes:
         raise MessageTooLarge(
             f"{message}: {nbytes} bytes are above the limit of {limits.max_bytes} bytes a message; "
-            "send it in slices, or raise Limits.max_bytes on both sides"
+            "send it in slices, or raise Limits.max_bytes on both sides",
+            limits.max_bytes,
         )
     if len(shape) > limits.max_rank or (0 in shape and _span(shape) > limits.max_bytes):
         raise MessageTooLarge(

@@ -43,7 +43,15 @@ class Unsendable(TransportError, MistakeError, ValueError):  # noqa: N818 (reads
 
 
 class MessageTooLarge(Unsendable):
-    """The message is above the channel's limits. Nothing was sent and the channel stays usable."""
+    """The message is above the channel's limits. Nothing was sent and the channel stays usable.
+
+    Attributes:
+        limit: Bytes that an array may have, if it has more.
+    """
+
+    def __init__(self, words: str, limit: int | None = None) -> None:
+        super().__init__(words)
+        self.limit = limit
 
 
 class BadAddress(TransportError, MistakeError, ValueError):  # noqa: N818

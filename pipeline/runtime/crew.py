@@ -30,9 +30,18 @@ from pipeline.runtime.post_mortem import describe_worker, died, failed, stalled
 from pipeline.runtime.socket_directory import SocketDirectory
 from stages.recipe.settings import settings
 from stages.worker.stage_spec import StageSpec
+from stages.worker.too_large import in_users_words
 from transport.channel import Outbox, Transport
 from transport.endpoints import tcp_host_port
-from transport.errors import BadAddress, ChannelClosed, PeerLost, TransportError, TransportTimeout, Watched
+from transport.errors import (
+    BadAddress,
+    ChannelClosed,
+    MessageTooLarge,
+    PeerLost,
+    TransportError,
+    TransportTimeout,
+    Watched,
+)
 from transport.mailbox import Mailbox
 from transport.message import DRIVER, Key, Message
 from transport.registry import new_keys, open_transport
@@ -144,9 +153,13 @@ class Crew:
 
         Raises:
             PipelineClosedError: The workers are gone.
+            MessageTooLarge: The message is above the limits; nothing of it was sent.
         """
         self.check_open()
-        self._outboxes[worker].send(message)
+        try:
+            self._outboxes[worker].send(message)
+        except MessageTooLarge as error:
+            raise in_users_words(error, message) from None
 
     def check_open(self) -> None:
         """Refuse to go on without workers.

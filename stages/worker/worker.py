@@ -32,6 +32,8 @@ from stages.worker.reply import Reply, StepReply
 from stages.worker.stage_spec import StageSpec
 from stages.worker.step_notes import NoteTaker
 from stages.worker.step_program import Links, Program
+from stages.worker.too_large import in_users_words
+from transport.errors import MessageTooLarge
 from transport.message import Message
 
 Array = np.ndarray[Any, Any]
@@ -127,10 +129,13 @@ class Worker(BaseWorker):
 
     def _hand_over(self, message: Message) -> None:
         """Send a message of a step to its stage; what is for a stage of this worker stays here."""
-        if message.stage in self.hosted:
-            self.mailbox.deliver(message)
-        else:
-            self._send(message)
+        try:
+            if message.stage in self.hosted:
+                self.mailbox.deliver(message)
+            else:
+                self._send(message)
+        except MessageTooLarge as error:
+            raise in_users_words(error, message) from None
 
     def apply(self, order: Apply) -> None:
         """One update of every stage."""

@@ -17,6 +17,7 @@ from pipeline.errors import DataError, PipelineClosedError, WorkerError
 from pipeline.runtime import crew, interrupts
 from stages.worker import base, kept_values
 from tests.levels import in_turn
+from transport.errors import MessageTooLarge
 from transport.limits import Limits
 from transport.registry import open_transport
 
@@ -158,11 +159,20 @@ def test_a_message_that_is_too_large_is_taken_back(monkeypatch):
     tall = np.ones((240, 4), "float32")
 
     def of_the_batch(pipe):
-        with pytest.raises(ValueError, match="above the limit of 4000 bytes"):
+        words = (
+            r"^input '.+' has shape \(400, 4\) of float32, 6400 bytes, which is above the limit of 4000 bytes a message"
+            r"; a batch goes whole to every stage that takes some of it: give smaller batches \(batch_size=\)$"
+        )
+        with pytest.raises(MessageTooLarge, match=words):
             pipe.session.steps.train(long, long[:, :1], None)
 
     def of_a_stage(pipe):
-        with pytest.raises(WorkerError, match="above the limit of 4000 bytes") as caught:
+        words = (
+            r"^stage 'stage0' failed in step \d+, forward of microbatch 0: MessageTooLarge: output '.+' has shape "
+            r"\(60, 18\) of float32, 4320 bytes, which is above the limit of 4000 bytes a message; take more "
+            r"microbatches \(microbatches=\), or cut the model where its tensors are smaller\n"
+        )
+        with pytest.raises(WorkerError, match=words) as caught:
             pipe.session.steps.train(tall, tall[:, :1], None)
         assert caught.value.kind == "MessageTooLarge"
 
