@@ -51,6 +51,7 @@ class Compiled:
     Attributes:
         counts: The optimizers' counts of updates, in the user's process.
         metric_copies: The user's metric objects, each with the copy of it in `heads`.
+        metrics_named: Whether it was looked for those that no value can be written into.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Compiled:
             for one in self.objectives
         }
         self.metric_copies: list[tuple[Any, Any]] = []
+        self.metrics_named = False
         self.heads = {spec.label: self._head(spec) for spec in self.specs}
         self.has_metrics = any(head.has_metrics for head in self.heads.values())
         self._constant_rates = [_constant_rate(optimizer) for optimizer in self.optimizers]

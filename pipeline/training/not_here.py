@@ -51,7 +51,7 @@ _MORE = (
 """Attributes that an instance of `keras.Model` has, and its class does not."""
 _KEPT = ("segments", "wires", "schedule", "microbatches", "recompute", "transport", "threads")
 """Attributes of a pipeline that say what it was made with."""
-_NOT_KEPT = ("outputs", "windows", "truncate", "keep_state", "check_first_batch")
+_NOT_KEPT = ("outputs", "windows", "truncate", "keep_state", "check_first_batch", "recovery")
 """What else it was made with, which is no attribute of it."""
 
 

@@ -6,6 +6,7 @@ value there; so does who looks at `self.model.metrics`. The same holds for metri
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -27,6 +28,11 @@ def reset(compiled: Compiled) -> None:
         metric.reset_state()
     for head in compiled.heads.values():
         head.reset()
+
+
+def any_of_users_classes(compiled: Compiled) -> bool:
+    """Whether one of the user's metric objects is of no class of Keras's."""
+    return any(not type(own).__module__.startswith("keras.") for own, _ in compiled.metric_copies)
 
 
 def are_any(session: Session) -> bool:
@@ -54,6 +60,9 @@ def fetch(session: Session, compiled: Compiled) -> None:
     for own, copy in compiled.metric_copies:
         for variable, value in zip(own.variables, copy.variables, strict=False):
             variable.assign(value)
+    if not compiled.metrics_named and all(head.built for head in compiled.heads.values()):
+        compiled.metrics_named = True
+        _name_those_without_variables(compiled)
 
 
 def build(compiled: Compiled, label: str, target: Any, prediction: Any) -> None:
@@ -63,6 +72,17 @@ def build(compiled: Compiled, label: str, target: Any, prediction: Any) -> None:
         if len(own.variables) < len(copy.variables):
             own.update_state(target, prediction)
             own.reset_state()
+
+
+def _name_those_without_variables(compiled: Compiled) -> None:
+    """Warn of the user's objects that no value of the workers can be written into."""
+    for own in own_metrics(compiled):
+        if not own.variables:
+            warnings.warn(
+                f"the metric {own.name!r} ({type(own).__name__}) counts in attributes of Python and not in variables: "
+                "its value is in the logs and the history, and the object in this process does not count",
+                stacklevel=2,
+            )
 
 
 def reads_every_batch(callbacks: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -310,7 +311,9 @@ class Trainer(ModelWithoutLayers):
         self.logs.reset()
         self.pipe.reset_metrics()
         if compiled is not None and (compiled.has_metrics or shown):  # else Keras's mean of the loss is zero already
-            own_metrics.reset(compiled)
+            foreign = own_metrics.any_of_users_classes(compiled)  # they may count in attributes
+            with self.session.steps.calling_own() if foreign else nullcontext():
+                own_metrics.reset(compiled)
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The logs as the last step left them, also one of an evaluation by a callback; Keras asks after an epoch."""

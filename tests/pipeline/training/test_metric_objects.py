@@ -89,3 +89,29 @@ def test_a_metric_in_a_layer_under_microbatches_is_said() -> None:
         with pytest.warns(UserWarning, match="the metric 'size' inside of a layer counts every microbatch") as found:
             pipe.fit(X, Y, **FIT)
         assert len(found) == 1
+
+
+class Counting(keras.metrics.Metric):
+    """Counts in an attribute of Python."""
+
+    seen = 0
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        self.seen += len(y_true)
+
+    def result(self) -> Any:
+        return ops.convert_to_tensor(float(self.seen))
+
+    def reset_state(self) -> None:
+        self.seen = 0
+
+
+def test_a_metric_that_counts_in_python_is_in_the_logs_and_said_not_to_be_in_the_object() -> None:
+    mine, f1 = Counting(name="seen"), keras.metrics.F1Score(average="macro", name="f1")  # which gets variables later
+    model = keras.Sequential([keras.Input((4,)), L.Dense(3, "softmax")])
+    with Pipeline.split(model, stages=1, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "categorical_crossentropy", metrics=[mine, f1], run_eagerly=True)
+        with pytest.warns(UserWarning, match="the metric 'seen' .Counting. counts in attributes of Python") as told:
+            history = pipe.fit(X, np.eye(3)[Y], **FIT).history
+    assert history["seen"] == [16.0, 16.0] and mine.seen == 0
+    assert sum("counts in attributes" in str(one.message) for one in told) == 1
