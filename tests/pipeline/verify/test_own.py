@@ -121,7 +121,10 @@ def test_what_would_not_get_its_bits_back_is_said(monkeypatch: pytest.MonkeyPatc
             self.variable.value.assign(value + 1)
 
     right = put_back.held_by
-    monkeypatch.setattr(put_back, "held_by", lambda v: Forgetful(v) if getattr(v, "path", "").endswith("low/bias") else right(v))
+    low = "low/bias"
+    monkeypatch.setattr(
+        put_back, "held_by", lambda v: Forgetful(v) if getattr(v, "path", "").endswith(low) else right(v)
+    )
     with running(model()) as pipe:
         report = pipe.verify(*batch(), checks="own")
     assert "did not put everything back in your own objects" in report.summary()
