@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.cutting.costs import CallCost, Costs
-from stages.plain_text import plain_text
+from stages.plain_text import harmless, plain_text, printable
 
 __all__ = ["CutRow", "CutTable", "cut_table"]
 
@@ -85,8 +85,8 @@ class CutTable:
         for row in self.rows:
             table.add_row(
                 str(row.position),
-                ", ".join(row.at) or "(by position only)",
-                ", ".join(row.tensors) or "nothing",
+                harmless(", ".join(row.at) or "(by position only)"),
+                harmless(", ".join(row.tensors) or "nothing"),
                 f"{row.bytes:,.0f}",
                 f"{row.parameters[0]:,} | {row.parameters[1]:,}",
                 f"{row.forward[0] * 1e3:.2f} | {row.forward[1] * 1e3:.2f}",
@@ -95,7 +95,9 @@ class CutTable:
         return table
 
     def __str__(self) -> str:
-        headline = f"Cuts of {self.model}, before | behind; times of a microbatch of {self.samples} sample(s)"
+        headline = (
+            f"Cuts of {printable(self.model)}, before | behind; times of a microbatch of {self.samples} sample(s)"
+        )
         return f"{headline}\n{plain_text(self.table(), width=140)}"
 
 

@@ -30,7 +30,7 @@ from pipeline.plan.schedules import build_plan
 from pipeline.plan.simulator import simulate
 from pipeline.plan.timeline import Timeline
 from stages.actions import Action, Wiring
-from stages.plain_text import plain_text
+from stages.plain_text import harmless, plain_text
 
 __all__ = ["Comparison", "Prediction", "predict"]
 
@@ -172,7 +172,7 @@ class Prediction:
             table.add_column(name, justify="right")
         for stage, peak in zip(self.stages, self.peak_memory(), strict=True):
             table.add_row(
-                stage.name,
+                harmless(stage.name),
                 _ms(stage.forward),
                 _ms(stage.backward),
                 _ms(stage.transfer),
@@ -241,7 +241,7 @@ class Comparison:
             table.add_column(name, justify="right")
         for row in (*self.rows, self.step):
             ratio = "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
-            table.add_row(row.name, _ms(row.predicted), _ms(row.measured), ratio)
+            table.add_row(harmless(row.name), _ms(row.predicted), _ms(row.measured), ratio)
         table.add_row(self.bubble.name, f"{self.bubble.predicted:.1%}", f"{self.bubble.measured:.1%}", "")
         return table
 

@@ -22,7 +22,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stages.plain_text import harmless, plain_text
+from stages.plain_text import harmless, plain_text, printable
 
 CONNECTED = "connected"
 ZERO = "zero"
@@ -105,7 +105,7 @@ class ExplanationRow:
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.status}" + (f", {self.reason}" if self.reason else "")]
         lines += [f"  {line}" for line in self._details()]
-        return "\n".join(lines)
+        return printable("\n".join(lines), breaks=True)
 
     def _details(self) -> Iterator[str]:
         if self.why:
@@ -202,7 +202,7 @@ class Explanation:
             names = harmless("\n".join(one.name for one in rows), breaks=True)
             listed.add_row(*([harmless(row.target)] if several else []), names, status, harmless(why, breaks=True))
         top = Text(f"{self.headline}: {self.summary()}", style="bold green" if self.ok else "bold red")
-        return Group(top, listed, *(Text(f"note: {note}") for note in self.notes))
+        return Group(top, listed, *(harmless(f"note: {note}") for note in self.notes))
 
     def __str__(self) -> str:
         return plain_text(self.__rich__())

@@ -21,7 +21,7 @@ from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
 
-from stages.plain_text import plain_text
+from stages.plain_text import harmless, plain_text, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +81,7 @@ class InfluenceMap:
     def explain(self, output: str, source: str) -> str:
         """One entry in a sentence; the arguments and errors of `size`."""
         size = self.size(output, source)
+        output, source = printable(output), printable(source)
         if size is None:
             return (
                 f"{output} is not connected to {source}: no differentiable operations lead from {source} to {output}."
@@ -94,9 +95,9 @@ class InfluenceMap:
         drawn = Table()
         drawn.add_column("")
         for source in self.sources:
-            drawn.add_column(source, justify="right", no_wrap=True)
+            drawn.add_column(harmless(source), justify="right", no_wrap=True)
         for row, output in enumerate(self.outputs):
-            drawn.add_row(output, *(self._cell(row, column) for column in range(len(self.sources))))
+            drawn.add_row(harmless(output), *(self._cell(row, column) for column in range(len(self.sources))))
         return drawn
 
     def __rich__(self) -> Group:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.plain_text import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import LogNorm
@@ -63,7 +65,12 @@ def influence_figure(drawn: InfluenceMap, title: str | None = None) -> Figure:
         _numbers(axes, drawn, scale)
     for axis, labels, rotation in ((axes.xaxis, drawn.sources, 90), (axes.yaxis, drawn.outputs, 0)):
         stride = -(-len(labels) // _MOST_LABELLED) or 1
-        axis.set_ticks(range(0, len(labels), stride), labels=labels[::stride], rotation=rotation, fontsize=8)
+        axis.set_ticks(
+            range(0, len(labels), stride),
+            labels=[printable(label) for label in labels[::stride]],
+            rotation=rotation,
+            fontsize=8,
+        )
     axes.tick_params(length=0, labelcolor=_INK)
     axes.set_xlabel("source", fontsize=9, color=_INK)
     axes.set_ylabel("output", fontsize=9, color=_INK)

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from pipeline import BoundaryNorms, Pipeline, Segment, save_timeline
+from pipeline.cutting.cut_table import CutRow, CutTable
+from pipeline.cutting.prediction import Comparison, ComparisonRow
 from pipeline.errors import DataError
 from stages.errors import SegmentError
+from stages.explanation.rows import NOT_CONNECTED, ExplanationRow
+from stages.step_influence.map import InfluenceMap
 
 X = np.ones((4, 3), "float32")
 HARMFUL = "a\x1b[31m\x07<b>\x9b"
@@ -43,6 +47,24 @@ def test_control_characters_in_names_are_shown_as_words(tmp_path):
         save_timeline(timeline, tmp_path / "timeline.svg")
     for picture in tmp_path.glob("*.svg"):
         ElementTree.parse(picture)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_tables_of_cuts_influence_and_explanations_show_such_names_as_words(tmp_path):
+    row = CutRow(1, (HARMFUL,), (HARMFUL, "[b]x"), 4.0, 4.0, (1, 2), (1.0, 1.0), (1.0, 1.0), ())
+    influence = InfluenceMap((HARMFUL,), (HARMFUL + "[b]",), np.ones((1, 1)), np.ones((1, 1), bool))
+    prediction = ComparisonRow("[b]stage", 1.0, 1.0)
+    shown = [
+        str(CutTable((row,), "m\x1b[2J", 1)),
+        str(influence),
+        influence.explain(HARMFUL, HARMFUL + "[b]"),
+        str(ExplanationRow(HARMFUL, HARMFUL, NOT_CONNECTED, reason=HARMFUL)),
+        str(Comparison((prediction,), prediction, prediction, "plan", 1)),
+    ]
+    assert [raw(text) for text in shown] == [[]] * 5
+    assert all("\\x1b[31m" in text for text in shown[:4])
+    assert all("[b]" in shown[k] for k in (0, 1, 2, 4))  # no markup that is taken out
+    ElementTree.parse(influence.save(tmp_path / "influence.svg"))
 
 
 def test_a_stage_cannot_be_called_so():
