@@ -76,6 +76,31 @@ def test_only_who_has_the_keys_of_the_run_is_heard(guarded):
             socket.close()
 
 
+@pytest.mark.gate
+def test_who_is_connected_goes_on_and_strangers_stay_out_when_the_handler_ends_meanwhile():
+    keys = RunKeys.new()
+    with (
+        open_transport("tcp", keys=keys.plain()) as here,
+        open_transport("tcp", keys=keys.plain()) as there,
+        zmq.Context() as context,
+    ):
+        inbox = here.bind()
+        outbox = there.connect(inbox.address, PATIENCE)
+        here._doorkeeper.close()
+        sockets = [context.socket(zmq.PUSH) for _ in STRANGERS]
+        for stranger, socket in zip(STRANGERS, sockets, strict=True):
+            socket.setsockopt(zmq.LINGER, 0)
+            stranger(socket, keys)
+            socket.connect(inbox.address)
+            socket.send(FRAME)
+        outbox.send(Message("hello", value="from a worker"))
+        assert inbox.receive(PATIENCE).value == "from a worker"
+        with pytest.raises(TransportTimeout):
+            inbox.receive(0.3)
+        for socket in sockets:
+            socket.close()
+
+
 def test_an_inbox_of_somebody_else_is_no_inbox_of_the_run():
     one, other = RunKeys.new(), RunKeys.new()
     with open_transport("tcp", keys=one.plain()) as here, open_transport("tcp", keys=other.plain()) as there:
