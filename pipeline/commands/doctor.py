@@ -39,7 +39,10 @@ def run(given: argparse.Namespace) -> int:
     others = [Host.of(_read(path), path.name) for path in given.files]
     hosts = [this_host(given.model), *others]
     if given.json is not None:
-        given.json.write_text(hosts[0].text())
+        try:
+            given.json.write_text(hosts[0].text())
+        except OSError as error:
+            raise UsageError(f"{given.json} cannot be written: {error.strerror}") from None
     if not others:
         _show(fact_table(hosts[0]))
         return SAME

@@ -46,13 +46,19 @@ def run(given: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UsageError: The file or the column is not there.
+        UsageError: The file or the column is not there, an id is empty, or the rows cannot be written.
         TapelineError: As `pipeline.parties.alignment.align` says; nothing is written.
     """
+    from pipeline.errors import UsageError
     from pipeline.parties.alignment.align import join_alignment, serve_alignment
 
     align = serve_alignment if given.deed == "serve" else join_alignment
     ids = read_ids(given.ids)
+    try:
+        with given.output.open("a", encoding="utf-8"):
+            pass  # not after the exchange, when the other party has its rows already
+    except OSError as error:
+        raise UsageError(f"{given.output} cannot be written: {error.strerror}") from None
     rows = align(ids, given.name, given.peer, given.address, keys=given.keys, most=given.most)
     given.output.write_text("".join(f"{row}\n" for row in rows))
     print(f"the rows are in {given.output}, in an order that is the same at both parties")
@@ -70,12 +76,22 @@ def read_ids(what: str) -> list[str]:
     name, _, column = what.rpartition(":") if not Path(what).exists() else (what, "", "")
     path = Path(name or what)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            if not column:
-                return file.read().splitlines()
-            rows = csv.DictReader(file)
-            if column not in (rows.fieldnames or ()):
-                raise UsageError(f"{path.name} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}")
-            return [row[column] or "" for row in rows]
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            ids = _column(csv.DictReader(file), column, path.name) if column else file.read().split("\n")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None
+    ids = [one.removesuffix("\r") for one in ids]
+    if not column and ids and not ids[-1]:
+        ids.pop()  # behind the last line's end
+    empty = [str(number) for number, one in enumerate(ids, 1) if not one.strip()]
+    if empty:
+        raise UsageError(f"{path.name} has no id in row {', '.join(empty[:5])}: rows without one would meet each other")
+    return ids
+
+
+def _column(rows: csv.DictReader[str], column: str, name: str) -> list[str]:
+    from pipeline.errors import UsageError
+
+    if column not in (rows.fieldnames or ()):
+        raise UsageError(f"{name} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}")
+    return [row[column] or "" for row in rows]

@@ -6,13 +6,12 @@
     the answer, and a mark     ──────▶
                                ◀──────    a mark
 
-The marks are a hash of all that both found; where they differ, nothing is returned.
+The marks are a hash of all that both found, under both secrets; where they differ, nothing is returned.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.errors import DataError, PartyLostError, PartySilentError, PartyStoppedError
-from pipeline.parties.alignment.private_set import POINT, PrivateSet, id_hash
+from pipeline.parties.alignment.private_set import POINT, PrivateSet
+from stages.plain_text import printable
 from transport.errors import MalformedMessage, PeerLost, TransportError, TransportTimeout
 from transport.key_files import KeyFolder, PartyKeys, fingerprint
 from transport.limits import Limits
@@ -30,6 +30,8 @@ from transport.party_links import LinkBounds, PartyLink
 
 MOST_ALIGNED: Final = 1_000_000
 """So many ids of the other party are taken unless more are asked for: 32 MB, and some two minutes."""
+_WAITING: Final = 3
+"""Messages of one step of the exchange, at most."""
 _BLINDED, _ANSWERED, _MARK = "blinded ids", "answered ids", "mark of what both have"
 
 
@@ -81,10 +83,8 @@ def serve_alignment(
         exchange.send(_BLINDED, private.blinded())
         exchange.send(_ANSWERED, answer)
         rows: list[int] = exchange.honest(private.intersection, exchange.receive(_ANSWERED))
-        mark = _mark(mine, rows, theirs, private.blinded())
-        said = exchange.receive(_MARK)
-        exchange.send(_MARK, mark)
-        exchange.agree(said, mark)
+        exchange.agree(exchange.receive(_MARK), private.mark())
+        exchange.send(_MARK, private.mark())
     say(f"{len(rows)} rows of {len(mine)} are {peer}'s too, which has {len(theirs) // POINT}")
     return rows
 
@@ -130,9 +130,8 @@ def join_alignment(
         theirs, answer = exchange.receive(_BLINDED), exchange.receive(_ANSWERED)
         exchange.send(_ANSWERED, exchange.honest(private.answered, theirs))
         rows: list[int] = exchange.honest(private.intersection, answer)
-        mark = _mark(mine, rows, private.blinded(), theirs)
-        exchange.send(_MARK, mark)
-        exchange.agree(exchange.receive(_MARK), mark)
+        exchange.send(_MARK, private.mark())
+        exchange.agree(exchange.receive(_MARK), private.mark())
     say(f"{len(rows)} rows of {len(mine)} are {peer}'s too, which has {len(theirs) // POINT}")
     return rows
 
@@ -174,7 +173,7 @@ class _Exchange:
             raise PartyStoppedError(f"aligning rows: {self._peer} sent no message of tapeline: {error}") from error
         array = message.array
         if message.kind == "error":
-            raise PartyStoppedError(f"aligning rows: {self._peer} says: {str(message.value)[:200]}")
+            raise PartyStoppedError(f"aligning rows: {self._peer} says: {printable(str(message.value)[:200])}")
         if message.tensor != what or array is None or array.dtype != np.uint8 or array.size > self._most * POINT:
             size = "nothing" if array is None else f"{array.size} bytes of {array.dtype}"
             raise self._stopped(
@@ -211,13 +210,4 @@ def _ends(
         raise DataError(
             f"no key of {peer!r} is trusted here ({', '.join(known) or 'none is'}); say: tapeline keys trust {peer}.pub"
         )
-    return folder.own(name), known[peer], LinkBounds(Limits(max_bytes=POINT * max(count, most)))
-
-
-def _mark(ids: Sequence[Any], rows: Sequence[int], joined: bytes, served: bytes) -> bytes:
-    """A hash of what was found, fresh in every exchange."""
-    fresh = hashlib.blake2b(joined, digest_size=32).digest() + hashlib.blake2b(served, digest_size=32).digest()
-    found = hashlib.blake2b(b"tapeline aligned rows 1\x00" + fresh, digest_size=32)
-    for row in rows:
-        found.update(id_hash(ids[row]))
-    return found.digest()
+    return folder.own(name), known[peer], LinkBounds(Limits(max_bytes=POINT * max(count, most)), messages=_WAITING)

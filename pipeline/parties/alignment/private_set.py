@@ -59,6 +59,7 @@ class PrivateSet:
         self._rows = [row for _, row in blinded]
         self._sent = b"".join(point for point, _ in blinded)
         self._theirs: list[bytes] | None = None
+        self._common: list[bytes] | None = None
 
     def blinded(self) -> bytes:
         """What is sent first: this party's ids as points that nobody else can read, 32 bytes each, sorted."""
@@ -101,8 +102,19 @@ class PrivateSet:
         if len(mine) != len(self._rows) or len(set(mine)) != len(mine):
             raise DataError(f"expected an answer of {len(self._rows)} different points, received {len(set(mine))}")
         both = set(self._theirs)
+        self._common = sorted(both.intersection(mine))
         rows = [row for row, point in zip(self._rows, mine, strict=True) if point in both]
         return sorted(rows, key=lambda row: self._hashes[row])
+
+    def mark(self) -> bytes:
+        """A hash of what `intersection` found in common: of points under both secrets, so it tells nothing of ids.
+
+        Raises:
+            DataError: There was no `intersection` yet.
+        """
+        if self._common is None:
+            raise DataError("a mark is of what was found: call `intersection` first")
+        return hashlib.blake2b(_TAG + b"".join(self._common), digest_size=32).digest()
 
     def _times(self, point: bytes) -> bytes:
         return bytes(self._group.crypto_scalarmult_ristretto255(self._secret, point))

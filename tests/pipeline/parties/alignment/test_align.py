@@ -80,9 +80,9 @@ def test_nothing_is_found_where_one_is_not_honest(folders, monkeypatch, fault):
         found = aligned(folders, there=HERE)
         assert any("needs the other party's ids first" in str(error) for error in found.values())
     else:
-        monkeypatch.setattr(align, "_mark", lambda ids, rows, joined, served: str(ids).encode())
+        monkeypatch.setattr(align.PrivateSet, "mark", lambda self: self.blinded())
         found = aligned(folders)
-        assert "found other rows than this party" in str(found["hospital"])
+        assert "found other rows than this party" in str(found["lab"])
     assert all(isinstance(error, TapelineError) for error in found.values())
     assert any(isinstance(error, PartyStoppedError) for error in found.values())
 
@@ -114,6 +114,13 @@ def test_ids_are_read_from_lines_or_from_a_column(tmp_path):
     (tmp_path / "table.csv").write_text('id,age\n"x, y",3\nz,4\n')
     assert read_ids(str(tmp_path / "ids.txt")) == ["a", "b é", "7"]
     assert read_ids(f"{tmp_path}/table.csv:id") == ["x, y", "z"]
+    (tmp_path / "marked.csv").write_bytes(b"\xef\xbb\xbfid\r\na\r\nb\r\n")
+    assert read_ids(f"{tmp_path}/marked.csv:id") == ["a", "b"]
+    (tmp_path / "holes.csv").write_text("id,age\na,1\n,2\n")
+    (tmp_path / "blank.txt").write_text("a\n\nb\n")
+    for holes in (f"{tmp_path}/holes.csv:id", f"{tmp_path}/blank.txt"):
+        with pytest.raises(UsageError, match="has no id in row 2: rows without one would meet"):
+            read_ids(holes)
     with pytest.raises(UsageError, match="no column 'name'; it has id, age"):
         read_ids(f"{tmp_path}/table.csv:name")
     with pytest.raises(UsageError, match="cannot be read"):

@@ -48,6 +48,20 @@ def test_the_order_is_one_however_the_tables_are_sorted_and_numbers_are_no_texts
     assert exchanged(list(np.arange(4)), [2, 3, 9])[1] == exchanged([2, 3, 9], list(np.arange(4)))[0]
 
 
+def test_a_mark_is_equal_at_both_and_cannot_be_made_from_ids():
+    """Who lies may make up which rows are common; a hash of ids would let him guess them afterwards."""
+    a, b = PrivateSet(["x", "y"]), PrivateSet(["y"])
+    with pytest.raises(DataError, match="call `intersection` first"):
+        a.mark()
+    to_a, to_b = b.answered(a.blinded()), a.answered(b.blinded())
+    assert a.intersection(to_a) == [1] and b.intersection(to_b) == [0]
+    again, other = PrivateSet(["x", "y"]), PrivateSet(["y"])
+    to_again = other.answered(again.blinded())
+    again.answered(other.blinded())
+    again.intersection(to_again)
+    assert a.mark() == b.mark() != again.mark()
+
+
 def test_what_travels_is_fresh_in_every_exchange_and_tells_no_order():
     ids = [f"p{k}" for k in range(30)]
     first, second = PrivateSet(ids).blinded(), PrivateSet(ids).blinded()
