@@ -31,8 +31,8 @@ class ClippedActivation(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: Any) -> Any:
         """The inputs (n, ...), shortened."""
-        rows = tf.reshape(inputs, (tf.shape(inputs)[0], -1))
-        return tf.reshape(tf.clip_by_norm(rows, tf.cast(self.norm, rows.dtype), axes=[1]), tf.shape(inputs))
+        rows = tf.reshape(tf.cast(inputs, tf.float32), (tf.shape(inputs)[0], -1))  # squares of half precision overflow
+        return tf.cast(tf.reshape(tf.clip_by_norm(rows, self.norm, axes=[1]), tf.shape(inputs)), inputs.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the inputs."""
@@ -46,6 +46,8 @@ class ClippedActivation(keras.layers.Layer):  # type: ignore[misc]
 @keras.saving.register_keras_serializable(package="tapeline")
 class QuantisedActivation(keras.layers.Layer):  # type: ignore[misc]
     """Round activations to 2^bits values between two bounds; gradients pass as if nothing had been rounded.
+
+    In half precision to as many of them as it can tell apart.
 
     Args:
         bits: 1 to 16.
@@ -66,8 +68,9 @@ class QuantisedActivation(keras.layers.Layer):  # type: ignore[misc]
     def call(self, inputs: Any) -> Any:
         """The inputs (n, ...), rounded."""
         step = (self.high - self.low) / (2**self.bits - 1)
-        inside = tf.clip_by_value(inputs, self.low, self.high)
-        return inside + tf.stop_gradient(self.low + step * tf.round((inside - self.low) / step) - inside)
+        inside = tf.clip_by_value(tf.cast(inputs, tf.float32), self.low, self.high)
+        rounded = inside + tf.stop_gradient(self.low + step * tf.round((inside - self.low) / step) - inside)
+        return tf.cast(rounded, inputs.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """That of the inputs."""

@@ -42,6 +42,8 @@ def randomised_response(labels: Any, epsilon: float, classes: int, seed: int) ->
     epsilon = positive("randomised_response", "epsilon", epsilon)
     classes = whole("randomised_response", "classes", classes)
     true = np.asarray(labels)
+    if true.ndim not in (1, 2) or (true.ndim == 2 and true.shape[1] != 1):
+        raise DataError(f"labels must be (n,) or (n, 1) numbers of classes, not one-hot, received {true.shape}")
     if classes < 2 or true.dtype.kind not in "biuf" or not np.isin(true, np.arange(classes)).all():
         raise DataError(f"labels must be whole numbers from 0 to {classes - 1}, of at least two classes")
     random = np.random.Generator(np.random.Philox(seed))

@@ -13,6 +13,7 @@ al., 2022, and Zheng et al., 2024 (embeddings).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,25 @@ def gradient_leaks(gradients: Any, labels: Any) -> dict[str, float]:
     return found
 
 
+def by_chance(
+    attack: Callable[[Any, Any], dict[str, float]], rows: Any, labels: Any, seed: int, draws: int
+) -> dict[str, float]:
+    """What an attack reads where nothing leaks: its mean over labels that are dealt out anew among the rows.
+
+    With few rows or many classes that is well above a half, since the worst class, either way round, is what counts.
+
+    Args:
+        attack: `gradient_leaks` or `embedding_leaks`.
+        rows: As it takes them.
+        labels: Likewise.
+        seed: Of the dealing.
+        draws: How often they are dealt.
+    """
+    random, truth = np.random.default_rng(seed), np.asarray(labels)
+    found = [attack(rows, truth[random.permutation(len(truth))]) for _ in range(draws)]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
 def embedding_leaks(activations: Any, labels: Any, seed: int = 0) -> dict[str, float]:
     """How well activations alone tell the classes, as their receiver may ask at prediction time too.
 
@@ -152,13 +172,20 @@ def classes_of(labels: Any) -> Array:
     """
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] > 1:
+        chances = array.dtype.kind in "biuf" and bool(np.all(array >= 0))
+        if not chances or not np.allclose(array.sum(axis=1), 1.0, atol=1e-3):
+            raise DataError(
+                f"labels of shape {array.shape} must be one-hot or chances, each row of which sums to 1, not others"
+            )
         return np.asarray(array.argmax(axis=1))
     flat = array.reshape(len(array), -1) if array.ndim else array
     if array.ndim == 0 or flat.shape[1] != 1:
         raise DataError(f"labels must be (n,), (n, 1) or (n, classes), received {array.shape}")
     values = flat[:, 0]
+    if values.dtype.kind not in "biufUS":
+        raise DataError(f"labels must be numbers or text, received {values.dtype}")
     distinct = np.unique(values)
-    whole = values.dtype.kind in "biuUSO" or bool(np.all(values == np.round(values.astype(np.float64))))
+    whole = values.dtype.kind in "biuUS" or bool(np.all(values == np.round(values.astype(np.float64))))
     if not whole or len(distinct) > MOST_CLASSES:
         raise DataError(
             f"labels must be classes, at most {MOST_CLASSES} of them, received {len(distinct)} different values of "

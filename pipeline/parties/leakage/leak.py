@@ -18,7 +18,7 @@ class Measure:
         about: `INPUTS` or `LABELS`.
         through: What is read: ``"activation"`` or ``"gradient"``.
         name: Its name.
-        nothing: Its value where nothing leaks; None where that depends on the data.
+        nothing: Its value where nothing leaks and there are very many rows; None where that depends on the data.
         everything: Its value where all is read.
         told: What it is, in words.
     """
@@ -42,6 +42,7 @@ MEASURES: Final = (
     Measure(INPUTS, ACTIVATION, "dcor²", 0.0, 1.0, "squared distance correlation, bias-corrected"),
     Measure(INPUTS, ACTIVATION, "ridge", 0.0, 1.0, "R² of inputs drawn again by ridge regression from half of them"),
     Measure(INPUTS, ACTIVATION, "nearest", 0.0, 1.0, "R² of inputs drawn again from the nearest known rows"),
+    Measure(INPUTS, ACTIVATION, "column", 0.0, 1.0, "R² of the single column of inputs that is drawn best"),
     Measure(INPUTS, ACTIVATION, "psnr", None, float("inf"), "decibels of the better drawing"),
     Measure(INPUTS, ACTIVATION, "ssim", 0.0, 1.0, "likeness of the better drawing to the image"),
 )
@@ -75,6 +76,7 @@ class Leak:
         measure: By what.
         target: The name of the input or output that was read off.
         value: The measure's value.
+        nothing: What it would be if nothing leaked: of attacks on labels measured, on labels dealt out anew.
         rows: How many rows it was measured on.
     """
 
@@ -83,4 +85,11 @@ class Leak:
     measure: Measure
     target: str
     value: float
+    nothing: float | None
     rows: int
+
+
+def share(leak: Leak) -> float:
+    """How far a leak is from nothing, 0, to everything, 1; below 0 where an attacker is worse than one who guesses."""
+    nothing = leak.nothing or 0.0
+    return (leak.value - nothing) / max(leak.measure.everything - nothing, 1e-9)

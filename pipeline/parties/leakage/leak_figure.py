@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.parties.leakage.leak import Leak
+from pipeline.parties.leakage.leak import Leak, share
 from pipeline.parties.leakage.leak_text import leaks_in_a_line, series_of, tensor_name
 from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
 
@@ -73,7 +73,7 @@ def _panel(axes: Axes, about: str, drawn_series: list[list[Leak]]) -> None:
         ends = f"{series[0].crossing.sender} → {series[0].crossing.receiver}"
         label = f"{series[0].measure.name} of {tensor_name(series[0])}, {ends}"
         label = label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
-        values = [_share(leak) for leak in series]
+        values = [max(-0.05, share(leak)) for leak in series]
         axes.plot(
             [leak.epoch for leak in series],
             values,
@@ -91,12 +91,6 @@ def _panel(axes: Axes, about: str, drawn_series: list[list[Leak]]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False, labelcolor=INK)
-
-
-def _share(leak: Leak) -> float:
-    """From 0, nothing, to 1, everything; below 0 where an attacker is worse than one who knows nothing."""
-    nothing = leak.measure.nothing or 0.0
-    return max(-0.05, (leak.value - nothing) / (leak.measure.everything - nothing))
 
 
 def _colours(count: int) -> list[str]:

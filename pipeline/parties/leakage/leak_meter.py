@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from pipeline.batch.step import StepResult
 from pipeline.errors import CompileError, DataError
-from pipeline.parties.leakage.distance_correlation import unbiased_distance_correlation
+from pipeline.parties.leakage.distance_correlation import flat_rows, unbiased_distance_correlation
 from pipeline.parties.leakage.inversion import LEAST_ROWS, inversion_leaks
-from pipeline.parties.leakage.labels import classes_of, embedding_leaks, gradient_leaks
-from pipeline.parties.leakage.leak import BY_NAME, INPUTS, LABELS, Leak, LeakPath
+from pipeline.parties.leakage.labels import by_chance, classes_of, embedding_leaks, gradient_leaks
+from pipeline.parties.leakage.leak import BY_NAME, INPUTS, LABELS, Leak, LeakPath, share
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.saying import is_whole, not_whole
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = np.ndarray[Any, Any]
+_DEALT = {GRADIENT: 8, ACTIVATION: 1}
+"""How often labels are dealt out anew, to see what an attack reads where nothing leaks."""
 
 
 class LeakMeter(StepWatcher):
@@ -101,7 +104,12 @@ class LeakMeter(StepWatcher):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Measure."""
-        noted = {key: np.concatenate(parts)[: self.rows] for key, parts in self._noted.items()}
+        noted = {}
+        for key, parts in self._noted.items():
+            try:
+                noted[key] = np.concatenate(parts)[: self.rows]
+            except ValueError:  # batches of unequal lengths
+                self._left_out(f"{key[1] if isinstance(key, tuple) else key.tensor!r}: its rows have not one shape")
         crossed = {key: rows for key, rows in noted.items() if isinstance(key, LeakPath)}
         for crossing, rows in crossed.items():
             for kind, name in (key for key in noted if not isinstance(key, LeakPath)):
@@ -113,11 +121,16 @@ class LeakMeter(StepWatcher):
         try:
             found = _measured(crossing.what, kind, rows, truth, self.seed)
         except DataError as error:
-            said = f"{kind} {name!r} through {crossing.what} {crossing.tensor!r}: {error}"
-            if said not in self.left_out:
-                self.left_out.append(said)
+            self._left_out(f"{kind} {name!r} through {crossing.what} {crossing.tensor!r}: {error}")
             return
-        self.leaks += [Leak(epoch, crossing, BY_NAME[m], name, value, len(rows)) for m, value in found.items()]
+        self.leaks += [
+            Leak(epoch, crossing, BY_NAME[measure], name, value, nothing, len(rows))
+            for measure, (value, nothing) in found.items()
+        ]
+
+    def _left_out(self, said: str) -> None:
+        if said not in self.left_out:
+            self.left_out.append(said)
 
     def worst(self, about: str) -> Leak:
         """The leak that says most, of all that go from nothing to everything.
@@ -128,10 +141,10 @@ class LeakMeter(StepWatcher):
         Raises:
             DataError: Nothing of that kind was measured.
         """
-        known = [leak for leak in self.leaks if leak.measure.about == about and leak.measure.nothing is not None]
+        known = [leak for leak in self.leaks if leak.measure.about == about and leak.nothing is not None]
         if not known:
             raise DataError(f"no leak of {about} was measured" + "".join(f"; {said}" for said in self.left_out[:1]))
-        return max(known, key=lambda leak: (leak.value - (leak.measure.nothing or 0.0)) / _reach(leak))
+        return max(known, key=share)
 
     def save(self, path: str | Path) -> Path:
         """Draw the leaks over the epochs and save the picture; the suffix chooses the format (png, svg, pdf)."""
@@ -151,18 +164,23 @@ class LeakMeter(StepWatcher):
         return leak_text(self)
 
 
-def _reach(leak: Leak) -> float:
-    return leak.measure.everything - (leak.measure.nothing or 0.0)
-
-
-def _measured(what: str, kind: str, rows: Array, truth: Array, seed: int) -> dict[str, float]:
-    """The measures of what crossed against what it should not tell."""
+def _measured(what: str, kind: str, rows: Array, truth: Array, seed: int) -> dict[str, tuple[float, float | None]]:
+    """The measures of what crossed against what it should not tell, each with what it would be if nothing leaked."""
     if kind == LABELS:
         classes_of(truth)
-        return gradient_leaks(rows, truth) if what == GRADIENT else embedding_leaks(rows, truth, seed)
+        attack = gradient_leaks if what == GRADIENT else partial(embedding_leaks, seed=seed)
+        values = attack(rows, truth)
+        chance = by_chance(attack, rows, truth, seed, _DEALT[what]) if values else {}
+        return {
+            name: (value, None if BY_NAME[name].nothing is None else chance[name]) for name, value in values.items()
+        }
     if what == GRADIENT:
         return {}
-    return {"dcor²": unbiased_distance_correlation(rows, truth), **inversion_leaks(rows, truth, seed)}
+    flat = flat_rows(truth)
+    spread = flat.std(axis=0)
+    even = (flat - flat.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)  # a small column counts like a large one
+    found = {"dcor²": unbiased_distance_correlation(rows, even), **inversion_leaks(rows, truth, seed)}
+    return {name: (value, BY_NAME[name].nothing) for name, value in found.items()}
 
 
 def _whole(session: Session, seen: Mapping[Sight, Array | None]) -> dict[LeakPath, Array]:

@@ -30,12 +30,12 @@ def leaks_in_a_line(meter: LeakMeter) -> str:
         return f"no leaks were measured in {meter.step} steps"
     said = []
     for about in meter.about:
-        known = [leak for leak in meter.leaks if leak.measure.about == about and leak.measure.nothing is not None]
+        known = [leak for leak in meter.leaks if leak.measure.about == about and leak.nothing is not None]
         if known:
             leak = meter.worst(about)
             said.append(
                 f"{about} leak most through {tensor_name(leak)} to {leak.crossing.receiver!r}: {leak.measure.name} "
-                f"{shown(leak.value)} ({shown(leak.measure.nothing)} nothing, {shown(leak.measure.everything)} "
+                f"{shown(leak.value)} ({shown(leak.nothing)} nothing, {shown(leak.measure.everything)} "
                 f"everything) in epoch {leak.epoch}"
             )
     return "; ".join(map(printable, said))
@@ -64,7 +64,7 @@ def _table(meter: LeakMeter) -> Table:
             first.crossing.receiver,
             tensor_name(first),
             first.measure.name,
-            *map(shown, (first.value, last.value, first.measure.nothing, first.measure.everything)),
+            *map(shown, (first.value, last.value, last.nothing, first.measure.everything)),
             first.measure.told,
         )
         table.add_row(*map(harmless, cells))

@@ -76,6 +76,13 @@ def test_activations_are_rounded_and_gradients_pass_inside_the_bounds():
     assert np.all(back == np.where(np.abs(Z) <= 1, G, 0))
 
 
+def test_half_precision_neither_overflows_nor_vanishes():
+    large = np.full((2, 16), 100.0, "float16")  # a norm of 400, whose square is infinite there
+    assert np.allclose(passed(ClippedActivation(4.0, dtype="float16"), large, large)[0], 1.0, atol=1e-2)
+    out = passed(QuantisedActivation(16, dtype="float16"), Z.astype("float16"), G.astype("float16"))[0]
+    assert np.max(np.abs(out - np.clip(Z, -1, 1))) < 1e-3
+
+
 def test_the_largest_are_kept_by_size():
     out, back = passed(TopActivation(2))
     kept = np.argsort(-np.abs(Z), axis=1)[:, :2]
@@ -97,6 +104,8 @@ def test_labels_are_kept_with_the_published_chance_and_told_by_many_draws(epsilo
     if classes == 2:
         votes = sum(randomised_response(true, epsilon, 2, seed=k) for k in range(5)) > 2
         assert np.mean(votes == true) == pytest.approx(0.88, abs=0.01)
+    with pytest.raises(DataError, match="not one-hot"):
+        randomised_response(np.eye(classes)[true[:4]], epsilon, classes, seed=1)
     with pytest.raises(DataError, match="whole numbers from 0 to"):
         randomised_response(true + 0.5, epsilon, classes, seed=1)
 

@@ -12,7 +12,7 @@ from pipeline.parties.leakage.distance_correlation import (
     unbiased_distance_correlation,
 )
 from pipeline.parties.leakage.inversion import inversion_leaks, peak_signal_to_noise, structural_similarity
-from pipeline.parties.leakage.labels import area_under_curve, embedding_leaks, gradient_leaks, norm_scores
+from pipeline.parties.leakage.labels import area_under_curve, by_chance, embedding_leaks, gradient_leaks, norm_scores
 
 RANDOM = np.random.default_rng(0)
 
@@ -117,6 +117,33 @@ def test_labels_may_be_one_hot_and_rows_without_a_gradient_score_nothing():
     assert gradient_leaks(gradients, np.zeros(30)) == {}
     with pytest.raises(DataError, match="labels must be classes"):
         gradient_leaks(gradients, RANDOM.normal(size=30))
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(32, 2), (64, 10)])
+def test_what_is_read_where_nothing_leaks_is_measured_beside_it(rows, classes):
+    found, floor = [], []
+    for k in range(12):
+        gradients, labels = RANDOM.normal(size=(rows, 8)), RANDOM.integers(0, classes, rows)
+        found.append(gradient_leaks(gradients, labels))
+        floor.append(by_chance(gradient_leaks, gradients, labels, k, 8))
+    for attack in ("norm", "cosine", "spectral"):
+        assert np.mean([one[attack] for one in floor]) > 0.54
+        assert np.mean([a[attack] - b[attack] for a, b in zip(found, floor, strict=True)]) == pytest.approx(0, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([[5, 7], [9, 2], [1, 1], [2, 2]]), RANDOM.normal(size=(4, 2)), np.array([1, None, 2, 1], object)],
+)
+def test_what_is_no_class_is_not_taken_for_one(labels):
+    with pytest.raises(DataError, match=r"one-hot or chances|numbers or text"):
+        gradient_leaks(RANDOM.normal(size=(4, 3)), labels)
+
+
+def test_a_small_column_that_leaks_is_not_lost_among_large_ones():
+    secret = RANDOM.integers(0, 2, (128, 1)).astype(float)
+    told = inversion_leaks(secret, np.concatenate([RANDOM.normal(scale=1000, size=(128, 1)), secret], axis=1))
+    assert told["column"] > 0.99 and told["ridge"] > 0.3
 
 
 def test_embeddings_tell_labels_only_where_they_hold_them():
