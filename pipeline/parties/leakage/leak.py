@@ -89,7 +89,7 @@ class Leak:
     rows: int
 
 
-def share(leak: Leak) -> float:
+def read_of_all(leak: Leak) -> float:
     """How far a leak is from nothing, 0, to everything, 1; below 0 where an attacker is worse than one who guesses."""
     nothing = leak.nothing or 0.0
     return (leak.value - nothing) / max(leak.measure.everything - nothing, 1e-9)

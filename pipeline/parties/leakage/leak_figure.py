@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.parties.leakage.leak import Leak, share
+from pipeline.parties.leakage.leak import Leak, read_of_all
 from pipeline.parties.leakage.leak_text import leaks_in_a_line, series_of, tensor_name
 from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
 
@@ -73,7 +73,7 @@ def _panel(axes: Axes, about: str, drawn_series: list[list[Leak]]) -> None:
         ends = f"{series[0].crossing.sender} → {series[0].crossing.receiver}"
         label = f"{series[0].measure.name} of {tensor_name(series[0])}, {ends}"
         label = label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
-        values = [max(-0.05, share(leak)) for leak in series]
+        values = [max(-0.05, read_of_all(leak)) for leak in series]
         axes.plot(
             [leak.epoch for leak in series],
             values,

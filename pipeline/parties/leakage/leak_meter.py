@@ -15,7 +15,7 @@ from pipeline.errors import CompileError, DataError
 from pipeline.parties.leakage.distance_correlation import flat_rows, unbiased_distance_correlation
 from pipeline.parties.leakage.inversion import LEAST_ROWS, inversion_leaks
 from pipeline.parties.leakage.labels import by_chance, classes_of, embedding_leaks, gradient_leaks
-from pipeline.parties.leakage.leak import BY_NAME, INPUTS, LABELS, Leak, LeakPath, share
+from pipeline.parties.leakage.leak import BY_NAME, INPUTS, LABELS, Leak, LeakPath, read_of_all
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
 from pipeline.saying import is_whole, not_whole
@@ -144,7 +144,7 @@ class LeakMeter(StepWatcher):
         known = [leak for leak in self.leaks if leak.measure.about == about and leak.nothing is not None]
         if not known:
             raise DataError(f"no leak of {about} was measured" + "".join(f"; {said}" for said in self.left_out[:1]))
-        return max(known, key=share)
+        return max(known, key=read_of_all)
 
     def save(self, path: str | Path) -> Path:
         """Draw the leaks over the epochs and save the picture; the suffix chooses the format (png, svg, pdf)."""
