@@ -35,6 +35,8 @@ STEP = measured_steps.step(
 def test_every_trace_keeps_the_rules_of_its_format(costs, microbatches, schedule, origin, steps):
     if schedule == "interleaved" and (len(costs) % 2 or microbatches % max(1, len(costs) // 2)):
         schedule = "1f1b"
+    if schedule == "zb-v" and len(costs) % 2:
+        schedule = "zb-h1"
     step = measured_steps.step([Cost(*each) for each in costs], microbatches, schedule, driver={"data": 0.5})
     later = [replace(step, origin=origin + k * (step.step_time + 0.5)) for k in range(steps)]
     assert trace_events.faults(trace_of(later)) == []

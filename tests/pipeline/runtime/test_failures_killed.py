@@ -239,11 +239,12 @@ def checkpointed(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(folder, "_put", lambda place, path: shutil.rmtree(place))
             manifest = checkpoint._manifest
-            patch.setattr(checkpoint, "_manifest", lambda pipe, of: stages.append(manifest(pipe, [])) or stages[0])
+            empty = lambda pipe, of, by: stages.append(manifest(pipe, [], by)) or stages[0]  # noqa: E731
+            patch.setattr(checkpoint, "_manifest", empty)
             pipe.save(path)
 
         def replace():
-            checkpoint._manifest = lambda pipe, of: {**stages[0], "stages": of}
+            checkpoint._manifest = lambda pipe, of, by: {**stages[0], "stages": of}
             pipe.session.values.read = kept.__getitem__
             pipe.session.workers.turns = Turns()  # which else refuses the copy
             pipe.save(path)
