@@ -64,7 +64,7 @@ class FirstBatch:
         self._untold = ""
         self._warned = self._warned_of_state = self._warned_of_coupling = False
         self._parts_of: Any = self
-        self._coupling_of: Any = self
+        self._coupling_of: dict[bool, Any] = {}
 
     def watch(self, wanted: bool) -> None:
         """Be shown every batch, if wanted, before it counts."""
@@ -95,8 +95,8 @@ class FirstBatch:
             return
         self._session.steps.plan(batch, training=mode.training)  # says what there is to say, of the batch as it is
         with self._session.steps.calling_own():
-            self._seen[mode, several] = compiled
             self._compare(mode, batch)
+        self._seen[mode, several] = compiled  # only now: what was refused is looked at, and refused, again
 
     def look_at_parts(self, batch: Batch) -> None:
         """Say or refuse what counts otherwise in microbatches than in the batch, unless a look at training did.
@@ -111,13 +111,13 @@ class FirstBatch:
         known = self._seen.get((Mode.TRAIN, True), self) is compiled or self._parts_of is compiled
         if len(batch.sizes) == 1 or known or self._cannot():
             return
-        self._parts_of = compiled
         with self._session.steps.calling_own(), self._own_runs(batch, training=True) as runs:
             try:
                 _, calls = runs.first(batch)
             except Exception:  # verify tells of it
                 return
             self._look_at_parts(Mode.TRAIN, batch, runs, calls)
+        self._parts_of = compiled
 
     @contextmanager
     def _own_runs(self, batch: Batch, training: bool) -> Iterator[OwnRuns]:
@@ -168,9 +168,9 @@ class FirstBatch:
             return
         if mode is Mode.TRAIN:
             self._warn_of_state(changed, len(batch.sizes))
-        if self._coupling_of is not self._session.workers.compiled:
-            self._coupling_of = self._session.workers.compiled
+        if self._coupling_of.get(runs.training, self) is not self._session.workers.compiled:
             self._warn_of_coupling(_coupling(runs, changed), batch)
+            self._coupling_of[runs.training] = self._session.workers.compiled
 
     def _compare_metrics(self, ours: OwnResult, theirs: OwnResult, few: Batch, rounding: float) -> None:
         compiled = self._session.workers.compiled

@@ -83,6 +83,18 @@ def test_it_is_named_where_the_pipeline_only_predicts() -> None:
 
 
 @pytest.mark.gate
+def test_what_couples_in_training_only_is_named_when_training_begins() -> None:
+    """Nothing is to be said of it where the pipeline predicts or evaluates, which may come first."""
+    with split(model(Centred(training_only=True))) as pipe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe.predict(X, verbose=0)
+            pipe.test_on_batch(X, Y)
+        with pytest.warns(UserWarning, match="layer 'centred' lets the samples"):
+            pipe.train_on_batch(X, Y)
+
+
+@pytest.mark.gate
 def test_one_microbatch_is_keras_and_nothing_is_said() -> None:
     whole = model(Centred())
     with split(whole, microbatches=1) as pipe:
@@ -136,7 +148,8 @@ def test_verify_alone_says_and_refuses_it_as_well() -> None:
             pipe.train_on_batch(X, Y)
     with split(model(Adding(lambda x: ops.sum(x**2)))) as pipe:
         before = pipe.get_weights()
-        with pytest.raises(FirstBatchError, match=r"layer 'adding' adds a loss .* a sum over samples"):
-            pipe.verify(X, Y, checks="own")
+        for _ in range(2):
+            with pytest.raises(FirstBatchError, match=r"layer 'adding' adds a loss .* a sum over samples"):
+                pipe.verify(X, Y, checks="own")
         for a, b in zip(pipe.get_weights(), before, strict=True):
             np.testing.assert_array_equal(a, b)
