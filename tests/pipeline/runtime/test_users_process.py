@@ -140,6 +140,7 @@ def test_a_forked_copy_of_the_process_is_refused_at_once_and_leaves_the_pipeline
     with made("ipc") as pipe:
         before = pipe.predict_on_batch(X)
         reading, writing = os.pipe()
+        gc.collect()  # data sets' iterators of other tests, whose threads the copy has not, would be waited for there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of threads and fork
             child = os.fork()
