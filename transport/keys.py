@@ -92,7 +92,11 @@ class Doorkeeper:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a client of a public key may connect; called by the handler."""
-        return domain == _DOMAIN and self._admits(key.decode())
+        try:
+            return domain == _DOMAIN and self._admits(key.decode())
+        except Exception:  # would end the thread, and with it the door for everybody until the process ends
+            _log.exception("a connection was turned away: whether its key may connect could not be found out")
+            return False
 
     def close(self) -> None:
         """End the thread: from now on nobody gets in."""

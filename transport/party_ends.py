@@ -6,6 +6,7 @@ Both keep the rules of `transport.party_links`.
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -22,7 +23,9 @@ from transport.party_links import HeaderCheck, LinkBounds, PartyLink
 
 _RETRY_SECONDS: Final = 0.2
 _REFUSED: Final = zmq.EVENT_HANDSHAKE_FAILED_AUTH
-_OTHER_KEY: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_BROKEN_OFF: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_OTHER_KEY: Final = _BROKEN_OFF | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_GREETING_SECONDS: Final = 5.0
 _NOT_THERE: Final = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
@@ -193,12 +196,24 @@ class PartyLine(PartyLink):
                     f"{peer} does not let the key of {self.keys.name} in ({fingerprint(self.keys.public)}): it is not "
                     f"in {peer}'s plan, or not trusted there"
                 )
+            if event == _BROKEN_OFF and not _greets(self.address, _GREETING_SECONDS):
+                return False  # as a forwarder does while nobody serves behind it
             if event & _OTHER_KEY:
                 raise NotAdmitted(
                     f"who answers at {self.address} is not {peer}: it has not the pinned key "
                     f"{fingerprint(self._public)}, or is no party of tapeline at all"
                 )
             return False
+        return False
+
+
+def _greets(address: str, seconds: float) -> bool:
+    """Whether ZeroMQ is at the other end of a new connection: it sends its first byte before it is asked."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds) as probe:
+            return probe.recv(1) == b"\xff"
+    except OSError:
         return False
 
 

@@ -15,6 +15,7 @@ from pipeline.parties.party_checkpoints import PartyCheckpoints
 from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.read_plan import read_plan
 from pipeline.parties.session import PartyResult, PartySession
+from transport.errors import KeyFileError
 from transport.key_files import KeyFolder, PartyKeys, fingerprint
 from transport.party_ends import PartyDoor, PartyLine
 
@@ -66,7 +67,15 @@ def serve_party(
     bound = BoundParty(plan, name, party, task)
     kept = _checkpoints(bound, checkpoints, resume)
     peers = {peer: plan.parties[peer] for peer in plan.peers(name)}
-    with PartyDoor(listen, own, peers, plan.bounds(), trusted=lambda key: key in known().values()) as door:
+
+    def admits(key: str) -> bool:
+        try:
+            return key in known().values()
+        except KeyFileError as error:
+            say(f"{name} has turned a connection away: {error}")
+            return False
+
+    with PartyDoor(listen, own, peers, plan.bounds(), trusted=admits) as door:
         say(f"{name} listens at {door.address} for {', '.join(peers)}; its fingerprint is {fingerprint(own.public)}")
         if listening is not None:
             listening(door.address)

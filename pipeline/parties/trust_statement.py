@@ -20,6 +20,7 @@ NOT_PROTECTED = (
     "that the ids in common are the same ones, how many rows there are, timing and sizes of messages",
     "against a party that lies (poisoned gradients, feature-space hijacking), several that collude, a host broken into",
     "against a pinned party that wants to fill memory with one message of endless parts",
+    "against a pinned party that fills the queue and dies while this one computes: libzmq may end this process",
     "against whoever has a stolen secret key, from then on; and CURVE is not post-quantum",
 )
 _BINARY = ("binary_crossentropy", "binary_focal_crossentropy", "hinge", "squared_hinge")

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from transport import Limits, Message
-from transport.errors import AddressInUse, BadAddress, MalformedMessage, NotAdmitted, PeerLost, TransportTimeout
+from transport.errors import (
+    AddressInUse,
+    BadAddress,
+    KeyFileError,
+    MalformedMessage,
+    NotAdmitted,
+    PeerLost,
+    TransportTimeout,
+)
 from transport.key_files import PartyKeys
 from transport.party_ends import PartyDoor, PartyLine
 from transport.party_links import LinkBounds
@@ -129,6 +142,51 @@ def test_a_door_with_another_key_is_not_taken_for_the_party(door):
             PartyLine(f"tcp://127.0.0.1:{port}", CLINIC, "lab", LAB.public, BOUNDS, PATIENCE)
 
 
+def test_a_question_that_fails_turns_one_connection_away_and_not_those_behind_it():
+    def trusted(key):
+        if not failed:
+            failed.append(key)
+            raise KeyFileError("a file among the pinned keys is none")
+        return True
+
+    failed = []
+    with PartyDoor("tcp://127.0.0.1:0", LAB, {"clinic": CLINIC.public}, BOUNDS, trusted) as door:
+        with pytest.raises(NotAdmitted, match="does not let the key of clinic in"):
+            line(door)
+        line(door).close()
+
+
+@pytest.mark.gate
+def test_a_forwarder_with_nobody_behind_it_is_tried_again_until_somebody_serves(door):
+    """It takes a connection, and ends it; two of them, then the far end is up."""
+    far = int(door.address.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", 0)) as forwarder:
+
+        def forward():
+            for _ in range(4):  # two attempts, each with a look at who is there
+                forwarder.accept()[0].close()
+            near, behind = forwarder.accept()[0], socket.create_connection(("127.0.0.1", far))
+            ways = [threading.Thread(target=copied, args=ends) for ends in ((near, behind), (behind, near))]
+            [way.start() for way in ways]
+            [way.join() for way in ways]
+            near.close(), behind.close()
+
+        thread = threading.Thread(target=forward, daemon=True)
+        thread.start()
+        address = f"tcp://127.0.0.1:{forwarder.getsockname()[1]}"
+        with PartyLine(address, CLINIC, "lab", LAB.public, BOUNDS, PATIENCE) as clinic:
+            clinic.send("lab", Message("hello"), PATIENCE)
+            assert door.receive(PATIENCE, anything)[0] == "clinic"
+        thread.join(PATIENCE)
+
+
+def copied(one, other):
+    """Send on what comes until it ends."""
+    while found := one.recv(1 << 16):
+        other.sendall(found)
+    other.shutdown(socket.SHUT_WR)
+
+
 def test_a_door_whose_keeper_has_ended_lets_nobody_in(door):
     door._doorkeeper.close()
     with pytest.raises((NotAdmitted, TransportTimeout)):
@@ -241,3 +299,38 @@ def test_addresses_that_cannot_be_are_refused(door):
     for address in ("lab:7443", "tcp://lab", "tcp://127.0.0.1:x", "tcp://127.0.0.1:70000", "ipc://x"):
         with pytest.raises(BadAddress):
             PartyLine(address, CLINIC, "lab", LAB.public, BOUNDS, 0.1)
+
+
+FLOOD = """
+import os, signal, subprocess, sys
+from transport import Limits, Message
+from transport.errors import TransportTimeout
+from transport.key_files import PartyKeys
+from transport.party_ends import PartyDoor, PartyLine
+from transport.party_links import LinkBounds
+
+bounds = LinkBounds(Limits(max_bytes=1 << 20, max_header_bytes=1 << 18), messages=8, silence=1.5)
+if sys.argv[1:]:
+    line = PartyLine(sys.argv[1], PartyKeys(*sys.argv[2:5]), "lab", sys.argv[5], bounds, 20)
+    try:
+        while True:
+            line.send("lab", Message("hello", value="x" * 100_000), 0.3)
+    except TransportTimeout:
+        os.kill(os.getpid(), signal.SIGKILL)
+lab, clinic = PartyKeys.new("lab"), PartyKeys.new("clinic")
+with PartyDoor("tcp://127.0.0.1:0", lab, {"clinic": clinic.public}, bounds) as door:
+    keys = ("clinic", clinic.public, clinic.secret, lab.public)
+    subprocess.run([sys.executable, __file__, door.address, *keys])
+    door.receive(5, lambda sender, header: None)
+    door.send("clinic", Message("error", value="the session ends"), 1)
+print("the door is closed")
+"""
+
+
+@pytest.mark.gate
+def test_a_party_that_fills_the_queue_and_dies_does_not_take_the_door_s_process_with_it(tmp_path):
+    """Heartbeats of such a connection are an assertion of libzmq (its issue 4364)."""
+    script = tmp_path / "flood.py"
+    script.write_text(FLOOD)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "the door is closed\n"), ended.stderr
