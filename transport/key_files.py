@@ -8,7 +8,8 @@ Rules:
 
 1. A file of ours appears whole or not at all, never takes the place of another one, and never goes through a symbolic
    link: it is written under a name that nobody has (O_EXCL, O_NOFOLLOW), synchronised, and then linked to its own.
-2. A secret file is read only if it is a plain file of this user that nobody else can open.
+2. A secret file is read only if it is a plain file of this user that nobody else can open; a pinned key only if nobody
+   else can write its file, the folder that it is in, or the one above.
 3. What is pinned is the key. A name that is pinned to one key is never silently pinned to another.
 """
 
@@ -149,9 +150,11 @@ class KeyFolder:
         """{local name: public key} of all pinned keys.
 
         Raises:
-            KeyFileError: A file among them is no public file.
+            KeyFileError: A file among them is no public file, or others can write what is pinned.
         """
         files = sorted((self.path / "trusted").glob("*.pub"))
+        for path in (self.path, self.path / "trusted", *files) if files else ():
+            _not_written_by_others(path)
         return {path.stem: checked_key(_fields(path, _PUBLIC_FIELDS, secret=False)["public"], path) for path in files}
 
     def names(self) -> list[str]:
@@ -195,6 +198,20 @@ def _folder(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise KeyFileError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _not_written_by_others(path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a key that was revoked just now
+        return
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
+    if status.st_mode & 0o022 or status.st_uid not in (os.geteuid(), 0):
+        raise KeyFileError(
+            f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):04o}), who may have pinned keys of "
+            f"their own; say: chmod go-w {path}, then compare the fingerprints: tapeline keys list"
+        )
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:

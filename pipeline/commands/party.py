@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def run(given: argparse.Namespace) -> int:
     if given.load is not None:
         for name, model in models.items():
             _weights(model, given.load / f"{name}.weights.h5", "load")
+    if given.save is not None:
+        _writable(given.save)
     session = serve_party if given.deed == "serve" else join_party
     trained = models if given.task == "train" else {}
     try:
@@ -163,11 +166,30 @@ def _check(given: argparse.Namespace, plan: Any, party: Any) -> int:
 def _save(folder: Path, models: dict[str, Any], predictions: Any) -> None:
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
+    _writable(folder)
     for name, model in models.items():
         _weights(model, folder / f"{name}.weights.h5", "save")
     if predictions is not None:
-        np.save(folder / "predictions.npy", predictions)
+        try:
+            np.save(folder / "predictions.npy", predictions)
+        except OSError as error:
+            raise _no_place(folder, error) from error
+
+
+def _writable(folder: Path) -> None:
+    """Make a folder, and see that a file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _no_place(folder, error) from error
+
+
+def _no_place(folder: Path, error: OSError) -> Exception:
+    from pipeline.errors import UsageError
+
+    return UsageError(f"cannot write into --save {folder}: {error.strerror}; choose another folder")
 
 
 def _weights(model: Any, path: Path, deed: str) -> None:

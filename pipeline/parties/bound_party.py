@@ -34,6 +34,8 @@ TASKS = ("train", "evaluate", "predict")
 """What parties may do together; all must be asked for the same."""
 _LOOK = (3, 2)
 """Rows of the microbatches with which stages are looked at."""
+_SHORT = ("accuracy", "acc", "crossentropy", "ce")
+"""Metrics for which Keras's `compile` takes those that suit the loss."""
 _LOOKING = threading.Lock()
 """Calls of layers are noted for the whole process, so one look is taken at a time."""
 
@@ -63,12 +65,12 @@ class BoundParty:
         self.plan, self.name, self.party, self.task = plan, name, party, task
         own = plan.stages_of(name)
         models = party.models(stage.name for stage in own)
-        faults = [*self._data_faults(own), *_model_faults(models)]
+        self.optimizer, unknown = _optimizer(party)
+        faults = [*self._data_faults(own), *_model_faults(models), *unknown]
         self.rows = None if faults else party.rows
         if faults:
             raise _faults(name, faults)
         self.stages = {stage.name: self._stage(stage, models[stage.name]) for stage in own}
-        self.optimizer = None if party.optimizer is None else keras.optimizers.get(party.optimizer)
         faults += self._training_faults()
         for stage in own:
             faults += self._look(stage)
@@ -217,6 +219,22 @@ def _model_faults(models: dict[str, Any]) -> list[str]:
         for name, model in models.items()
         if isinstance(model, keras.Layer) and not model.built
     ]
+
+
+def _optimizer(party: Party) -> tuple[Any, list[str]]:
+    """The party's optimizer, and what of optimizer, loss and metrics Keras does not know."""
+    optimizer, found = None, []
+    words = [("optimizer", keras.optimizers.get, party.optimizer), ("loss", keras.losses.get, party.loss)]
+    named = party.metrics if isinstance(party.metrics, list | tuple) else [party.metrics]
+    words += [("metrics", keras.metrics.get, one) for one in named if isinstance(one, str) and one not in _SHORT]
+    for what, get, given in words:
+        try:
+            made = None if given is None else get(given)
+        except (ValueError, TypeError):
+            found.append(f"{what}: Keras has none that is {given!r:.80}")
+        else:
+            optimizer = made if what == "optimizer" else optimizer
+    return optimizer, found
 
 
 def _faults(name: str, faults: list[str]) -> PartyPlanError:

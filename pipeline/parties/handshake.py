@@ -149,8 +149,9 @@ def _said(wire: PartyWire, peer: str, name: str) -> dict[str, Any]:
 
 
 def _well_formed(hello: Mapping[str, Any]) -> bool:
-    rows = hello.get("rows")
-    return isinstance(hello.get("nonce"), str) and (rows is None or (type(rows) is int and 0 < rows < 2**40))
+    rows, nonces = hello.get("rows"), hello.get("nonces")
+    well = isinstance(hello.get("nonce"), str) and "rows" in hello and isinstance(nonces, list | None)
+    return well and (rows is None or (type(rows) is int and 0 < rows < 2**40))
 
 
 def _differences(

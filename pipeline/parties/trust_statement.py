@@ -53,7 +53,10 @@ def trust_statement(plan: PartyPlan, loss: Any = None) -> str:
 
 
 def _is_binary(loss: Any) -> bool:
-    found = keras.losses.get(loss) if loss is not None else None
+    try:
+        found = keras.losses.get(loss) if loss is not None else None
+    except (ValueError, TypeError):  # none that Keras knows, as is said where the party is looked at
+        return False
     name = getattr(found, "name", None) or getattr(found, "__name__", "")
     return str(name) in _BINARY
 

@@ -98,6 +98,21 @@ def test_a_name_is_pinned_to_one_key_until_it_is_revoked(tmp_path):
     assert here.trust(forged.path / "lab.pub") == ("lab", other.public)
 
 
+@pytest.mark.parametrize("where", ["", "trusted", "trusted/lab.pub"])
+def test_pinned_keys_that_others_can_write_are_not_trusted(tmp_path, where):
+    here, there = KeyFolder(tmp_path / "a"), KeyFolder(tmp_path / "b")
+    lab = there.new("lab")
+    here.trust(there.path / "lab.pub")
+    path = here.path / where
+    honest = stat.S_IMODE(path.stat().st_mode)
+    for mode in (0o002, 0o020):
+        path.chmod(honest | mode)
+        with pytest.raises(KeyFileError, match=r"can be written by others .*chmod go-w"):
+            here.trusted()
+    path.chmod(honest)
+    assert here.trusted() == {"lab": lab.public}
+
+
 def test_a_fingerprint_tells_keys_apart_and_is_always_the_same():
     key = z85.encode(bytes(range(32))).decode()
     assert fingerprint(key) == fingerprint(key) != fingerprint(PartyKeys.new("a").public)

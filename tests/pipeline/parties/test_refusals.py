@@ -161,6 +161,27 @@ def test_a_party_that_vanishes_is_told_and_the_other_keeps_its_last_commit(tmp_p
     assert "step 2" in found["lab"].__notes__[0]
 
 
+@pytest.mark.gate
+@pytest.mark.parametrize("change", [{"rows": None}, {"nonces": 7}], ids=["rows", "nonces"])
+def test_a_hello_with_what_is_none_of_ours_is_refused_in_a_sentence(tmp_path, change):
+    """Both ends end with an error of the product, whichever of them has sent it."""
+    from pipeline.parties import handshake
+
+    pair = Pair(tmp_path)
+    honest = handshake.PartyWire.send
+
+    def changed(self, peer, kind, tensor, value=None, **given):
+        if tensor == "hello":
+            value = {key: one for key, one in {**value, **change}.items() if one is not None}
+        return honest(self, peer, kind, tensor, value, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handshake.PartyWire, "send", changed)
+        found = pair.meet()
+    assert all(isinstance(one, PartyStoppedError) for one in found.values()), found
+    pair.assert_untouched()
+
+
 def tensor(shape, dtype="float32", **given):
     """The fields of an activation."""
     fields = {"kind": "activation", "step": 1, "tensor": "z", "microbatch": 0, **given}
@@ -331,6 +352,11 @@ GIVEN = {
     "float16": (lambda: Party(half(), x=X, ids=IDS, optimizer="sgd"), "hospital", "needs loss scaling"),
     "stateful": (lambda: Party(stateful_layer(), x=X, ids=IDS, optimizer="sgd"), "hospital", "stateful=True"),
     "mask": (lambda: Party(masking(), x=X, ids=IDS, optimizer="sgd"), "hospital", "has a Keras mask"),
+    "words": (
+        lambda: Party(top(), None, Y, IDS[:-1], "adamm", "msee", ["acuracy", "acc"]),
+        "lab",
+        r"(?s)1\. .*same number.*2\. optimizer: .* 'adamm'\n.*3\. loss: .* 'msee'\n.*4\. metrics: .* 'acuracy'$",
+    ),
     "stages": (lambda: Party({"middle": top()}, y=Y, ids=IDS), "lab", "the plan gives this party the stages top"),
     "name": (lambda: Party(top(), y=Y, ids=IDS), "labs", "the plan has no party"),
 }  # fmt: skip

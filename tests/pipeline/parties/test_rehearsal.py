@@ -112,6 +112,8 @@ def test_the_commands_check_and_rehearse(tmp_path, monkeypatch, capsys):
     listen = ["--as", "lab", "--listen", "tcp://127.0.0.1:0", "--keys", str(tmp_path)]
     assert main(["party", "serve", "plan.toml", "party_of_a_lab:make", *listen]) == 2
     assert "has no key of hospital, lab" in capsys.readouterr().err
+    assert main(["party", "serve", "plan.toml", "party_of_a_lab:make", *listen, "--save", "plan.toml/trained"]) == 2
+    assert "cannot write into --save plan.toml/trained: Not a directory" in capsys.readouterr().err
 
 
 def test_the_statement_names_who_may_learn_the_labels():
@@ -119,6 +121,7 @@ def test_the_statement_names_who_may_learn_the_labels():
     assert "the labels of lab from hospital" in trust_statement(plan)
     assert "yours is one" in trust_statement(plan, keras.losses.BinaryCrossentropy())
     assert "yours is one" not in trust_statement(plan, "mse")
+    assert "yours is one" not in trust_statement(plan, "binary_crosentropy")
 
 
 def test_the_cosine_attack_on_a_linear_head_is_exactly_one():
