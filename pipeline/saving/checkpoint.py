@@ -185,8 +185,12 @@ def load(
             entry = manifest["progress"]
             found = read_arrays(path, entry)
             progress = put_together(entry["value"], [found[str(k)] for k in range(len(found))])
-            between = {group: {i: _part(values, group) for i, values in enumerate(arrays)} for group in BETWEEN_STEPS}
-            pipe.session.workers.resumed = Resumed(path, progress, between, pipe.session.workers.compiled)
+            between, begins = (
+                {group: {i: _part(values, group) for i, values in enumerate(arrays)} for group in groups}
+                for groups in (BETWEEN_STEPS, ("model", "optimizer"))
+            )
+            compiled = pipe.session.workers.needs_compile("resume")
+            pipe.session.workers.resumed = Resumed(path, progress, between, begins, compiled, compiled.rates())
         return pipe
 
 

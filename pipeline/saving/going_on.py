@@ -20,13 +20,17 @@ class Resumed:
         path: The checkpoint that it was read from.
         progress: As `pipeline.training.fit_run.FitRun` wrote it.
         between: {group of variables: {stage: their values}} that one step leaves for the next.
+        begins: The same of the workers' ``model`` and ``optimizer``, which they start with.
         compiled: What the pipeline was compiled with; under another `compile` training cannot go on exactly.
+        rates: Those of its optimizers, as `Compiled.rates` gives them.
     """
 
     path: Path
     progress: Mapping[str, Any]
     between: Mapping[str, Mapping[int, Sequence[Array]]]
+    begins: Mapping[str, Mapping[int, Sequence[Array]]]
     compiled: Any
+    rates: Sequence[float | None]
 
 
 __all__ = ["Resumed"]

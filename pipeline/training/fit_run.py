@@ -28,7 +28,7 @@ import tensorflow as tf
 from pipeline.errors import CheckpointError, CompileError
 from pipeline.runtime.session import Session
 from pipeline.runtime.values import values_of
-from pipeline.saving.checkpoint import Content, read_content, write_content
+from pipeline.saving.checkpoint import BETWEEN_STEPS, Content, read_content, write_content
 from pipeline.saving.folder import real_place
 from pipeline.saving.going_on import Resumed
 from pipeline.saving.own_objects import warn_of_what_is_not_in_it
@@ -127,6 +127,12 @@ class FitRun:
                 "compile() was called behind Pipeline.resume, so training cannot go on exactly; give resume what "
                 "compile should have: Pipeline.resume(folder, optimizer=..., loss=...)"
             )
+        if self._has_changed():
+            raise CheckpointError(
+                "weights, the optimizer's state or its rate were changed between Pipeline.resume and fit, by "
+                "train_on_batch, set_weights or the like, so training cannot go on exactly; change them behind this "
+                f"fit, or train on from Pipeline.load({str(self._resumed.path)!r})"
+            )
         self._known.check(self._progress["callbacks"])
         if self._progress["finished"] and self._progress["epochs"] != self._epochs:
             raise CheckpointError(
@@ -134,6 +140,18 @@ class FitRun:
                 f"train on, take Pipeline.load({str(self._resumed.path)!r}) and fit(..., initial_epoch="
                 f"{self._progress['epochs']}, epochs={self._epochs})"
             )
+
+    def _has_changed(self) -> bool:
+        """Whether the workers' values, or a rate in this process, are others than `Pipeline.resume` gave them."""
+        assert self._resumed is not None
+        if self._resumed.rates != self._session.workers.needs_compile("fit").rates():
+            return True
+        return any(
+            not same_bits(list(saved[i]), now[i])
+            for group, saved in self._resumed.begins.items()
+            for now in [self._session.values.read(group)]
+            for i in now
+        )
 
     def _check_saving(self) -> None:
         if self._saving is None:
@@ -308,7 +326,7 @@ class FitRun:
         saved, driver = self._progress, self._session.workers.driver()
         if self._drawn.number != saved["drawn"]:
             raise self._other_data(f"the first {self._batch} batches of epoch {self._epoch + 1} are others now")
-        for group in ("metrics", "besides"):
+        for group in BETWEEN_STEPS:  # kept states too, since a prediction may have been asked for before
             driver.set(group, self._resumed.between[group])
         self._steps = saved["steps"]
         self._trainer.logs.go_on_from(saved["logs"])
