@@ -14,7 +14,6 @@ numbers too: an iterator that draws from them has drawn by then.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from pipeline.errors import CheckpointError, CompileError
 from pipeline.runtime.session import Session
@@ -35,37 +32,13 @@ from pipeline.saving.own_objects import warn_of_what_is_not_in_it
 from pipeline.saving.run_folder import keep_last, only_writer, state_of_step, states
 from pipeline.training.callback_states import CallbackStates, same_bits
 from pipeline.training.callbacks import PipelineCheckpoint, flat
+from pipeline.training.drawn import Drawn
 from pipeline.training.random_states import read_random_states, write_random_states
 from stages.tensorflow_internals import global_seed
 from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import Trainer
-
-_LOOKED_AT = 1 << 16
-"""Bytes of every array of a batch by which it is known again."""
-
-
-class Drawn:
-    """The batches of an epoch that were drawn so far, as one number."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, data: Any) -> None:
-        """One more batch: tensors or arrays, nested as Keras gives them."""
-        for leaf in tf.nest.flatten(data, expand_composites=True):
-            array = np.asarray(leaf)
-            self._hash.update(f"{array.dtype}{array.shape}".encode())
-            if array.dtype.hasobject:
-                self._hash.update(repr(array.ravel()[:_LOOKED_AT].tolist()).encode())
-            else:
-                self._hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8)[:_LOOKED_AT].data)
-
-    @property
-    def number(self) -> str:
-        """Equal for equal batches in the same order."""
-        return self._hash.hexdigest()
 
 
 class FitRun:

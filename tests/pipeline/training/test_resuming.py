@@ -205,50 +205,6 @@ def test_other_data_are_refused(tmp_path):
         fit(pipe, callbacks(), [Stopping(-1)], data=(shuffled(3),), **options)
 
 
-CHANGES = {
-    "a training step": lambda pipe: pipe.train_on_batch(resumable.X[:16], resumable.Y[:16]),
-    "other weights": lambda pipe: pipe.set_weights([weight + 1 for weight in pipe.get_weights()]),
-    "another rate": lambda pipe: setattr(pipe.optimizer, "learning_rate", 0.5),
-}
-
-
-@pytest.mark.gate
-def test_what_is_changed_between_resume_and_fit_is_refused(tmp_path):
-    stopped(tmp_path, 2)
-    for change in CHANGES.values():
-        with Pipeline.resume(tmp_path, transport="inproc") as pipe:
-            change(pipe)
-            with pytest.raises(CheckpointError, match=r"changed between Pipeline.resume and fit"):
-                fit(pipe, callbacks(), [Stopping(-1), PipelineCheckpoint(tmp_path, 1)])
-
-
-def kept_states_trained(pipe, folder, behind=-1):
-    x = resumable.X[:48].reshape(12, 4, 6)
-    saving = [] if folder is None else [PipelineCheckpoint(folder, every=1)]
-    options = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
-    pipe.fit(x, x[:, :, :1], callbacks=[Stopping(behind), *saving], **options)
-    return [weight.tobytes() for weight in pipe.get_weights()]
-
-
-@pytest.mark.gate
-def test_predictions_between_resume_and_fit_leave_no_trace_in_kept_states(tmp_path):
-    def start():
-        keras.utils.set_random_seed(5)
-        layers = [keras.Input((4, 6)), keras.layers.GRU(3, return_sequences=True), keras.layers.Dense(1)]
-        options = {"windows": 2, "keep_state": True, "microbatches": 1, "transport": "inproc"}
-        pipe = Pipeline.split(keras.Sequential(layers), stages=2, **options)
-        pipe.compile("sgd", "mean_squared_error", run_eagerly=True)
-        return pipe
-
-    with start() as pipe:
-        whole = kept_states_trained(pipe, None)
-    with start() as pipe, pytest.raises(KeyboardInterrupt):
-        kept_states_trained(pipe, tmp_path, behind=3)
-    with Pipeline.resume(tmp_path, transport="inproc") as pipe:
-        pipe.predict(np.ones((4, 4, 6), "float32"), batch_size=4, verbose=0)
-        assert kept_states_trained(pipe, tmp_path) == whole
-
-
 class Keeping(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
