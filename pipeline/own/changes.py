@@ -81,6 +81,18 @@ class Changes:
             self._hold_states()
             self._hold_slots()
 
+    def take_over(self, values: Mapping[int, Sequence[np.ndarray[Any, Any]]]) -> None:
+        """Assign the user's variables of losses, loss weights and layers, of which the workers have values already.
+
+        Args:
+            values: {stage: their values, in the order of `Workers.besides`}.
+        """
+        for i, variables in self._session.workers.besides().items():
+            snapshot.write(variables, values[i], "the user's own variables")
+        if self._filled:
+            self._besides = {i: Held(held.variables) for i, held in self._besides.items()}
+            self._hold_states()
+
     def _hold_states(self) -> None:
         found = {i: states_of_layers(model) for i, model in self._session.setup.models.items()}
         self._states = {i: Held(states) for i, states in found.items() if states}

@@ -35,6 +35,7 @@ from pipeline.training.callbacks import PipelineCheckpoint, flat
 from pipeline.training.drawn import Drawn
 from pipeline.training.random_states import read_random_states, write_random_states
 from stages.tensorflow_internals import global_seed
+from stages.worker import snapshot
 from stages.worker.orders import Mode
 
 if TYPE_CHECKING:
@@ -99,6 +100,13 @@ class FitRun:
             raise CheckpointError(
                 "compile() was called behind Pipeline.resume, so training cannot go on exactly; give resume what "
                 "compile should have: Pipeline.resume(folder, optimizer=..., loss=...)"
+            )
+        given = {i: len(some) for i, some in self._session.workers.besides().items()}
+        if given != (saved := {i: len(some) for i, some in self._progress["own variables"].items()}):
+            raise CheckpointError(
+                f"losses, loss weights and layers had {sum(saved.values())} variable(s) of their own in the saved "
+                f"training, and have {sum(given.values())} now; give Pipeline.resume the loss and loss_weights that "
+                "compile had"
             )
         if self._has_changed():
             raise CheckpointError(
@@ -263,6 +271,7 @@ class FitRun:
             "history epochs": list(history.epoch),
             "stop": bool(self._trainer.stop_training),
             "rates": self._session.workers.needs_compile("fit").rates(),
+            "own variables": {i: snapshot.read(some) for i, some in self._session.workers.besides().items()},
             "callbacks": self._known.read(),
             "random": {**self._random, "now": read_random_states(), "ends": self._ends},
         }
@@ -301,6 +310,7 @@ class FitRun:
             raise self._other_data(f"the first {self._batch} batches of epoch {self._epoch + 1} are others now")
         for group in BETWEEN_STEPS:  # kept states too, since a prediction may have been asked for before
             driver.set(group, self._resumed.between[group])
+        self._trainer.pipe.changes.take_over(saved["own variables"])
         self._steps = saved["steps"]
         self._trainer.logs.go_on_from(saved["logs"])
         self._trainer.history.history, self._trainer.history.epoch = saved["history"], saved["history epochs"]
