@@ -102,7 +102,7 @@ class CallbackStates:
         for one, was in zip(self._callbacks, saved, strict=True):
             state, constant = was["state"], set(was["constant"])
             if isinstance(one, keras.callbacks.CSVLogger):
-                one.append, one.keys = self._appends[id(one)], state["keys"]
+                one.append, one.keys = self._appends.get(id(one), one.append), state["keys"]
             elif _speaks(one):
                 one.go_on_from(state[_SAID])
             else:

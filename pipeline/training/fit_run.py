@@ -14,7 +14,7 @@ numbers too: an iterator that draws from them has drawn by then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -190,11 +190,11 @@ class FitRun:
                     self._written.result()
 
     def _finished(self) -> Any:
-        """The History of a training that had ended."""
-        self._session.workers.resumed = None
+        """Be where a training was that had ended, but for metrics, which no batch has built; its History."""
         history = self._trainer.history = keras.callbacks.History()
-        history.history, history.epoch = dict(self._progress["history"]), list(self._progress["history epochs"])
-        history.set_model(self._trainer)
+        for callback in (history, *self._behind_gate):
+            keras.callbacks.Callback.set_model(callback, self._trainer)  # theirs may write files
+        self._be_there([group for group in BETWEEN_STEPS if group != "metrics"])
         return history
 
     def _begun(self) -> dict[str, Any]:
@@ -303,12 +303,16 @@ class FitRun:
                 driver.run(steps.plan(batch, training=False), Mode.TEST, batch)
 
     def _go_on(self) -> None:
-        """Be, in all, where the saved training was."""
+        """Be where the saved training was, if it drew the same batches."""
+        if self._drawn.number != self._progress["drawn"]:
+            raise self._other_data(f"the first {self._batch} batches of epoch {self._epoch + 1} are others now")
+        self._be_there(BETWEEN_STEPS)
+
+    def _be_there(self, groups: Sequence[str]) -> None:
+        """Set everything to what was saved, random numbers last; of the workers' variables these groups."""
         assert self._resumed is not None
         saved, driver = self._progress, self._session.workers.driver()
-        if self._drawn.number != saved["drawn"]:
-            raise self._other_data(f"the first {self._batch} batches of epoch {self._epoch + 1} are others now")
-        for group in BETWEEN_STEPS:  # kept states too, since a prediction may have been asked for before
+        for group in groups:  # kept states too, since a prediction may have been asked for before
             driver.set(group, self._resumed.between[group])
         self._trainer.pipe.changes.take_over(saved["own variables"])
         self._steps = saved["steps"]
