@@ -31,7 +31,7 @@ from pipeline.saving.going_on import Resumed
 from pipeline.saving.own_objects import warn_of_what_is_not_in_it
 from pipeline.saving.run_folder import keep_last, only_writer, state_of_step, states
 from pipeline.training.callback_states import CallbackStates, same_bits
-from pipeline.training.callbacks import PipelineCheckpoint, flat
+from pipeline.training.callbacks import Finalize, PipelineCheckpoint, flat
 from pipeline.training.drawn import Drawn
 from pipeline.training.random_states import read_random_states, write_random_states
 from stages.tensorflow_internals import global_seed
@@ -67,7 +67,7 @@ class FitRun:
         self._saving: PipelineCheckpoint | None = saving[0] if saving else None
         self._resumed: Resumed | None = session.workers.resumed
         self.skipping = self._resumed is not None
-        self._known = CallbackStates([one for one in given if one is not self._saving])
+        self._known = CallbackStates([one for one in given if one is not self._saving and type(one) is not Finalize])
         self._gate = _Gate(given)
         self._behind_gate = self._gate.callbacks
         self._arguments = dict(arguments)

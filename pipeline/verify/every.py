@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -113,6 +113,22 @@ class VerifyEvery(StepWatcher):
     def after_step(self, session: Session, result: StepResult) -> None:
         """Count what the step itself took."""
         self.training_seconds += time.monotonic() - self._began
+
+    def state(self) -> dict[str, Any]:
+        """What a training that is saved keeps of this; reports are not among it."""
+        return {
+            "step": self.step,
+            "place": (self._epoch, self._batch),
+            "seconds": dict(self.seconds),
+            "training_seconds": self.training_seconds,
+            "first_failed": self.first_failed,
+        }
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Count on from what `state` gave, in another program too."""
+        self.step, (self._epoch, self._batch) = state["step"], state["place"]
+        self.seconds, self.training_seconds = dict(state["seconds"]), state["training_seconds"]
+        self.first_failed = state["first_failed"]
 
     def _verify(self, session: Session, data: tuple[Any, Any, Any]) -> None:
         begin = time.monotonic()
