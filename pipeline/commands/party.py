@@ -110,7 +110,9 @@ def run(given: argparse.Namespace) -> int:
     if given.save is not None:
         _save(given.save, trained, result.predictions)
     if result.history and given.task == "evaluate":
-        print(", ".join(f"{name} {values[-1]}" for name, values in result.history.items()))
+        from stages.plain_text import printable
+
+        print(printable(", ".join(f"{name} {values[-1]}" for name, values in result.history.items())))
     print(f"done: {result.steps} steps, {result.sent} bytes of tensors sent, {result.received} received")
     return 0
 

@@ -96,6 +96,14 @@ class BoundParty:
         """Loss and metrics, at the party with y."""
         return next((head for stage in self.stages.values() for head in stage.heads), None)
 
+    def count_anew(self) -> None:
+        """Reset all metrics, also those that have counted elsewhere and are not yet built into a head."""
+        for metric in keras.tree.flatten(self.party.metrics):
+            if isinstance(metric, keras.metrics.Metric):
+                metric.reset_state()
+        if self.head is not None:
+            self.head.reset()
+
     def inputs(self, stage: str, rows: np.ndarray[Any, Any]) -> list[Any]:
         """A stage's own x of some rows, as tensors."""
         return [tf.constant(array[rows]) for array in self.party.x] if self.plan.stage(stage).x else []

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.microbatch import microbatch_sizes
-from pipeline.errors import PartyMismatchError, PartyStoppedError, PipelineError
+from pipeline.errors import PartyLostError, PartyMismatchError, PartySilentError, PartyStoppedError, PipelineError
 from pipeline.parties.bound_party import BoundParty, LastCommit
 from pipeline.parties.handshake import shake_hands
 from pipeline.parties.party import ids_mark
@@ -24,7 +24,7 @@ from pipeline.parties.party_checkpoints import EndOfEpoch, PartyCheckpoints
 from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.party_step import PartyStep
 from pipeline.parties.wire import PartyWire
-from transport.errors import TransportError
+from stages.plain_text import printable
 from transport.message import Message
 from transport.party_links import PartyLink
 
@@ -136,8 +136,7 @@ class PartySession:
         for epoch in range(begin, self._plan.epochs):
             order = self._order(epoch)
             total, counted = 0.0, 0
-            if self._party.head is not None:
-                self._party.head.reset()
+            self._party.count_anew()
             for batch in batches(len(order), self._plan, drop=True):
                 rows = order[batch]
                 loss = self._train_step(rows)
@@ -232,6 +231,7 @@ class PartySession:
     def _infer(self) -> None:
         judging = self._party.task == "evaluate"
         total, outputs = 0.0, []
+        self._party.count_anew()
         for step, batch in enumerate(batches(self._wire.rows, self._plan, drop=False), 1):
             rows = np.arange(self._wire.rows)[batch]
             self._begin(step, rows)
@@ -252,7 +252,7 @@ class PartySession:
             self._result.history.setdefault(name, []).append(value)
         if found:
             figures = ", ".join(
-                f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+                printable(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
                 for name, value in found.items()
             )
             self._say(f"epoch {epoch + 1}/{self._plan.epochs if self._party.task == 'train' else 1}: {figures}")
@@ -311,10 +311,10 @@ def batches(rows: int, plan: PartyPlan, drop: bool) -> list[slice]:
 
 
 def _told(error: BaseException) -> str:
-    """What others may know of an error: our own sentences; of another one its class alone."""
+    """What others may know of an error: a sentence of the protocol; of another one, which may name paths, its class."""
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted by its user"
-    if isinstance(error, PipelineError | TransportError):
+    if isinstance(error, PartyStoppedError | PartyLostError | PartySilentError):
         return str(error)
     return f"an error of its own ({type(error).__name__})"
 

@@ -6,10 +6,18 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import Party, PartyLostError, PartyMismatchError, PartyPlanError, PartyStoppedError
+from pipeline import (
+    CheckpointError,
+    Party,
+    PartyLostError,
+    PartyMismatchError,
+    PartyPlanError,
+    PartyStoppedError,
+)
 from pipeline.parties.read_plan import plan_of
 from tests.one_tape import assert_same_bits
 from tests.pipeline.parties.meeting import VANILLA, bits, bottom, data, meet, plan_with_keys, top
+from transport.errors import KeyFileError
 
 
 class Pair:
@@ -109,6 +117,34 @@ def test_an_error_of_a_party_reaches_the_others_without_its_words(tmp_path):
     assert isinstance(found["hospital"], RuntimeError)
     assert str(found["lab"]) == "hospital ended the session in step 1: an error of its own (RuntimeError)"
     pair.assert_untouched()
+
+
+@pytest.mark.parametrize("error", [CheckpointError, KeyFileError, OSError])
+def test_paths_of_a_party_are_not_told_to_the_others(error):
+    from pipeline.parties.session import _told
+
+    assert _told(error("cannot write /home/of/mine")) == f"an error of its own ({error.__name__})"
+    assert _told(PartyStoppedError("the loss of step 1 is nan")) == "the loss of step 1 is nan"
+
+
+@pytest.mark.gate
+def test_an_evaluation_counts_its_own_rows_alone_and_names_of_others_have_no_power_over_the_terminal(tmp_path):
+    """With the metric object that a training has counted in."""
+    name = "right\x1b[2J"
+    pair = Pair(tmp_path, {**VANILLA, "grants": {"metrics": ["hospital"]}})
+    x, y, _ = data(16, 3)
+    lab = pair.parties["lab"]
+    lab.optimizer, lab.metrics = keras.optimizers.SGD(0.0), [keras.metrics.BinaryAccuracy(name=name)]
+    pair.parties["hospital"].optimizer = keras.optimizers.SGD(0.0)
+    said = []
+    assert all(result.history for result in pair.meet(said=said).values())
+    lab.y = np.where(np.arange(16)[:, None] < 8, y, 1 - y)
+    judged = pair.meet(task="evaluate", said=said)
+    right = keras.metrics.BinaryAccuracy()
+    right.update_state(lab.y, pair.models[1](pair.models[0](x)))
+    assert [result.history[name] for result in judged.values()] == [[float(right.result())]] * 2
+    figures = [line for line in said if "right" in line]
+    assert figures and all(line.isprintable() for line in figures)
 
 
 def test_a_training_without_a_whole_batch_is_refused_at_both_ends(tmp_path):
