@@ -101,12 +101,12 @@ def shake_hands(
 
 
 def _epochs(places: Mapping[int, EndOfEpoch] | None, peer: str) -> dict[str, Any]:
-    """{epoch: the transcript with a party up to there}."""
-    return {str(epoch): str(place.transcripts.get(peer)) for epoch, place in (places or {}).items()}
+    """{epoch: the run, and the transcript with a party up to there}."""
+    return {str(epoch): f"{place.run} {place.transcripts.get(peer)}" for epoch, place in (places or {}).items()}
 
 
 def _last_common(theirs: Mapping[str, Mapping[str, Any]], places: Mapping[int, EndOfEpoch] | None) -> int:
-    """The last epoch that all have, with the same transcripts at both ends of each connection; 0 if there is none."""
+    """The last epoch that all have, of one run, with equal transcripts at both ends of each connection; else 0."""
     common = set(places or {})
     for peer, hello in theirs.items():
         epochs = hello.get("epochs")

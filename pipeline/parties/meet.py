@@ -44,7 +44,8 @@ def serve_party(
         listen: ``tcp://0.0.0.0:7443``, or a loopback address; port 0 takes a free one.
         task: ``"train"``, ``"evaluate"`` or ``"predict"``.
         keys: The folder with the keys; default as for `tapeline keys`.
-        checkpoints: A folder for this party's own checkpoints, one after each epoch; the last three are kept.
+        checkpoints: A folder for this party's own checkpoints, one after each epoch; the last three are kept. A
+            training that begins anew takes one without checkpoints.
         resume: Go on after the last epoch that all parties have a checkpoint of, with the same transcripts.
         say: Told, in sentences, what happens.
         listening: Called with the address once others can connect.
@@ -55,6 +56,7 @@ def serve_party(
     Raises:
         PartyPlanError: The plan or the party cannot be; nobody was asked.
         KeyFileError: This party's key is not there, or others can read it.
+        CheckpointError: The folder has checkpoints already, and this training begins anew; or those of several runs.
         PartyMismatchError: The others do not mean the same; nothing was trained.
         PartyStoppedError: Something came or was made that must not be; the values are those of the last commit.
         PartyLostError: Another party is gone; likewise.
@@ -141,10 +143,15 @@ def _checkpoints(party: BoundParty, folder: str | Path | None, resume: bool) -> 
 
     Raises:
         PartyPlanError: There is nothing to go on from.
+        CheckpointError: The folder has checkpoints already, and this training begins anew; or those of several runs.
     """
     if resume and (folder is None or party.task != "train"):
         raise PartyPlanError("only a training with checkpoints can be resumed; say in which folder they are")
-    return None if folder is None or party.task != "train" else PartyCheckpoints(folder, party)
+    if folder is None or party.task != "train":
+        return None
+    found = PartyCheckpoints(folder, party)
+    found.refuse_other_runs(resume)
+    return found
 
 
 def _keys(

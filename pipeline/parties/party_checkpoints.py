@@ -1,7 +1,8 @@
 """A party's own checkpoints, one at the end of each epoch; all parties go on after the last epoch that all have.
 
     FOLDER/epoch-3.npz    arrays of all that training changes here, and a manifest: party, plan's digest, step, history
-                          and the transcript with each neighbour up to that step
+                          the transcript with each neighbour up to that step, and the run, which is the same at all
+                          parties and after each resuming
 
 Two files written at about the same time are no common state. So parties compare transcripts: a party goes on from an
 epoch only if it and its neighbour have sent and received the same up to there.
@@ -42,12 +43,14 @@ class EndOfEpoch:
         step: Commits that are done.
         transcripts: {neighbour: the transcript's hash up to there, 64 hexadecimal digits}.
         history: As in `PartyResult`.
+        run: The training's own mark, the same at all parties, 32 hexadecimal digits.
     """
 
     epoch: int
     step: int
     transcripts: Mapping[str, str]
     history: Mapping[str, list[Any]]
+    run: str
 
 
 class PartyCheckpoints:
@@ -63,10 +66,10 @@ class PartyCheckpoints:
         self._digest = party.plan.digest()
 
     def write(self, place: EndOfEpoch) -> None:
-        """Write a checkpoint whole, and remove the oldest beyond `KEPT_EPOCHS`.
+        """Write a checkpoint whole, and remove the oldest of its run beyond `KEPT_EPOCHS`.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: It cannot be written, or would replace one of another run, plan or party.
         """
         manifest = {
             "party": self._party.name,
@@ -75,6 +78,7 @@ class PartyCheckpoints:
             "step": place.step,
             "transcripts": dict(place.transcripts),
             "history": dict(place.history),
+            "run": place.run,
         }
         arrays: dict[str, Any] = {
             f"{number:06}": _plain(held_by(one).numpy()) for number, one in enumerate(self._lasting())
@@ -82,6 +86,9 @@ class PartyCheckpoints:
         arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
         path = self._folder / f"epoch-{place.epoch}.npz"
         draft = self._folder / f".{path.name}.{secrets.token_hex(8)}"
+        mine = (self._party.name, self._digest, place.run)
+        if _whose(path) not in (None, mine):
+            raise CheckpointError(f"{path} is a checkpoint of another run, plan or party, and stays as it is")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(".epoch-*.npz.*"):  # by a process that was killed while it wrote
@@ -94,8 +101,9 @@ class PartyCheckpoints:
                 draft.replace(path)
             finally:
                 draft.unlink(missing_ok=True)
-            for old in sorted(self._files())[:-KEPT_EPOCHS]:
-                self._files()[old].unlink(missing_ok=True)
+            own = {epoch: one for epoch, one in self._files().items() if _whose(one) == mine}
+            for old in sorted(own)[:-KEPT_EPOCHS]:
+                own[old].unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror}") from error
 
@@ -103,11 +111,31 @@ class PartyCheckpoints:
         """{epoch: its place} of all whole checkpoints of this party and plan."""
         found = {}
         for epoch, path in self._files().items():
-            with contextlib.suppress(*_FAULTS), np.load(path, allow_pickle=False) as file:
-                manifest = json.loads(bytes(file["manifest"][:_LARGEST_MANIFEST]))
+            with contextlib.suppress(*_FAULTS):
+                manifest = _manifest(path)
                 if (manifest["party"], manifest["plan"], manifest["epoch"]) == (self._party.name, self._digest, epoch):
-                    found[epoch] = EndOfEpoch(epoch, manifest["step"], manifest["transcripts"], manifest["history"])
+                    found[epoch] = EndOfEpoch(
+                        epoch, manifest["step"], manifest["transcripts"], manifest["history"], manifest["run"]
+                    )
         return found
+
+    def refuse_other_runs(self, resume: bool) -> None:
+        """See that the folder is that of one run.
+
+        Args:
+            resume: Whether the training goes on; else it begins anew, and there must be no checkpoint.
+
+        Raises:
+            CheckpointError: It is not.
+        """
+        if not resume and self._files():
+            raise CheckpointError(
+                f"there are checkpoints in {self._folder} already; go on from them (resume), or begin anew in another "
+                "folder"
+            )
+        runs = {place.run for place in self.places().values()}
+        if len(runs) > 1:
+            raise CheckpointError(f"{self._folder} has checkpoints of {len(runs)} runs; leave there those of one")
 
     def load(self, epoch: int) -> None:
         """Give the party's variables the values of a checkpoint.
@@ -136,6 +164,19 @@ class PartyCheckpoints:
     def _files(self) -> dict[int, Path]:
         found = ((_NAME.fullmatch(path.name), path) for path in self._folder.glob("epoch-*.npz"))
         return {int(match[1]): path for match, path in found if match}
+
+
+def _manifest(path: Path) -> Any:
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(bytes(file["manifest"][:_LARGEST_MANIFEST]))
+
+
+def _whose(path: Path) -> tuple[Any, Any, Any] | None:
+    """Party, plan and run of a checkpoint; None: it is none, or damaged."""
+    with contextlib.suppress(*_FAULTS):
+        manifest = _manifest(path)
+        return manifest["party"], manifest["plan"], manifest["run"]
+    return None
 
 
 def _plain(value: Any) -> np.ndarray[Any, Any]:

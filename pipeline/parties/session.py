@@ -9,6 +9,7 @@ values of its last commit, and says in one sentence what happened; it never trai
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from pipeline.batch.microbatch import microbatch_sizes
 from pipeline.errors import PartyLostError, PartyMismatchError, PartySilentError, PartyStoppedError, PipelineError
 from pipeline.parties.bound_party import BoundParty, LastCommit
 from pipeline.parties.handshake import shake_hands
-from pipeline.parties.party import ids_mark
+from pipeline.parties.party import ids_mark, rows_key
 from pipeline.parties.party_checkpoints import EndOfEpoch, PartyCheckpoints
 from pipeline.parties.party_plan import PartyPlan
 from pipeline.parties.party_step import PartyStep
@@ -77,7 +78,8 @@ class PartySession:
         self._trusted, self._say = trusted, say
         self._checkpoints = checkpoints
         self._places = checkpoints.places() if checkpoints is not None and resume else None
-        self._key = b""
+        self._rows_key = b""
+        self._run = ""
         self._held = LastCommit(party)
         self._result = PartyResult()
 
@@ -95,7 +97,10 @@ class PartySession:
             PartySilentError: Another party sent nothing for as long as the plan says.
         """
         try:
-            self._key, begin = shake_hands(self._party, self._wire, self._places)
+            key, begin = shake_hands(self._party, self._wire, self._places)
+            ids = self._party.party.ids
+            self._rows_key = b"" if ids is None else rows_key(key, ids)
+            self._run = hashlib.sha256(b"tapeline run\0" + key).hexdigest()[:32]
             if self._party.task == "train":
                 self._train(self._resumed(begin))
             else:
@@ -120,6 +125,7 @@ class PartySession:
         if epoch and self._places is not None and self._checkpoints is not None:
             place = self._places[epoch]
             self._checkpoints.load(epoch)
+            self._run = place.run
             self._wire.go_on(place.transcripts)
             self._result.steps = place.step
             self._result.history = {name: list(values) for name, values in place.history.items()}
@@ -143,7 +149,7 @@ class PartySession:
                 total, counted = total + (loss or 0.0) * len(rows), counted + len(rows)
             self._tell(epoch, total / max(counted, 1))
             if self._checkpoints is not None:
-                done = EndOfEpoch(epoch + 1, self._result.steps, self._wire.chain(), self._result.history)
+                done = EndOfEpoch(epoch + 1, self._result.steps, self._wire.chain(), self._result.history, self._run)
                 self._checkpoints.write(done)
         self._step.finish()
         self._held = LastCommit(self._party)
@@ -169,7 +175,7 @@ class PartySession:
                 )
         self._wire.begin(step, microbatch_sizes(len(rows), self._plan.microbatches))
         ids = self._party.party.ids
-        mark = None if ids is None else ids_mark(self._key, [ids[row] for row in rows])
+        mark = None if ids is None else ids_mark(self._rows_key, [ids[row] for row in rows])
         if self._leads:
             for peer in self._wire.peers:
                 self._wire.send(peer, "command", "begin", mark)

@@ -18,6 +18,7 @@ NOT_PROTECTED = (
     "what activations say about x: whoever receives them may learn much of it",
     "what gradients say about y: whoever receives them may learn much of it",
     "that the ids in common are the same ones, how many rows there are, timing and sizes of messages",
+    "a list of ids against a hub that has none and guesses the whole of it in its order; single ids it cannot test",
     "against a party that lies (poisoned gradients, feature-space hijacking), several that collude, a host broken into",
     "against a pinned party that wants to fill memory with one message of endless parts",
     "against a pinned party that fills the queue and dies while this one computes: libzmq may end this process",

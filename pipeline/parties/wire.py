@@ -2,8 +2,9 @@
 
 Rules:
 
-1. A message that is not expected now (wrong tensor, step, microbatch, shape or dtype, twice the same) ends the session
-   before memory for its array is taken.
+1. A message that is not expected now (wrong tensor, step, microbatch, shape or dtype, twice the same, a name that the
+   protocol has not on this way) ends the session before memory for its array is taken. So no more is kept than one
+   message of each name.
 2. Nothing that is not finite is sent or used.
 3. The transcript of a step is a hash over the one before it and all tensors that crossed, in the plan's order: both
    ends make it of what they sent and received, and it must be equal before either applies anything.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -30,7 +31,11 @@ ACTIVATION: Final = "activation"
 GRADIENT: Final = "gradient"
 SAY_EVERY: Final = 10.0
 """Seconds after which a wait is told, and again."""
-_CONTROL: Final = frozenset({"hello", "command", "reply", "error", "stop", "output"})
+_FROM_ALL: Final = frozenset({("hello", "hello"), ("hello", "proof"), ("stop", "bye"), ("error", "")})
+_FROM_HUB: Final = _FROM_ALL | {("hello", "verdict"), *(("command", name) for name in ("begin", "commit", "order"))}
+_TO_HUB: Final = _FROM_ALL | {("reply", "prepared")}
+_SHARED: Final = {"loss": "loss", "metrics": "metrics", "predictions": "outputs"}
+"""{name of an output: the plan's grant of it}."""
 _LONGEST: Final = 600
 
 
@@ -241,8 +246,8 @@ class PartyWire:
                 )
             ):
                 fault = f"expected {edge.dtype} {(self.sizes[microbatch], *edge.shape)}"
-        elif kind not in _CONTROL or microbatch or window:
-            fault = "there is no such message between parties"
+        elif (kind, tensor) not in self._controls(sender) or microbatch or window:
+            fault = "there is no such message between parties on this way"
         elif kind == "command" and tensor == "order":
             if header.dtype is None or header.dtype.name != "int64" or header.shape != (self.rows,):
                 fault = f"expected int64 ({self.rows},)"
@@ -254,6 +259,13 @@ class PartyWire:
                 f"{sender} sent what must not be: {kind} {tensor!r} of step {step}, microbatch {microbatch}, {found}; "
                 f"{fault}"
             )
+
+    def _controls(self, sender: str) -> Set[tuple[str, str]]:
+        """(kind, name) of all messages without a tensor of the plan that a party may send to this one."""
+        judge, found = self.plan.judge.owner, _TO_HUB if self.name == self.plan.hub else _FROM_HUB
+        if self.name != judge and sender in (judge, self.plan.hub):
+            found |= {("output", name) for name, grant in _SHARED.items() if self.name in self.plan.sees(grant)}
+        return found
 
     def _note(self, peer: str, kind: str, tensor: str, microbatch: int, array: np.ndarray[Any, Any] | None) -> None:
         mark = hashlib.blake2b(f"{kind} {tensor} {microbatch}".encode(), digest_size=32)

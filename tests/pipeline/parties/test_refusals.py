@@ -6,18 +6,10 @@ import keras
 import numpy as np
 import pytest
 
-from pipeline import (
-    CheckpointError,
-    Party,
-    PartyLostError,
-    PartyMismatchError,
-    PartyPlanError,
-    PartyStoppedError,
-)
+from pipeline import Party, PartyLostError, PartyMismatchError, PartyPlanError, PartyStoppedError
 from pipeline.parties.read_plan import plan_of
 from tests.one_tape import assert_same_bits
 from tests.pipeline.parties.meeting import VANILLA, bits, bottom, data, meet, plan_with_keys, top
-from transport.errors import KeyFileError
 
 
 class Pair:
@@ -117,14 +109,6 @@ def test_an_error_of_a_party_reaches_the_others_without_its_words(tmp_path):
     assert isinstance(found["hospital"], RuntimeError)
     assert str(found["lab"]) == "hospital ended the session in step 1: an error of its own (RuntimeError)"
     pair.assert_untouched()
-
-
-@pytest.mark.parametrize("error", [CheckpointError, KeyFileError, OSError])
-def test_paths_of_a_party_are_not_told_to_the_others(error):
-    from pipeline.parties.session import _told
-
-    assert _told(error("cannot write /home/of/mine")) == f"an error of its own ({error.__name__})"
-    assert _told(PartyStoppedError("the loss of step 1 is nan")) == "the loss of step 1 is nan"
 
 
 @pytest.mark.gate
@@ -235,6 +219,9 @@ def tensor(shape, dtype="float32", **given):
         (tensor((3, 4), tensor="w"), "no such tensor"),
         (tensor((3, 4), "float64"), "expected float32"),
         ({"kind": "variable", "tensor": "kernel"}, "no such message"),
+        ({"kind": "hello", "tensor": "n1"}, "no such message"),
+        ({"kind": "command", "tensor": "commit"}, "no such message"),
+        ({"kind": "output", "tensor": "predictions", "array": np.zeros(3)}, "no such message"),
         ({"kind": "hello", "tensor": "hello", "array": np.zeros(3)}, "comes with an array"),
     ],
 )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import keras
+import numpy as np
 import pytest
 
 from pipeline import (
@@ -16,6 +18,8 @@ from pipeline import (
     PartyStoppedError,
     serve_party,
 )
+from pipeline.parties.bound_party import BoundParty
+from pipeline.parties.party_checkpoints import EndOfEpoch, PartyCheckpoints
 from pipeline.parties.wire import PartyWire
 from tests.one_tape import assert_same_bits
 from tests.pipeline.parties.meeting import VANILLA, bits, bottom, data, meet, met, plan_with_keys, top
@@ -85,12 +89,15 @@ def test_the_one_that_is_an_epoch_ahead_goes_back_and_without_a_common_epoch_nob
     met(run.plan, run.parties(undisturbed), run.keys, each=run.options(resume=False))
     kept = sorted(path.name for path in (tmp_path / "lab-runs").iterdir())
     assert kept == ["epoch-2.npz", "epoch-3.npz", "epoch-4.npz"]
+    run_of_both = {run_of(file) for name in ("lab", "hospital") for file in (tmp_path / f"{name}-runs").iterdir()}
+    assert len(run_of_both) == 1
     (tmp_path / "lab-runs" / "epoch-4.npz").unlink()
     (tmp_path / "hospital-runs" / "epoch-3.npz").write_bytes(b"damaged")
     said = []
     met(run.plan, run.parties(others), run.keys, each=run.options(resume=True), said=said)
     assert sum("goes on after epoch 2, step 4" in line for line in said) == 2
     assert_same_bits(bits(*others), bits(*undisturbed), "variable")
+    assert {run_of(file) for file in (tmp_path / "hospital-runs").iterdir()} == run_of_both
     one = meet(run.plan, run.parties((bottom(), top())), run.keys, each={"lab": run.options(True)["lab"]})
     assert one["lab"].differences == {"hospital": ("resume",)} and isinstance(one["hospital"], PartyMismatchError)
     shutil.rmtree(tmp_path / "hospital-runs")
@@ -99,29 +106,52 @@ def test_the_one_that_is_an_epoch_ahead_goes_back_and_without_a_common_epoch_nob
     assert "no epoch after which all parties can go on" in str(none["lab"])
 
 
+def run_of(path):
+    """The run in a checkpoint's manifest."""
+    with np.load(path) as file:
+        return json.loads(bytes(file["manifest"]))["run"]
+
+
+def test_another_runs_checkpoints_are_not_replaced_not_removed_and_not_gone_on_from(tmp_path):
+    run = Run(tmp_path)
+    lab, folder = run.parties((bottom(), top()))["lab"], tmp_path / "runs"
+    checkpoints = PartyCheckpoints(folder, BoundParty(run.plan, "lab", lab))
+    for epoch in (1, 2, 3, 4):
+        checkpoints.write(EndOfEpoch(epoch, 2 * epoch, {"hospital": "00" * 32}, {}, "old"))
+    with pytest.raises(CheckpointError, match="go on from them"):
+        serve_party(run.plan, lab, "lab", "", keys=run.keys["lab"], checkpoints=folder)
+    checkpoints.refuse_other_runs(resume=True)
+    checkpoints.write(EndOfEpoch(1, 2, {"hospital": "11" * 32}, {}, "new"))
+    kept = {path.name: run_of(path) for path in folder.iterdir()}
+    assert kept == {"epoch-1.npz": "new", **{f"epoch-{epoch}.npz": "old" for epoch in (2, 3, 4)}}
+    with pytest.raises(CheckpointError, match="another run, plan or party"):
+        checkpoints.write(EndOfEpoch(2, 4, {"hospital": "11" * 32}, {}, "new"))
+    with pytest.raises(CheckpointError, match="checkpoints of 2 runs"):
+        serve_party(run.plan, lab, "lab", "", keys=run.keys["lab"], checkpoints=folder, resume=True)
+
+
 def test_another_runs_checkpoint_is_no_common_epoch():
     """Equal epochs of two runs have other transcripts."""
     from pipeline.parties.handshake import _last_common
-    from pipeline.parties.party_checkpoints import EndOfEpoch
 
-    places = {epoch: EndOfEpoch(epoch, 2 * epoch, {"a": f"a{epoch}", "b": f"b{epoch}"}, {}) for epoch in (1, 2, 3)}
-    a = {"epochs": {"1": "a1", "2": "a2", "3": "a3"}}
-    assert _last_common({"a": a, "b": {"epochs": {"1": "b1", "2": "b2", "3": "other"}}}, places) == 2
+    places = {
+        epoch: EndOfEpoch(epoch, 2 * epoch, {"a": f"a{epoch}", "b": f"b{epoch}"}, {}, "run") for epoch in (1, 2, 3)
+    }
+    a = {"epochs": {"1": "run a1", "2": "run a2", "3": "run a3"}}
+    assert _last_common({"a": a, "b": {"epochs": {"1": "run b1", "2": "run b2", "3": "run other"}}}, places) == 2
+    assert _last_common({"a": a, "b": {"epochs": {"1": "run b1", "2": "run b2", "3": "past b3"}}}, places) == 2
     assert _last_common({"a": a, "b": {"epochs": {"3": "other"}}}, places) == 0
     assert _last_common({"a": a, "b": {"epochs": "nonsense"}}, places) == 0
     assert _last_common({"a": a, "b": {}}, None) == 0
 
 
 def test_a_checkpoint_of_other_models_is_refused_and_changes_nothing(tmp_path):
-    from pipeline.parties.bound_party import BoundParty
-    from pipeline.parties.party_checkpoints import EndOfEpoch, PartyCheckpoints
-
     run = Run(tmp_path)
     mine = bottom()
     checkpoints = PartyCheckpoints(
         tmp_path / "runs", BoundParty(run.plan, "hospital", run.parties((mine, top()))["hospital"])
     )
-    checkpoints.write(EndOfEpoch(1, 2, {"lab": "00" * 32}, {"loss": [0.1]}))
+    checkpoints.write(EndOfEpoch(1, 2, {"lab": "00" * 32}, {"loss": [0.1]}, "run"))
     wide = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4)])
     before = bits(wide)
     there = PartyCheckpoints(
