@@ -117,7 +117,7 @@ def a_pydataset_with_threads(model: Any) -> Any:
 
 
 def predicting_from_a_generator(model: Any) -> Any:
-    """tensorflow 45459: so many steps of it; how many more batches are made ahead is a matter of TensorFlow's threads."""
+    """tensorflow 45459: so many steps; how many more batches are made ahead is for TensorFlow to say."""
     return model.predict(((batch[0],) for batch in batches(6)), steps=2, verbose=0)
 
 
