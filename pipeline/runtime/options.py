@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -124,15 +124,26 @@ class Options:
         return self.schedule if isinstance(self.schedule, str) else None
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as `Pipeline` takes it: all but what belongs to the machine."""
+        """What a checkpoint keeps, for `as_given`: all but what belongs to the machine."""
+        chunks = self.schedule.chunks if isinstance(self.schedule, TunedSchedule) else 1
         return {
             "microbatches": self.microbatches,
             "schedule": self.schedule_name,
+            "stages_per_worker": None if chunks == 1 else chunks,
             "recompute": list(self.recompute),
             "windows": self.windows,
             "truncate": self.truncate,
             "keep_state": self.keep_state,
         }
+
+
+def as_given(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint kept, as `Pipeline` takes them."""
+    found = {name: value for name, value in saved.items() if value is not None}
+    chunks, name = found.pop("stages_per_worker", 1), found.get("schedule")
+    if chunks != 1 and isinstance(name, str) and name in SCHEDULES:
+        found["schedule"] = TunedSchedule(name, chunks=chunks)
+    return found
 
 
 def _workers(schedule: Any, stages: int) -> int:

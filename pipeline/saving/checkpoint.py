@@ -35,6 +35,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model.merge import merge
 from pipeline.model.shared_variables import groups, share
 from pipeline.model.wiring import wire
+from pipeline.runtime.options import as_given
 from pipeline.saving.folder import FORMAT, MANIFEST, PROGRESS, new_file, real_place, stage_file, writing
 from pipeline.saving.going_on import Resumed
 from pipeline.saving.own_objects import (
@@ -204,7 +205,7 @@ def _loaded(
     going_on: bool,
 ) -> Pipeline:
     stages, at = cuts
-    saved = {name: value for name, value in manifest["options"].items() if value is not None}
+    saved = as_given(manifest["options"])
     parts = _saved_parts(manifest) if own.model is None else own_parts(own.model, manifest)
     state = StartValues(
         {i: _part(values, "model") for i, values in enumerate(arrays)},

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline import CheckpointError, CompileError, Pipeline, Segment, SplitError
+from pipeline.errors import ScheduleError
+from pipeline.plan.schedules import TunedSchedule
 from pipeline.saving import checkpoint as module
 from pipeline.saving import folder
 from tests.levels import in_turn
@@ -103,6 +105,22 @@ def test_the_same_cuts_through_branches(stages, tmp_path):
     with Pipeline.load(tmp_path / "c", **INPROC) as pipe:
         assert pipe.wires == wires
         assert_same_arrays(everything(pipe), expected)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(("schedule", "placement"), [("1f1b", (0, 0, 0, 1, 1, 1)), ("interleaved", (0, 1) * 3)])
+def test_each_worker_has_as_many_stages_as_before(schedule, placement, tmp_path):
+    with trained(deep(), steps=1, stages=6, schedule=TunedSchedule(schedule, chunks=3)) as pipe:
+        assert pipe.session.workers.placement == placement
+        pipe.save(tmp_path / "c")
+        expected = everything(pipe)
+    with Pipeline.load(tmp_path / "c", **INPROC) as pipe:
+        assert pipe.session.workers.placement == placement
+        assert_same_arrays(everything(pipe), expected)
+    with Pipeline.load(tmp_path / "c", stages=4, schedule="1f1b", **INPROC) as pipe:
+        assert pipe.session.workers.placement == (0, 1, 2, 3)
+    with pytest.raises(ScheduleError, match=r"gives each worker 3 stages, and 4 stage\(s\) cannot be divided so"):
+        Pipeline.load(tmp_path / "c", stages=4, **INPROC)
 
 
 OPTIMIZERS = {
