@@ -102,10 +102,10 @@ def choose_schedule(wanted: AutoSchedule, prediction: Prediction) -> Prediction:
             f"{least.bytes[worker]} on worker {worker}; ask for more stages, recompute=True or a smaller sample"
         )
     base = found[0]
-    quickest = min(one.seconds for one in fitting)
-    best = min((one for one in fitting if one.seconds <= quickest * ALIKE), key=lambda one: max(one.bytes))
-    if base in fitting and base.seconds < best.seconds * LEAST_GAIN:
-        best = base
+    gaining = [one for one in fitting if base.seconds >= one.seconds * LEAST_GAIN or base not in fitting]
+    quickest = min((one.seconds for one in gaining), default=0.0)
+    alike = [one for one in gaining if one.seconds <= quickest * ALIKE]
+    best = min(alike, key=lambda one: max(one.bytes), default=base)
     why = _why(best, found, fitting, wanted)
     return replace(prediction, schedule=best.schedule, why=why)
 
@@ -114,8 +114,13 @@ def in_windows(wanted: AutoSchedule, windows: int) -> tuple[TunedSchedule, str]:
     """The schedule for windows of time, and why: halves and several rounds have no place for them.
 
     Raises:
-        ScheduleError: Several stages a worker are asked for.
+        ScheduleError: Several stages a worker are asked for, or a limit of memory.
     """
+    if wanted.memory is not None:
+        raise ScheduleError(
+            f"memory={wanted.memory} is held against what was measured without windows of time, so with "
+            f"windows={windows} it would hold for nothing; leave memory= out"
+        )
     if wanted.stages_per_worker > 1:
         raise ScheduleError(
             f"stages_per_worker={wanted.stages_per_worker} has no place for windows of time; windows={windows} goes "
@@ -146,10 +151,10 @@ def _in_actions(cost: Cost, plan: Plan) -> Cost:
 
 
 def _bytes(plan: Plan, prediction: Prediction) -> tuple[int, ...]:
-    """For each worker the most bytes that its stages need at once."""
+    """For each worker the most bytes that its stages need at once, messages among them."""
     stages = prediction.stages
     return tuple(
-        sum(stages[i].memory for i in plan.stages_of(worker)) + peak_bytes(stages, program)
+        sum(stages[i].memory + stages[i].under_way for i in plan.stages_of(worker)) + peak_bytes(stages, program)
         for worker, program in enumerate(plan.programs)
     )
 
