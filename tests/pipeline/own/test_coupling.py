@@ -120,6 +120,7 @@ class Noise(layers.Layer):
         return inputs + keras.random.normal(ops.shape(inputs), seed=self.seeds)
 
 
+@pytest.mark.gate
 @pytest.mark.filterwarnings("ignore:.*takes its statistics from each microbatch")
 @pytest.mark.parametrize("mode", in_turn(["train_on_batch", "test_on_batch"], 1, 2))
 def test_what_treats_each_sample_by_itself_raises_no_alarm(mode: str) -> None:

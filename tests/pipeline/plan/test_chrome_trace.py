@@ -25,6 +25,7 @@ STEP = measured_steps.step(
 )
 
 
+@pytest.mark.gate
 @given(
     st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=4),
     st.integers(1, 6),

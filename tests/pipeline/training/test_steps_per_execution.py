@@ -159,6 +159,7 @@ def test_data_that_end_in_an_error_are_trained_up_to_it():
         assert trained(pipe) == trained(twin)
 
 
+@pytest.mark.gate
 @pytest.mark.filterwarnings("error")
 def test_where_something_is_decided_between_steps_they_go_one_by_one_and_that_is_said():
     found = []

@@ -48,6 +48,7 @@ def fitted(pipe, *callbacks, epochs=5, **arguments):
     return pipe.fit(X, Y, batch_size=8, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks], **arguments)
 
 
+@pytest.mark.gate
 def test_training_is_bit_for_bit_what_it_is_without_and_the_steps_are_there(tmp_path):
     with pipe_of() as plain:
         history = fitted(plain, epochs=3).history
