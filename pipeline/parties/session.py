@@ -248,6 +248,8 @@ class PartySession:
         if judging:
             self._tell(0, total / self._wire.rows)
         elif seen := [one for one in outputs if one is not None]:
+            if len({(one.dtype, one.shape[1:]) for one in seen}) > 1:
+                raise PartyStoppedError(f"the predictions of {self._plan.judge.owner} have not one shape and dtype")
             self._result.predictions = np.concatenate(seen)
         self._held.put_back()  # of metrics
 
@@ -301,7 +303,7 @@ class PartySession:
             outputs = self._wire.receive(
                 judge if judge in self._wire.peers else plan.hub, "output", "predictions"
             ).array
-            if outputs is None or len(outputs) != sum(self._wire.sizes):
+            if outputs is None or outputs.shape[:1] != (sum(self._wire.sizes),):
                 raise PartyStoppedError(f"the predictions of batch {self._wire.step} have not one row each")
         for peer in self._wire.peers:
             if peer in seeing and peer != judge and me in (judge, plan.hub):

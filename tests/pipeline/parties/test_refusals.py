@@ -202,6 +202,27 @@ def test_a_hello_with_what_is_none_of_ours_is_refused_in_a_sentence(tmp_path, ch
     pair.assert_untouched()
 
 
+@pytest.mark.gate
+@pytest.mark.parametrize(
+    ("second", "said"), [(np.zeros((8, 2), "float32"), "not one shape and dtype"), (np.float32(1), "not one row each")]
+)
+def test_predictions_that_change_from_batch_to_batch_are_refused_in_a_sentence(tmp_path, second, said):
+    from pipeline.parties import session as sessions
+
+    pair = Pair(tmp_path, {**VANILLA, "grants": {"outputs": ["hospital"]}})
+    honest = sessions.PartyWire.send
+
+    def changed(self, peer, kind, name, value=None, array=None):
+        array = np.array(second) if name == "predictions" and self.step == 2 else array
+        return honest(self, peer, kind, name, value, array)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions.PartyWire, "send", changed)
+        found = pair.meet(task="predict")
+    assert isinstance(found["hospital"], PartyStoppedError) and said in str(found["hospital"]), found
+    assert f"hospital ended the session in step 2: {found['hospital']}" in str(found["lab"])
+
+
 def tensor(shape, dtype="float32", **given):
     """The fields of an activation."""
     fields = {"kind": "activation", "step": 1, "tensor": "z", "microbatch": 0, **given}
