@@ -38,6 +38,7 @@ from pipeline.batch.data import make_batch
 from pipeline.cutting.cores import few_cores
 from pipeline.cutting.costs import CallCost, Costs, TensorCost, Weight
 from pipeline.errors import SplitError
+from pipeline.model.batch_sizes import only_size
 from pipeline.model.call_graph import Call, CallGraph
 from stages.put_back import values_put_back
 from stages.tape.accumulate import dense
@@ -76,7 +77,14 @@ def measure(graph: CallGraph, sample: Any, *, repeats: int = REPEATS, threads: i
         raise SplitError(f"a measurement needs at least one repeat, received {repeats}")
     names = graph.tensor_names()
     symbols = [(names[tensor], graph.symbols[tensor]) for tensor in graph.inputs]
-    specs = {name: (keras.backend.standardize_dtype(symbol.dtype), tuple(symbol.shape)) for name, symbol in symbols}
+    free = only_size(graph.model) is None
+    specs = {
+        name: (
+            keras.backend.standardize_dtype(symbol.dtype),
+            (None, *symbol.shape[1:]) if free else tuple(symbol.shape),
+        )
+        for name, symbol in symbols
+    }
     arrays = make_batch(sample, None, None, inputs=specs, microbatches=1).inputs
     inputs = [tf.convert_to_tensor(arrays[name]) for name, _ in symbols]
     with _undisturbed(graph):

@@ -190,8 +190,10 @@ class TraceSteps(StepWatcher):
         events, zero = timeline.events, timeline.origin
         assert events is not None
         ordered, answered = events.driver[0].start + zero, events.driver[-1].end + zero
-        outside = [] if left is None else [("callbacks", left, self._begun)]
-        outside += [("data", self._begun, self._ready), ("prepare", self._ready, ordered)]
+        after = left is not None and left > self._begun  # within an execution of several steps: no callbacks between
+        outside = [] if left is None or after else [("callbacks", left, self._begun)]
+        data = left if left is not None and after else self._begun
+        outside += [("data", data, self._ready), ("prepare", self._ready, ordered)]
         driver = [DriverSpan(name, begin - zero, end - zero) for name, begin, end in outside]
         driver += [*events.driver, DriverSpan("decide, order the update", answered - zero, now - zero)]
         since = (self._begun if left is None else self._ready_before) - zero

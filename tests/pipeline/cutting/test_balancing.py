@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.cutting.choose import balance
 from pipeline.cutting.optimise import BALANCES
-from pipeline.errors import SplitError
+from pipeline.errors import DataError, SplitError
 from pipeline.model.call_graph import read_graph
 
 layers = keras.layers
@@ -35,6 +35,16 @@ def test_with_a_sample_there_is_a_prediction(by):
     assert found.prediction.plan.headline() == "gpipe: 2 stages, 3 microbatches"
     assert found.prediction.samples == 4
     assert found.prediction.names == ("stage0", "stage1")
+
+
+@pytest.mark.gate
+def test_a_batch_size_that_no_layer_counts_on_leaves_the_sample_free():
+    parts = [keras.Input((8,), batch_size=2), layers.Dense(4), layers.Dense(1)]
+    found = balance(read_graph(keras.Sequential(parts)), 2, "time", np.ones((4, 8)), transport="inproc")
+    assert found.prediction.samples == 4
+    parts = [keras.Input((3, 8), batch_size=2), layers.SimpleRNN(4, stateful=True), layers.Dense(1)]
+    with pytest.raises(DataError, match="takes batches of 2 samples only"):
+        balance(read_graph(keras.Sequential(parts)), 2, "time", np.ones((4, 3, 8)), transport="inproc")
 
 
 def test_only_allowed_positions_are_cut():

@@ -5,6 +5,7 @@ The slow-downs are planted and large; what is judged is the name of the cause, n
 
 import time
 from importlib.util import find_spec
+from itertools import pairwise
 
 import keras
 import numpy as np
@@ -106,6 +107,21 @@ def test_processes_are_traced_on_one_clock_and_the_timeline_of_a_pipeline_too(tm
     for name in ("fit.json", "timeline.json"):
         assert trace_events.faults(trace_events.read(tmp_path / name)) == []
     assert trace_events.slices(trace_events.read(tmp_path / "fit.json"), "wait")
+
+
+@pytest.mark.gate
+def test_in_executions_of_several_steps_no_span_overlaps_or_ends_before_it_begins():
+    trace = TraceSteps(first=1, steps=4)
+    with pipe_of() as pipe:
+        pipe.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True, steps_per_execution=2)
+        with pytest.warns(UserWarning, match="steps_per_execution=2 makes no step faster"):
+            fitted(pipe, trace, epochs=2)
+    assert len(trace.timelines) == 4
+    for timeline in trace.timelines:
+        driver = timeline.events.driver
+        assert all(span.start <= span.end for span in driver)
+        assert all(one.end <= other.start + 1e-9 for one, other in pairwise(driver))
+        assert timeline.events.period >= timeline.step_time
 
 
 @pytest.mark.gate
