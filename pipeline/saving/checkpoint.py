@@ -47,7 +47,7 @@ from pipeline.saving.own_objects import (
     write_values,
 )
 from pipeline.saving.plain_state import put_together, taken_apart
-from pipeline.saving.reading import damage_told, read_arrays, read_manifest
+from pipeline.saving.reading import MANIFEST_BYTES, damage_told, read_arrays, read_manifest
 from pipeline.saving.trust import check_code
 from stages.errors import RecipeError
 from stages.recipe.describe import create
@@ -127,7 +127,13 @@ def write_content(content: Content, target: Path) -> None:
             arrays = content.files[entry["file"]]
             entry["sha256"] = _write_arrays(place / entry["file"], arrays)
             entry["dtypes"] = {key: value.dtype.name for key, value in arrays.items()}
-        _write_text(place / MANIFEST, json.dumps(content.manifest, indent=1))
+        text = json.dumps(content.manifest, indent=1)
+        if len(text) > MANIFEST_BYTES:  # it is ASCII
+            raise CheckpointError(
+                f"{target} was not saved: its {MANIFEST} would have {len(text) >> 20} MiB, and no more than "
+                f"{MANIFEST_BYTES >> 20} are read back; what callbacks keep in lists of numbers is smaller in arrays"
+            )
+        _write_text(place / MANIFEST, text)
 
 
 def _manifest(pipe: Pipeline, stages: list[dict[str, Any]], recipes: dict[str, Any]) -> dict[str, Any]:

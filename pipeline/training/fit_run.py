@@ -75,7 +75,8 @@ class FitRun:
         self._epoch = self._batch = self._steps = 0
         self._drawn = Drawn()
         self._random: dict[str, Any] = {}
-        self._ends: list[tuple[int, int, dict[str, Any]]] = []
+        self._ends: list[tuple[int, int, dict[str, Any]]] = []  # of epochs, each what the one before had not
+        self._end: dict[str, Any] = {"keras": None}
         self._recipes: dict[str, Any] = {}
         self._now: dict[str, Any] = {}
         self._held, self._writer = ExitStack(), ThreadPoolExecutor(1, "checkpoint")
@@ -220,8 +221,9 @@ class FitRun:
 
     def epoch_begins(self, epoch: int) -> None:
         """Before all callbacks."""
-        if self._now and (not self._ends or not same_bits(self._ends[-1][2], self._now)):
-            self._ends.append((self._epoch, self._batch, self._now))
+        if new := {name: one for name, one in self._now.items() if not same_bits(one, self._end.get(name))}:
+            self._ends.append((self._epoch, self._batch, new))
+            self._end |= new
         self._epoch, self._batch, self._drawn = epoch, 0, Drawn()
         if self.skipping and epoch == self._progress["epoch"]:
             write_random_states(self._progress["random"]["epoch"])
@@ -240,7 +242,8 @@ class FitRun:
         if self.skipping:
             for epoch, batch, states in self._progress["random"]["ends"]:
                 if (epoch, batch) == (self._epoch, self._batch):
-                    write_random_states({**states, "tensorflow": None})  # data may draw behind their last batch
+                    self._end |= states
+                    write_random_states({**self._end, "tensorflow": None})  # data may draw behind their last batch
             if (self._epoch, self._batch) == (self._progress["epoch"], self._progress["batch"]):
                 self._go_on()
             return

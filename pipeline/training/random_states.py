@@ -18,8 +18,9 @@ from stages.tensorflow_internals import drawn_seeds, global_seed, set_drawn_seed
 def read_random_states() -> dict[str, Any]:
     """The states as plain data."""
     keras_state = global_seed_state()
+    version, words, drawn = random.getstate()
     return {
-        "python": random.getstate(),
+        "python": (version, np.array(words, np.uint32), drawn),
         "numpy": np.random.get_state(),
         "keras": None if keras_state is None else np.asarray(keras_state.numpy()),
         "tensorflow": None if global_seed() is None else (global_seed(), drawn_seeds()),
@@ -32,7 +33,8 @@ def write_random_states(states: dict[str, Any]) -> None:
         global_seed_state(make=True).assign(states["keras"])  # type: ignore[union-attr]
     if states["tensorflow"] is not None:
         set_drawn_seeds(*states["tensorflow"])
-    random.setstate(states["python"])  # last: Keras's is made from it
+    version, words, drawn = states["python"]
+    random.setstate((version, tuple(map(int, words)), drawn))  # last: Keras's is made from it
     np.random.set_state(states["numpy"])
 
 

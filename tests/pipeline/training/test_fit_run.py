@@ -141,3 +141,45 @@ def test_moving_averages_and_verification_go_on(tmp_path):
     going_on = verifying()
     assert end(Pipeline.resume(tmp_path, transport="inproc"), going_on, tmp_path) == whole
     assert going_on.step == 6 and set(going_on.seconds) == {1}, "steps are counted on, and none verified twice"
+
+
+class OneBatch(keras.utils.PyDataset):
+    """Shuffles itself behind every epoch with NumPy's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = np.arange(60)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, batch):
+        return resumable.X[self.order[:20]], resumable.Y[self.order[:20]]
+
+    def on_epoch_end(self):
+        np.random.shuffle(self.order)
+
+
+def test_a_long_training_is_no_larger_where_it_is_saved_and_what_could_not_be_read_is_not_written(
+    tmp_path, monkeypatch
+):
+    def end(pipe, folder, behind=-1):
+        saving = [] if folder is None else [PipelineCheckpoint(folder, every=1, keep=9)]
+        options = {"data": (OneBatch(),), "batch_size": None, "validation_split": 0.0, "epochs": 8}
+        options |= {"shuffle": False, "validation_data": (resumable.X, resumable.Y)}
+        with pipe:
+            try:
+                fit(pipe, [], [Stopping(behind), *saving], **options)
+            except KeyboardInterrupt:
+                return None
+            return [one.tobytes() for one in pipe.get_weights()], np.random.rand()
+
+    whole = end(begin(), None)
+    end(begin(), tmp_path, behind=8)
+    sizes = [(one / "manifest.json").stat().st_size for one in sorted(tmp_path.iterdir())]
+    assert sizes[-1] - sizes[2] < 4 * 2000, "bytes an epoch; states of all generators as numbers are 20 times as many"
+    assert end(Pipeline.resume(tmp_path, transport="inproc"), tmp_path) == whole
+    monkeypatch.setattr("pipeline.saving.checkpoint.MANIFEST_BYTES", 1 << 10)
+    with begin() as pipe, pytest.raises(CheckpointError, match=r"was not saved: its manifest.json would have"):
+        pipe.save(tmp_path / "large")
+    assert not (tmp_path / "large").exists()
