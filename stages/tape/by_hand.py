@@ -22,7 +22,8 @@ from stages.keras_training_internals import variables_known_to
 from stages.loss.head import Head
 from stages.loss.heads import Heads, Objective
 from stages.masks import mask_of, with_mask
-from stages.plain_attributes import Attributes, plain
+from stages.plain_attributes import Attributes, plain, settings_within
+from stages.recipe.optimizer_state import rate_of
 from stages.tape.contract import Opened, PassKey, Tapes
 from stages.tape.leaves import dense_tensor, named_inputs
 from stages.tape.model_call import Part, changed_by_calls
@@ -253,7 +254,8 @@ class ByHand:
                     f"stage {self._name!r}: the optimizer was built on other variables, not on {strangers[0]!r}; give "
                     "each stage one of its own, or build one on the variables of all: optimizer.build([...])"
                 )
-        numbers = [_numbers(optimizer), _numbers(getattr(optimizer, "inner_optimizer", None))]
+        constraints = {i: settings_within(v) for i, v in enumerate(variables) if v.constraint is not None}
+        numbers = [_numbers(optimizer), _numbers(getattr(optimizer, "inner_optimizer", None)), constraints]
         if self._numbers.get(id(optimizer), (optimizer, numbers))[1] != numbers:
             self._tapes.forget_updates()
         self._numbers[id(optimizer)] = optimizer, numbers
@@ -329,8 +331,12 @@ def _weights_of(model: Any) -> list[tuple[Any, Any]]:
 
 
 def _numbers(optimizer: Any) -> dict[str, Any]:
-    """What of an optimizer decides about its updates."""
-    return {name: value for name, value in plain(optimizer).items() if name not in _NO_NUMBERS}
+    """What of an optimizer decides about its updates; of a schedule of its rate, what it is made with."""
+    found = {name: value for name, value in plain(optimizer).items() if name not in _NO_NUMBERS}
+    if optimizer is None or isinstance(rate := rate_of(optimizer), keras.Variable):
+        return found
+    within = {f"learning rate.{name}": value for name, value in settings_within(rate).items()}
+    return found | {"learning rate": rate} | within
 
 
 def _same(now: Any, then: Any) -> bool:

@@ -269,6 +269,68 @@ def test_a_layer_that_counts_its_calls_is_let_be(recompute: bool, run_eagerly: b
     np.testing.assert_array_equal(stage.backward(X, microbatch=1), 2 * X)
 
 
+class Own(layers.Layer):
+    """Has a private number, a list of numbers, and notes what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rate, self.factors, self._seen = 1.0, [1.0], 0
+
+    def call(self, x: Any) -> Any:
+        self._seen = self._seen + 1
+        return x * self._rate * self.factors[0]
+
+
+@pytest.mark.gate
+@MODES
+def test_numbers_within_settings_count_from_the_next_call_on(run_eagerly: bool) -> None:
+    """Of regularisers, constraints and schedules, of private names and lists of the user's classes: as by hand."""
+    decay, regulariser = keras.optimizers.schedules.ExponentialDecay, keras.regularizers.L2(0.0)
+    top = layers.Dense(2, name="top", kernel_regularizer=regulariser, kernel_constraint=keras.constraints.MaxNorm(99.0))
+    own, optimizer = Own(), keras.optimizers.SGD(decay(0.1, 1, 1.0))
+    stage = Stage(plain(top, own), loss="mse", run_eagerly=run_eagerly)
+
+    def gradient() -> Any:
+        stage.forward_loss(X, np.zeros((4, 2), "float32"))
+        stage.backward()
+        return np.asarray(next(iter(stage.gradients().values())))
+
+    def moved() -> Any:
+        before = np.asarray(top.kernel)
+        expected, _ = gradient(), stage.apply(optimizer)
+        return (before - np.asarray(top.kernel)) / expected
+
+    np.testing.assert_allclose(moved(), 0.1, rtol=1e-3)
+    first, kernel = gradient(), np.asarray(top.kernel)
+    stage.zero_gradients()
+    regulariser.l2 = 10.0
+    np.testing.assert_allclose(gradient(), first + 20 * kernel, rtol=1e-5)
+    stage.zero_gradients()
+    regulariser.l2 = 0.0
+    own._rate = 2.0
+    np.testing.assert_allclose(gradient(), 4 * first, rtol=1e-5)
+    stage.zero_gradients()
+    own.factors[0] = 0.5
+    np.testing.assert_allclose(gradient(), first, rtol=1e-5)
+    stage.zero_gradients()
+    optimizer.learning_rate = decay(0.2, 1, 1.0)
+    np.testing.assert_allclose(moved(), 0.2, rtol=1e-3)
+    optimizer._learning_rate.initial_learning_rate = 0.3
+    np.testing.assert_allclose(moved(), 0.3, rtol=1e-3)
+    gradient()
+    top.kernel.constraint.max_value = 0.1
+    stage.apply(optimizer)
+    assert np.linalg.norm(top.kernel, axis=0) == pytest.approx(0.1, rel=1e-4)
+    gradient()
+    top.kernel.constraint = keras.constraints.MaxNorm(0.01)
+    stage.apply(optimizer)
+    assert np.linalg.norm(top.kernel, axis=0) == pytest.approx(0.01, rel=1e-4)
+    gradient()
+    seen = own._seen
+    gradient()
+    assert own._seen == seen + run_eagerly, "a note that a call makes is no setting"
+
+
 @MODES
 def test_threads_take_turns(run_eagerly: bool) -> None:
     """No microbatch of another thread's is lost."""

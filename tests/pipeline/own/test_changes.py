@@ -277,7 +277,7 @@ def test_layers_that_are_frozen_are_said_to_go_on_until_the_next_compile() -> No
 
 
 class Table(L.Layer):
-    """Multiplies by numbers from a table of 4 MiB; has a vocabulary of objects."""
+    """Multiplies by numbers from a table of 4 MiB; has a vocabulary of objects, and counts its calls."""
 
     gain = 1.0
 
@@ -285,9 +285,11 @@ class Table(L.Layer):
         super().__init__(name="table")
         self.table = np.ones((1024, 1024), "float32")
         self.vocabulary = np.array([f"word {n}" for n in range(9000)], dtype=object)
+        self._rate, self.powers, self._seen = 1.0, [1.0], 0
 
     def call(self, x: Any) -> Any:
-        return self.gain * x * self.table[0, : x.shape[-1]]
+        self._seen = self._seen + 1
+        return self.gain * self._rate * x ** self.powers[0] * self.table[0, : x.shape[-1]]
 
 
 @pytest.mark.parametrize(
@@ -302,16 +304,7 @@ class Table(L.Layer):
         (lambda low, table: setattr(low, "dtype_policy", "mixed_bfloat16"), "'low' got dtype_policy='mixed_bfloat16'"),
         (lambda low, table: setattr(low.kernel, "constraint", keras.constraints.NonNeg()), "kernel' got constraint="),
     ],
-    ids=[
-        "in a large array",
-        "in an array of objects",
-        "a new attribute",
-        "a function",
-        "regulariser",
-        "activity regulariser",
-        "policy",
-        "constraint",
-    ],
+    ids=["large array", "objects", "new", "function", "regulariser", "activity", "policy", "constraint"],
 )
 def test_what_else_is_changed_in_place_is_refused_by_name(change: Any, told: str) -> None:
     """Before the workers start, with the first training, it takes effect."""
@@ -322,6 +315,30 @@ def test_what_else_is_changed_in_place_is_refused_by_name(change: Any, told: str
         change(*model.layers[:2])
         with pytest.raises(CompileError, match=told):
             pipe.fit(X, Y, **FIT)
+
+
+@pytest.mark.gate
+def test_numbers_within_settings_are_refused_by_name() -> None:
+    """Of regularisers and constraints, and what is private or in a list of the user's own layer, but no count."""
+    low = L.Dense(3, kernel_regularizer=keras.regularizers.L2(0.1), bias_constraint=keras.constraints.MaxNorm(2.0))
+    model = keras.Sequential([keras.Input((4,)), low, Table(), L.Dense(1, activity_regularizer="l1", name="end")])
+    with Pipeline.split(model, stages=2, microbatches=1, transport="inproc") as pipe:
+        pipe.compile("sgd", "mse", run_eagerly=True)
+        pipe.train_on_batch(X, Y)
+        for thing, name, new, told in (
+            (low.kernel.regularizer, "l2", 9.0, r"regularizer.l2=9.0 \(it was 0.1\) after compile"),
+            (low.bias.constraint, "max_value", 9.0, r"constraint.max_value=9.0 \(it was 2.0\)"),
+            (model.layers[2].activity_regularizer, "l1", 9.0, "layer 'end' got activity_regularizer.l1=other values"),
+            (model.layers[1], "_rate", 9.0, r"the layer 'table' got _rate=9.0 \(it was 1.0\)"),
+            (model.layers[1], "powers", [9.0], r"the layer 'table' got powers=\[9.0\], another list than it was"),
+        ):
+            was = getattr(thing, name)
+            setattr(thing, name, new)
+            with pytest.raises(CompileError, match=told):
+                pipe.fit(X, Y, **FIT)
+            setattr(thing, name, was)
+        model(X)
+        pipe.evaluate(X, Y, verbose=0)
 
 
 @pytest.mark.parametrize("when", ["before compile", "before the first training"])
