@@ -155,7 +155,14 @@ class KeyFolder:
         files = sorted((self.path / "trusted").glob("*.pub"))
         for path in (self.path, self.path / "trusted", *files) if files else ():
             _not_written_by_others(path)
-        return {path.stem: checked_key(_fields(path, _PUBLIC_FIELDS, secret=False)["public"], path) for path in files}
+        found = {}
+        for path in files:
+            try:
+                found[path.stem] = checked_key(_fields(path, _PUBLIC_FIELDS, secret=False)["public"], path)
+            except KeyFileError:
+                if os.path.lexists(path):  # else the key was revoked just now
+                    raise
+        return found
 
     def names(self) -> list[str]:
         """The names of the pairs that are this user's own."""

@@ -9,6 +9,7 @@ import pytest
 from zmq.utils import z85
 
 from pipeline.commands.cli import main
+from transport import key_files
 from transport.errors import KeyFileError
 from transport.key_files import KeyFolder, PartyKeys, checked_key, fingerprint
 
@@ -93,6 +94,11 @@ def test_a_name_is_pinned_to_one_key_until_it_is_revoked(tmp_path):
     assert here.trusted() == {"lab": lab.public}
     here.revoke("lab")
     assert here.trusted() == {}
+    assert here.trust(forged.path / "lab.pub") == ("lab", other.public)
+    pinned, look = here.path / "trusted" / "lab.pub", key_files._not_written_by_others
+    with pytest.MonkeyPatch.context() as patch:  # revoked by another process, between a look at the files and reading
+        patch.setattr(key_files, "_not_written_by_others", lambda path: (look(path), pinned.unlink(missing_ok=True)))
+        assert here.trusted() == {}
     with pytest.raises(KeyFileError, match="no key is pinned"):
         here.revoke("lab")
     assert here.trust(forged.path / "lab.pub") == ("lab", other.public)
