@@ -18,7 +18,7 @@ from stages.explanation.flow.holders import holder_of, takes_from_before
 from stages.explanation.flow.recorder import Recorder, random_states
 from stages.explanation.flow.user_tapes import Source
 from stages.explanation.reasons import ADVICE, place
-from stages.explanation.rows import CONNECTED, NOT_CONNECTED, ZERO, ExplanationRow
+from stages.explanation.rows import CONNECTED, NOT_CONNECTED, NOT_FINITE, ZERO, ExplanationRow
 from stages.explanation.verdicts import real_gradients
 from stages.explanation.zero_or_not_finite import status_of
 
@@ -67,16 +67,28 @@ def row_as_compiled(row: ExplanationRow, gradient: Any, graph: FlowGraph) -> Exp
         return row
     if status == CONNECTED:
         return ExplanationRow(row.name, row.target, status, norm=norm)
-    if row.status == CONNECTED and status in (NOT_CONNECTED, ZERO):
+    if status == NOT_FINITE:
+        why = "compiled, the tf.function gives a gradient that is not finite"
+        why += f", and the same code {_EAGERLY[row.status]} when it is run eagerly"
+        return ExplanationRow(row.name, row.target, status, "not finite gradient", why, norm=norm, certain=False)
+    if row.status != NOT_CONNECTED:
         loops = [node for node in graph.nodes if holder_of(node.operation) == "tf.data"]
-        why = "compiled, the tf.function passes no gradient, though the same code passes one when it is run eagerly"
+        why = f"compiled, the tf.function passes no gradient, though the same code {_EAGERLY[row.status]} when it is "
+        why += "run eagerly"
         why += ": TensorFlow has none for a loop over a data set in a graph" if loops else ""
         places = tuple(dict.fromkeys(place(node) for node in loops if node.line is not None))
         advice = ADVICE["compiled"]
         return ExplanationRow(row.name, row.target, status, "compiled", why, advice, places, norm, certain=bool(loops))
-    if row.status == NOT_CONNECTED and status == ZERO:
-        return replace(row, status=ZERO, norm=norm, why=f"{row.why} (the compiled function makes zeros of that)")
-    return row
+    return replace(row, status=ZERO, norm=norm, why=f"{row.why} (the compiled function makes zeros of that)")
+
+
+_EAGERLY = {
+    CONNECTED: "passes one",
+    ZERO: "gives zeros",
+    NOT_FINITE: "gives one that is not finite",
+    NOT_CONNECTED: "passes none",
+}
+"""What the eager run said of a gradient, in words."""
 
 
 __all__ = ["gradients_as_compiled", "note_of_loops", "row_as_compiled"]

@@ -15,17 +15,29 @@ from stages import explain, explaining
 layers = keras.layers
 
 
-def looped(w: Any) -> Any:
+def looped(w: Any, before: Callable[[Any], Any] = tf.identity) -> Any:
     data = tf.data.Dataset.from_tensor_slices([2.0, 3.0])
 
     @tf.function
     def product() -> Any:
-        total = tf.reduce_sum(w)
+        total = tf.reduce_sum(before(w))
         for one in data:
             total = total * one
         return total
 
     return product()
+
+
+def looped_from_zeros(w: Any) -> Any:
+    return looped(w, lambda v: tf.nn.relu(-v))
+
+
+def looped_from_infinity(w: Any) -> Any:
+    return looped(w, lambda v: tf.sqrt(v - v))
+
+
+def infinite_if_compiled(w: Any) -> Any:
+    return tf.function(lambda: tf.reduce_sum(tf.sqrt(w - w) if tf.inside_function() else w * w))()
 
 
 def branched(w: Any) -> Any:
@@ -48,6 +60,9 @@ def compiled(w: Any) -> Any:
     ("function", "status", "reason"),
     [
         (looped, "not connected", "compiled"),
+        (looped_from_zeros, "not connected", "compiled"),
+        pytest.param(looped_from_infinity, "not connected", "compiled", marks=pytest.mark.gate),
+        (infinite_if_compiled, "not finite", "not finite gradient"),
         (branched, "zero", "branch"),
         (computed_again, "connected", ""),
         (compiled, "connected", ""),
@@ -59,6 +74,8 @@ def test_the_verdict_is_that_of_the_code_as_it_runs(function: Callable[[Any], An
         target = function(w)
     gradient = tape.gradient(target, w)
     plain = "not connected" if gradient is None else "connected" if np.any(gradient) else "zero"
+    if gradient is not None and not np.isfinite(gradient).all():
+        plain = "not finite"
     row = explain(lambda: function(w), variables=[w]).of("w")
     assert (row.status, row.reason) == (status, reason)
     assert row.status == plain
