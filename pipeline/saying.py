@@ -1,7 +1,8 @@
-"""Phrases of many messages: the nearest known name, and that a whole number is expected."""
+"""Phrases of many messages: the nearest known name, that a whole number is expected; the user's line of a warning."""
 
 from __future__ import annotations
 
+import inspect
 from operator import index
 from typing import Any
 
@@ -29,4 +30,16 @@ def not_whole(what: str, value: Any, least: int = 1) -> str:
     return f"{what} must be a whole number of at least {least}, received {value!r}"
 
 
-__all__ = ["did_you_mean", "is_whole", "not_whole"]
+_NOT_THE_USERS = {"pipeline", "stages", "transport", "keras", "tensorflow", "contextlib"}
+"""Packages through which a user's call comes to a warning of ours."""
+
+
+def users_line() -> int:
+    """The `stacklevel` with which a warning of the caller points at the user's line, however far out it is."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    return max(level, 1)
+
+
+__all__ = ["did_you_mean", "is_whole", "not_whole", "users_line"]

@@ -32,6 +32,7 @@ from pipeline.own.metrics import OwnMetrics
 from pipeline.own.model import OwnModel, OwnResult
 from pipeline.own.runs import OwnRuns, first_of
 from pipeline.own.sent import sent_whole
+from pipeline.saying import users_line
 from stages.worker.orders import Mode, Service
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class FirstBatch:
             untold, self._untold = self._untold, ""
             warnings.warn(
                 f"the first batch could not be compared with the model in this process: calling it raises {untold}",
-                stacklevel=2,
+                stacklevel=users_line(),
             )
         several = len(batch.sizes) > 1
         if any(self._seen.get((mode, how), self) is compiled for how in (several, True)) or self._cannot():
@@ -195,7 +196,7 @@ class FirstBatch:
             warnings.warn(
                 f"{drawing}, and are others than Keras would draw, so neither the first batch nor "
                 "verify can judge this model; draw by keras.random, with a SeedGenerator of the layer's own",
-                stacklevel=2,
+                stacklevel=users_line(),
             )
 
     def _warn_of_state(self, found: Mapping[str, str], microbatches: int) -> None:
@@ -207,7 +208,7 @@ class FirstBatch:
                 f"the layer {layer!r} changes its variable {variable!r} whenever it is called, and it is called for "
                 f"each of {microbatches} microbatches, where Keras calls it once a batch: training differs. With "
                 "microbatches=1 it does not",
-                stacklevel=4,
+                stacklevel=users_line(),
             )
 
     def _warn_of_coupling(self, layer: str, batch: Batch) -> None:
@@ -219,7 +220,7 @@ class FirstBatch:
                 f"{what} lets the samples of a batch depend on each other, and sees microbatches of {max(batch.sizes)} "
                 f"samples, where Keras shows it the batch of {sum(batch.sizes)}: results differ. With microbatches=1 "
                 "they do not",
-                stacklevel=5,
+                stacklevel=users_line(),
             )
 
     @property

@@ -17,6 +17,7 @@ from pipeline.batch.step import Batch
 from pipeline.compiled.compiled import Compiled, name_of
 from pipeline.errors import CompileError
 from pipeline.plan.schedules import gpipe
+from pipeline.saying import users_line
 from stages.grid import Grid
 from stages.keras_internals import layers_of
 from stages.loss.trial import Example, tried
@@ -154,7 +155,7 @@ def _normalises_batches(layer: Any) -> bool:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=users_line())
 
 
 __all__ = ["Meaning"]

@@ -22,6 +22,7 @@ from pipeline.batch.step import StepResult
 from pipeline.errors import CompileError, DataError, NotInPipelineError
 from pipeline.runtime.session import Session
 from pipeline.runtime.watcher import StepWatcher
+from pipeline.saying import users_line
 from pipeline.training import own_metrics
 from pipeline.training.callbacks import prepared, saves_or_goes_on, watchers_among
 from pipeline.training.executions import next_batches
@@ -213,7 +214,7 @@ class Trainer(ModelWithoutLayers):
             warnings.warn(
                 f"steps_per_execution={self.steps_per_execution} makes no step faster here, since {why}: they go one "
                 "by one, and callbacks are called as often as you asked",
-                stacklevel=2,
+                stacklevel=users_line(),
             )
 
     def train_step(self, data: Any) -> dict[str, Any]:

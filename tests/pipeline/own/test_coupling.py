@@ -95,6 +95,16 @@ def test_what_couples_in_training_only_is_named_when_training_begins() -> None:
 
 
 @pytest.mark.gate
+@pytest.mark.parametrize("call", ["fit", "train_on_batch", "verify"])
+def test_what_is_said_points_at_the_users_line(call: str) -> None:
+    with split(model(layers.BatchNormalization(), Centred())) as pipe:
+        with pytest.warns(UserWarning, match="layer 'centred' lets the samples") as told:
+            getattr(pipe, call)(X, Y, **{"fit": {"verbose": 0}, "verify": {"checks": "own"}}.get(call, {}))
+        assert any("takes its statistics from each microbatch" in str(one.message) for one in told)
+        assert {one.filename for one in told} == {__file__}
+
+
+@pytest.mark.gate
 def test_one_microbatch_is_keras_and_nothing_is_said() -> None:
     whole = model(Centred())
     with split(whole, microbatches=1) as pipe:

@@ -285,8 +285,9 @@ def test_a_layer_that_changes_itself_in_every_microbatch_is_named_once() -> None
     for microbatches in (3, 1):
         with split(model(Stepping(name="stepping")), microbatches=microbatches) as pipe:
             if microbatches > 1:
-                with pytest.warns(UserWarning, match=r"'stepping' changes .*/steps' .* each of 3 microbatches"):
+                with pytest.warns(UserWarning, match=r"'stepping' changes .*/steps' .* each of 3 microbatches") as told:
                     pipe.train_on_batch(*batch())
+                assert told[0].filename == __file__
             pipe.train_on_batch(*batch())
             pipe.test_on_batch(*batch())
 

@@ -169,8 +169,11 @@ def test_where_something_is_decided_between_steps_they_go_one_by_one_and_that_is
             if several == 1:
                 pipe.fit(X, Y, **data)
             else:
-                with pytest.warns(UserWarning, match="makes no step faster here, since the norm of all gradients"):
+                with pytest.warns(
+                    UserWarning, match="makes no step faster here, since the norm of all gradients"
+                ) as told:
                     pipe.fit(X, Y, **data)
+                assert told[0].filename == __file__
             found.append(states(pipe))
     assert found[0] == found[1]
 
