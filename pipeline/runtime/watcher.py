@@ -20,6 +20,7 @@ class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
 
     Attributes:
         step: Training steps begun so far, over all `fit`s of this callback.
+        arrived: When the batch that is looked at was there, before any watcher looked; seconds, monotonic.
         traces: Whether the step that is about to run is to be traced; asked after `before_step`.
         goes_last: Whether Keras calls it after all other callbacks.
     """
@@ -30,6 +31,7 @@ class StepWatcher(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.step = 0
+        self.arrived = 0.0
         self._epoch = self._batch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

@@ -1,7 +1,7 @@
 """Traces of real training steps: what each worker and this process did and when, for Perfetto and for TensorBoard.
 
-    callbacks of the step before │ data │ prepare │ send the batch │ wait for the workers │ decide, order the update
-    └── a turn of the training, from one step's end to the next one's ──────────────────────────────────────────┘
+    callbacks before │ data │ watch the batch │ prepare │ send the batch │ wait for workers │ decide, order the update
+    └── a turn of the training, from one step's end to the next one's ───────────────────────────────────────────────┘
 
 Only steps that are traced are noted, in the workers too; all others take not a moment longer.
 """
@@ -159,7 +159,7 @@ class TraceSteps(StepWatcher):
         self._begun = time.monotonic()
 
     def before_step(self, session: Session, data: tuple[Any, Any, Any]) -> str:
-        """The batch is there."""
+        """The batch is there, and others have looked at it."""
         super().before_step(session, data)
         if self._open and not self.traces:
             self._close()
@@ -193,7 +193,8 @@ class TraceSteps(StepWatcher):
         after = left is not None and left > self._begun  # within an execution of several steps: no callbacks between
         outside = [] if left is None or after else [("callbacks", left, self._begun)]
         data = left if left is not None and after else self._begun
-        outside += [("data", data, self._ready), ("prepare", self._ready, ordered)]
+        outside += [("data", data, self.arrived), ("watch the batch", self.arrived, self._ready)]
+        outside += [("prepare", self._ready, ordered)]
         driver = [DriverSpan(name, begin - zero, end - zero) for name, begin, end in outside]
         driver += [*events.driver, DriverSpan("decide, order the update", answered - zero, now - zero)]
         since = (self._begun if left is None else self._ready_before) - zero

@@ -7,6 +7,7 @@ model" in a callback (weights, saving, the learning rate, a metric's direction) 
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -224,6 +225,9 @@ class Trainer(ModelWithoutLayers):
         self._see(y)
         if self._run is not None and not self._run.takes(data):
             return self._run.saved_logs
+        arrived = time.monotonic()
+        for watcher in self._watchers:
+            watcher.arrived = arrived
         asked = [watcher.before_step(self.session, (x, y, sample_weight)) for watcher in self._watchers]
         observe, trace = next(filter(None, asked), ""), any(watcher.traces for watcher in self._watchers)
         result, size = self.session.steps.train(x, y, sample_weight, observe=observe, trace=trace)

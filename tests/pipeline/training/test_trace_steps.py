@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CompileError, Pipeline, TimelineError, TraceSteps
+from pipeline.runtime.watcher import StepWatcher
 from stages.worker.worker import Worker
 from tests import trace_events
 
@@ -68,7 +69,15 @@ def test_training_is_bit_for_bit_what_it_is_without_and_the_steps_are_there(tmp_
     sent = [e["args"] for e in trace_events.slices(written, "send") if e["args"]["from"] == "worker 0"]
     assert [each["bytes"] for each in sent] == [2 * 4 * 4] * 8  # two samples, four floats
     driver = {e["name"] for e in trace_events.slices(written, "driver")}
-    both = {"callbacks", "data", "prepare", "send the batch", "wait for the workers", "decide, order the update"}
+    both = {
+        "callbacks",
+        "data",
+        "watch the batch",
+        "prepare",
+        "send the batch",
+        "wait for the workers",
+        "decide, order the update",
+    }
     assert driver == both
     updates = [names[e["tid"]][:8] for e in trace_events.slices(written, "update")]
     assert sorted(updates) == ["worker 0"] * 3 + ["worker 1"] * 3  # before each step, and behind the last
@@ -230,3 +239,15 @@ def test_a_slow_callback_is_named(when):
     found = named(pipe_of(), slow)
     assert found.cause == "driver"
     assert "meanwhile it has: callbacks" in found.detail
+
+
+@pytest.mark.gate
+def test_what_looks_at_the_batch_is_named_and_not_the_data():
+    class Looks(StepWatcher):
+        def before_step(self, session, data):
+            time.sleep(4 * LONG)
+            return super().before_step(session, data)
+
+    found = named(pipe_of(), Looks())
+    assert found.cause == "driver"
+    assert "meanwhile it has: watch the batch" in found.detail
