@@ -19,6 +19,9 @@ from pipeline.errors import CheckpointError
 from pipeline.saving.folder import MANIFEST, is_ours, remove_leftovers
 
 _STATE = re.compile(r"step-(\d{9,})")
+_LOCKS: set[int] = set()
+"""Descriptors of locked folders. A lock lasts as long as any process has its descriptor: forked children
+close it."""
 
 
 def state_of_step(folder: Path, steps: int) -> Path:
@@ -49,15 +52,29 @@ def keep_last(folder: Path, count: int) -> None:
     remove_leftovers(folder, "step-*")
 
 
+def _leave_locks() -> None:
+    """In a forked child: the locks are its parent's."""
+    while _LOCKS:
+        with suppress(OSError):
+            os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Be the one training that writes into a folder, which is made if need be.
 
     Raises:
-        CheckpointError: Another one does.
+        CheckpointError: Another one does, or there can be no such folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"no training can be saved into the folder {folder}: {error.strerror}") from None
+    _LOCKS.add(lock)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +86,9 @@ def only_writer(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        os.close(lock)
+        if lock in _LOCKS:  # not in a forked child
+            _LOCKS.remove(lock)
+            os.close(lock)
 
 
 __all__ = ["keep_last", "only_writer", "state_of_step", "states"]

@@ -9,10 +9,14 @@ A callback of the user's says it by itself, with two methods, or keeps nothing b
         self.losses = state["losses"]
 
 One that keeps anything else is refused by name before training starts.
+
+The folder of a run may be another's. What it says replaces no method of a callback and no text that its constructor was
+given, which may be where it writes.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -67,12 +71,25 @@ class CallbackStates:
         self._begun = [_attributes(one) for one in self._callbacks]
 
     def read(self) -> list[dict[str, Any]]:
-        """What each knows now, plain data: its class, its state, and which attributes training has not changed."""
+        """What each knows now, plain data: its class, its state, and which attributes training has not changed.
+
+        Raises:
+            CompileError: One of them has changed text that its constructor was given.
+        """
         found = []
         for one, given, begun in zip(self._callbacks, self._given, self._begun, strict=True):
-            state = _read(one)
+            state, places = _read(one), _texts_given(one, given)
+            for name in places & set(begun):
+                if not same_bits(state.get(name), begun[name]):
+                    raise CompileError(
+                        f"the callback {type(one).__name__} has changed {name}, text that its constructor was given "
+                        "and that no folder may change, so training could not go on exactly; let it keep what changes "
+                        "in another attribute, or give it the methods state() and go_on_from(state)"
+                    )
             constant = [
-                name for name in state if name in begun and same_bits(state[name], given.get(name), begun[name])
+                name
+                for name in state
+                if name in begun and (name in places or same_bits(state[name], given.get(name), begun[name]))
             ]
             found.append({"class": type(one).__name__, "state": state, "constant": constant})
         return found
@@ -98,7 +115,13 @@ class CallbackStates:
                 _cut_log(one, was["state"])
 
     def go_on_from(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Give every callback what it knew; where an attribute is another one now by the user's will, say so."""
+        """Give every callback what it knew; where an attribute is another one now by the user's will, say so.
+
+        Raises:
+            CheckpointError: The folder would change more of a callback than what it may know.
+        """
+        for one, given, was in zip(self._callbacks, self._given, saved, strict=True):
+            _check_names(one, given, was)
         for one, was in zip(self._callbacks, saved, strict=True):
             state, constant = was["state"], set(was["constant"])
             if isinstance(one, keras.callbacks.CSVLogger):
@@ -122,6 +145,42 @@ class CallbackStates:
 def _speaks(callback: Any) -> bool:
     """Whether a callback has the two methods, and Keras has no such ones."""
     return callable(getattr(callback, "state", None)) and callable(getattr(callback, "go_on_from", None))
+
+
+def _texts_given(callback: Any, given: Mapping[str, Any]) -> set[str]:
+    """Which attributes are text, or have some in them, and are called as an argument of the constructor."""
+    made = [inspect.getattr_static(kind, "__init__") for kind in type(callback).__mro__]
+    named = {name for one in made if isinstance(one, types.FunctionType) for name in inspect.signature(one).parameters}
+    return {name for name, value in given.items() if name in named and _has_text(value)}
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_text(one) for one in value.values())
+    return isinstance(value, str | bytes) or (isinstance(value, list | tuple | set) and any(map(_has_text, value)))
+
+
+def _check_names(callback: Any, given: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse what a training does not save of a callback: methods, and where it writes.
+
+    Raises:
+        CheckpointError: There is such a thing.
+    """
+    if _speaks(callback) or isinstance(callback, keras.callbacks.CSVLogger):
+        return
+    places, now, known = _texts_given(callback, given), callback_attributes(callback), _attributes(callback)
+    counts_only = isinstance(callback, keras.callbacks.TensorBoard)
+    for name, value in saved["state"].items():
+        if name in saved["constant"] or (name == "monitor_op" and isinstance(value, str) and value in _COMPARES):
+            continue
+        of_class = inspect.getattr_static(type(callback), name, None)
+        code = isinstance(now.get(name), _CODE) or callable(of_class) or hasattr(of_class, "__get__")
+        of_keras = of_class is None and hasattr(callback, name) and name not in now
+        if name in places or code or of_keras or (counts_only and name not in known):
+            raise CheckpointError(
+                f"the saved training would set {name} of the callback {type(callback).__name__} to {value!r:.60}, "
+                "which no training saves: the folder was changed by others, or the callback's class is another one now"
+            )
 
 
 def _read(callback: Any) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class FitRun:
             raise CheckpointError(
                 f"the training saved in {self._resumed.path} has ended, after epochs={self._progress['epochs']}; to "
                 f"train on, take Pipeline.load({str(self._resumed.path)!r}) and fit(..., initial_epoch="
-                f"{self._progress['epochs']}, epochs={self._epochs})"
+                f"{self._progress['epochs']}, epochs={self._epochs}), with another folder for "
+                "PipelineCheckpoint(every=...)"
             )
 
     def _has_changed(self) -> bool:
@@ -150,8 +151,8 @@ class FitRun:
         if found and found[-1].resolve() != mine:
             self._held.close()
             raise CheckpointError(
-                f"{folder} has the states of another training, the last one {found[-1].name}; go on with it by "
-                f"Pipeline.resume({str(folder)!r}), or choose another folder"
+                f"{folder} has the states of another training, the last one {found[-1].name}; choose another "
+                f"folder, or, if that training has not ended, go on with it by Pipeline.resume({str(folder)!r})"
             )
 
     @property
@@ -386,8 +387,13 @@ class _Last(keras.callbacks.Callback):  # type: ignore[misc]
 
 def _written(content: Content, folder: Path, steps: int, keep: int) -> None:
     """Write one state, then remove those that are too old."""
-    write_content(content, real_place(state_of_step(folder, steps), overwrite=True))
-    keep_last(folder, keep)
+    try:
+        write_content(content, real_place(state_of_step(folder, steps), overwrite=True))
+        keep_last(folder, keep)
+    except OSError as error:
+        raise CheckpointError(
+            f"the training's state behind step {steps} could not be written into {folder}: {error.strerror or error}"
+        ) from error
 
 
 __all__ = ["FitRun"]

@@ -48,6 +48,7 @@ class BoundaryMemory:
     """
 
     def __init__(self, descriptor: int) -> None:
+        self._descriptor = -1
         self._descriptor = os.dup(descriptor)
         self._map()
 
@@ -62,7 +63,9 @@ class BoundaryMemory:
         return descriptor
 
     def close(self) -> None:
-        """Let go of the descriptor; what was read stays. Idempotent."""
+        """Let go of the memory, whoever still has this object; what was read stays. Idempotent."""
+        self._bytes = np.zeros(0, np.uint8)  # the map goes with its last view
+        self._fields = np.full((Region.COUNT, 2, _FIELDS), NEVER, np.int64)
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

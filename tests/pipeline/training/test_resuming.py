@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import keras
@@ -15,7 +16,11 @@ import pytest
 import tensorflow as tf
 
 from pipeline import CheckpointError, CompileError, Pipeline, PipelineCheckpoint
+from pipeline.saving import run_folder
+from pipeline.saving.checkpoint import Content
+from pipeline.saving.run_folder import only_writer
 from pipeline.training import fit_run
+from pipeline.training.callback_states import CallbackStates
 from tests.failures import GONE_SECONDS
 from tests.levels import in_turn
 from tests.pipeline.training import resumable
@@ -226,7 +231,7 @@ def test_what_could_not_go_on_exactly_is_refused_before_training(tmp_path, monke
         monkeypatch.undo()
         (tmp_path / "run" / "step-000000007").mkdir(parents=True)
         (tmp_path / "run" / "step-000000007" / "manifest.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="states of another training"):
+        with pytest.raises(CheckpointError, match=r"states of another training.*another folder, or, if .* not ended"):
             pipe.fit(resumable.X, resumable.Y, callbacks=keep, verbose=0)
     with pytest.raises(CompileError, match="every=0"):
         PipelineCheckpoint("run", every=0)
@@ -235,6 +240,83 @@ def test_what_could_not_go_on_exactly_is_refused_before_training(tmp_path, monke
     with pytest.raises(CheckpointError, match="received microbatches"):
         Pipeline.resume(tmp_path, microbatches=3)
     assert Pipeline.resume(tmp_path / "nothing", begin=lambda: "made") == "made"
+
+
+class Rotating(keras.callbacks.Callback):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.said, self.seen = folder, "nothing", 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.said, self.late = "something", [epoch]
+
+
+def test_a_folder_chooses_neither_where_callbacks_write_nor_what_they_do(tmp_path):
+    def given():
+        made = [
+            keras.callbacks.ModelCheckpoint(f"{tmp_path}/mine.keras"), keras.callbacks.EarlyStopping(),
+            keras.callbacks.LearningRateScheduler(float), Rotating(str(tmp_path)),
+        ]  # fmt: skip
+        states = CallbackStates(made)
+        states.train_begins()
+        return made, states
+
+    made, states = given()
+    made[-1].on_epoch_end(3)
+    saved = states.read()
+    others, again = given()
+    again.go_on_from(saved)
+    assert (others[-1].said, others[-1].late, others[-1].folder) == ("something", [3], str(tmp_path))
+    evil = [
+        (0, "filepath", "theirs.keras"), (0, "on_epoch_end", 1), (1, "model", None), (1, "monitor_op", None),
+        (1, "_model", None), (1, "__class__", 1), (2, "schedule", "float"), (3, "folder", "/theirs"),
+    ]  # fmt: skip
+    for place, name, value in evil:
+        told = [{**one, "constant": [k for k in one["constant"] if k != name]} for one in saved]
+        told[place]["state"] = {**told[place]["state"], name: value}
+        others, again = given()
+        if name == "monitor_op":  # chosen in the first epoch
+            others[1].monitor_op, value = keras.ops.less, "max"
+        before = repr([vars(one) for one in others])
+        with pytest.raises(CheckpointError, match=f"would set {name} of the callback"):
+            again.go_on_from(told)
+        assert repr([vars(one) for one in others]) == before
+    made[-1].folder = "elsewhere"
+    with pytest.raises(CompileError, match="Rotating has changed folder, text that its constructor was given"):
+        states.read()
+
+
+def test_a_folder_that_cannot_be_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, why in (("file", "File exists"), ("file/below", "Not a directory")):
+        with (
+            pytest.raises(CheckpointError, match=f"no training can be saved.*{folder}: {why}"),
+            only_writer(tmp_path / folder),
+        ):
+            pass
+    with pytest.raises(CheckpointError, match=r"behind step 7 could not be written into .*file"):
+        fit_run._written(Content({"stages": []}, {}), tmp_path / "file", 7, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_child_that_outlives_its_program_does_not_keep_the_folder(tmp_path):
+    reading, writing = os.pipe()
+    with only_writer(tmp_path):
+        held = max(run_folder._LOCKS)
+        child = os.fork()
+        if not child:
+            with suppress(OSError):
+                os.fstat(held)
+                os.write(writing, b"held")
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as said:
+            assert said.read() == b"", "the child has the lock's descriptor"
+        with pytest.raises(CheckpointError, match="another training writes"), only_writer(tmp_path):
+            pass
+    with only_writer(tmp_path):
+        pass
 
 
 PROGRAM = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,20 @@ def test_who_dies_while_writing_leaves_the_other_entry(memory, size):
     assert memory.read(Region.LARGE, 1) is None
     memory.write(Region.LARGE, 4, b"four", entry(4, 10))
     assert set(memory.stamps(Region.LARGE)) == {2, 4}, "the torn one's place is taken first"
+
+
+def test_what_is_closed_takes_no_memory_though_somebody_has_the_object(memory):
+    def maps():
+        return Path("/proc/self/maps").read_text().count("tapeline-boundary")
+
+    before = maps()
+    other = BoundaryMemory(memory._descriptor)
+    other.write(Region.LARGE, 1, b"", entry(1, 1_000_000))
+    read = other.read(Region.LARGE, None)[1]
+    assert maps() == before + 1
+    other.close()
+    assert maps() == before and set(other.stamps(Region.LARGE)) == {NEVER}
+    assert read[0] == 1 and len(read) == 1_000_001
 
 
 def test_another_process_sees_what_has_grown_and_nothing_of_what_was_forgotten(memory):
