@@ -120,6 +120,7 @@ class Confusion(keras.metrics.Metric):
 
 
 @pytest.mark.gate
+@pytest.mark.filterwarnings("ignore:the metric 'hits' .* counts in attributes of Python")
 def test_what_a_metric_keeps_in_attributes_counts_as_without_the_look() -> None:
     """Asked in public (tensorflow/tfx 2861); neither the look nor a verification leaves something in it."""
     x, y = X, np.eye(3, dtype="float32")[np.arange(len(X)) % 3]
