@@ -28,6 +28,7 @@ def test_contract(check, scheme, tmp_path):
     assert list(tmp_path.iterdir()) == []  # no socket file is left
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
 def test_contract_between_two_local_transports(check, tmp_path):
     """Within one, messages do not leave the process."""

@@ -341,6 +341,7 @@ def test_numbers_within_settings_are_refused_by_name() -> None:
         pipe.evaluate(X, Y, verbose=0)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("when", ["before compile", "before the first training"])
 def test_what_is_changed_after_the_split_and_before_the_workers_start_is_trained(when: str) -> None:
     """Weights, statistics, attributes, functions, regularisers, constraints, rates, frozen layers: all at once."""

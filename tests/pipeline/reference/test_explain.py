@@ -220,6 +220,7 @@ def test_pipe_explain(transport: str) -> None:
         assert gradient is after[name] is None or gradient.tobytes() == after[name].tobytes()
 
 
+@pytest.mark.gate
 @settings(max_examples=examples(3, 5, 40), suppress_health_check=[HealthCheck.too_slow])
 @given(sketches())
 def test_random_graphs_are_explained_as_their_gradients_are(sketch: Any) -> None:

@@ -68,7 +68,7 @@ def run(optimizer: Callable[[], Any], run_eagerly: bool) -> tuple[list[np.ndarra
         return before, ours, tape.weights()
 
 
-@pytest.mark.parametrize("name", in_turn(list(EXACT), 4, 10))
+@pytest.mark.parametrize("name", in_turn(list(EXACT), 3, 10))
 def test_equals_one_optimizer_bit_for_bit(name: str) -> None:
     """Clipping per variable, schedules, averages, accumulation, decay: the same bits in every weight."""
     before, ours, theirs = run(EXACT[name], True)

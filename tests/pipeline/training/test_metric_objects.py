@@ -52,6 +52,7 @@ def metrics() -> list[Any]:
     return ["accuracy", keras.metrics.SparseCategoricalCrossentropy(name="ce"), iou]
 
 
+@pytest.mark.gate
 @pytest.mark.filterwarnings("ignore:the metric 'size' inside of a layer counts every microbatch:UserWarning")
 @pytest.mark.parametrize(
     ("run_eagerly", "recompute"), in_turn([(True, True), (False, True), (False, False)], 1, 2, several=True)

@@ -51,6 +51,7 @@ def trained(pipe, **arguments):
     return history, [array for part in values for array in part], after, drawn
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("eager", in_turn([True, False], 1, 2), ids=["eager", "compiled"])
 def test_training_is_bit_for_bit_that_without_it(eager):
     """Two epochs of a shuffled data set with a smaller last batch; every step verified, its updates too."""
