@@ -17,6 +17,7 @@ from pipeline.commands import keys as keys_command
 from pipeline.commands import party as party_command
 from pipeline.commands import psi as psi_command
 from pipeline.commands import verify as verify_command
+from pipeline.commands.parsers import parser_of
 from pipeline.commands.quiet import import_quietly
 
 _ABOUT = "Train one Keras model across several processes, with every gradient explicit, exact and provable."
@@ -114,13 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Callable[..., int], about: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=about,
-        description=about[0].upper() + about[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(commands, name, about, example)
     parser.set_defaults(run=run)
     return parser
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipeline.commands.parsers import parser_of
+
 _DEEDS = {
     "new": ("make a key pair", "tapeline keys new hospital"),
     "trust": ("pin the public key of another party", "tapeline keys trust lab.pub"),
@@ -17,13 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     deeds = parser.add_subparsers(dest="deed", metavar="deed", required=True)
     for name, (about, example) in _DEEDS.items():
-        deed = deeds.add_parser(
-            name,
-            help=about,
-            description=about[0].upper() + about[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        deed = parser_of(deeds, name, about, example)
         deed.add_argument("--keys", type=Path, metavar="FOLDER", help="default: $TAPELINE_KEYS, else ~/.tapeline")
         if name in ("new", "revoke"):
             deed.add_argument("name", help="the party's name: letters, digits, - and _")

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands.parsers import parser_of
 from pipeline.commands.verify import imported
 
 _DEEDS = {
@@ -33,13 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     deeds = parser.add_subparsers(dest="deed", metavar="deed", required=True)
     for name, (about, example) in _DEEDS.items():
-        deed = deeds.add_parser(
-            name,
-            help=about,
-            description=about[0].upper() + about[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        deed = parser_of(deeds, name, about, example)
         deed.add_argument("plan", type=Path, help="the plan, a TOML file")
         if name == "rehearse":
             deed.add_argument(

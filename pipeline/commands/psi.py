@@ -6,6 +6,8 @@ import argparse
 import csv
 from pathlib import Path
 
+from pipeline.commands.parsers import parser_of
+
 _DEEDS = {
     "serve": (
         "wait for the other party and find the rows that both have",
@@ -22,13 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     deeds = parser.add_subparsers(dest="deed", metavar="deed", required=True)
     for name, (about, example) in _DEEDS.items():
-        deed = deeds.add_parser(
-            name,
-            help=about,
-            description=about[0].upper() + about[1:] + ".",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        deed = parser_of(deeds, name, about, example)
         deed.add_argument("ids", help="a text file with an id in each line, or FILE.csv:COLUMN")
         deed.add_argument("--as", dest="name", required=True, metavar="NAME", help="which party this is")
         deed.add_argument("--with", dest="peer", required=True, metavar="NAME", help="the other party")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.norms.flags import EXPLODING, NOT_FINITE, VANISHING, Boundary
 from pipeline.norms.text import norms_in_a_line
-from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, write_undated
 from stages.worker.observers import ACTIVATION, GRADIENT
 
 if TYPE_CHECKING:
@@ -40,13 +40,8 @@ _MARKED = 40
 
 def save_norms(norms: BoundaryNorms, path: Path) -> Path:
     """Draw and save; missing folders are made. Equal norms give equal files."""
-    from matplotlib import rc_context
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        without_controls(norms_figure(norms)).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
-    return path
+    return write_undated(norms_figure(norms), path)
 
 
 def norms_figure(norms: BoundaryNorms) -> Figure:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from pipeline.errors import PartyPlanError
+from pipeline.parties.row_ids import id_bytes
 
 
 class Party:
@@ -99,12 +100,10 @@ def _encoded(ids: Any) -> list[bytes]:
     """Each id as bytes that only it has: 1 and "1" are two ids."""
     found = []
     for one in ids.tolist() if isinstance(ids, np.ndarray) else list(ids):
-        if isinstance(one, str):
-            found.append(b"s" + one.encode("utf-8", "surrogatepass"))
-        elif isinstance(one, int | np.integer) and not isinstance(one, bool):
-            found.append(b"i" + str(int(one)).encode())
-        else:
+        said = id_bytes(one)
+        if said is None:
             raise PartyPlanError(f"ids are strings or whole numbers, received {one!r:.80}")
+        found.append(said)
     if len(set(found)) != len(found):
         raise PartyPlanError(f"ids must be there once each; {len(found) - len(set(found))} are repeated")
     return found

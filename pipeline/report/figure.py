@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.report.layout import BOX, CHIP, STATES, WORDS, Arrow, Box, Picture, picture, shortened, worst_state
 from pipeline.report.svg import arrow_head
-from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
+from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, write_undated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,16 +46,7 @@ def save_figure(report: Report, path: Path) -> Path:
     Returns:
         The path.
     """
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        without_controls(figure(report)).savefig(path, dpi=DPI, facecolor=PAPER, metadata=_undated(path))
-    return path
-
-
-def _undated(path: Path) -> dict[str, Any]:
-    """Equal reports give equal files."""
-    return {"Date": None} if path.suffix.lower() == ".svg" else {}
+    return write_undated(figure(report), path)
 
 
 def figure(report: Report) -> Figure:

@@ -91,6 +91,16 @@ def timeline_figure(
     return figure
 
 
+def write_undated(figure: Figure, path: Path) -> Path:
+    """Save a figure where the suffix says how (png, svg, pdf), its texts printable; equal figures give equal files."""
+    from matplotlib import rc_context
+
+    undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
+        without_controls(figure).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
+    return path
+
+
 def without_controls(figure: Figure) -> Figure:
     """The figure, with all texts as they can be printed: a control character makes an SVG that no reader opens."""
     from matplotlib.text import Text

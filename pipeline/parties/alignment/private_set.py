@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from pipeline.errors import DataError
+from pipeline.parties.row_ids import id_bytes
 
 POINT: Final = 32
 """Bytes of a point."""
@@ -137,11 +138,8 @@ def id_hash(one: Any) -> bytes:
     """
     item = getattr(one, "item", None)
     value = item() if callable(item) else one  # of NumPy
-    if isinstance(value, str):
-        said = b"s" + value.encode("utf-8", "surrogatepass")
-    elif isinstance(value, int) and not isinstance(value, bool):
-        said = b"i" + str(value).encode()
-    else:
+    said = id_bytes(value)
+    if said is None:
         raise DataError(f"a row id must be text or a whole number, received {type(value).__name__}")
     return hashlib.blake2b(_TAG + said).digest()
 

@@ -118,7 +118,7 @@ def by_chance(
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
-def embedding_leaks(activations: Any, labels: Any, seed: int = 0) -> dict[str, float]:
+def embedding_leaks(activations: Any, labels: Any, seed: int = 0, clusters: bool = True) -> dict[str, float]:
     """How well activations alone tell the classes, as their receiver may ask at prediction time too.
 
     Half of the rows, drawn by `seed`, teach a logistic regression, which is asked about the other half; two-means (as
@@ -128,6 +128,7 @@ def embedding_leaks(activations: Any, labels: Any, seed: int = 0) -> dict[str, f
         activations: z of the rows at a cut (n, ...).
         labels: As for `gradient_leaks`.
         seed: Of the halves and of the means.
+        clusters: Whether to look for clusters, too.
 
     Returns:
         {"logistic": area under the curve, 0.5 to 1, the worst class; "clusters": accuracy of the best way to name the
@@ -155,6 +156,8 @@ def embedding_leaks(activations: Any, labels: Any, seed: int = 0) -> dict[str, f
     model = learn.pipeline.make_pipeline(*steps).fit(rows[taught], classes[taught])
     told = model.predict_proba(rows[~taught])
     areas = [_either_way(told[:, k], classes[~taught] == name) for k, name in enumerate(model.classes_)]
+    if not clusters:
+        return {"logistic": max(areas)}
     means = learn.cluster.KMeans(len(names), n_init=4, random_state=seed).fit_predict(model[0].transform(rows))
     table = np.array([[np.sum((means == k) & (classes == name)) for name in names] for k in range(len(names))])
     return {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.parties.leakage.leak import Leak, read_of_all
 from pipeline.parties.leakage.leak_text import leaks_in_a_line, series_of, tensor_name
-from pipeline.report.timeline_figure import DPI, FAINT, INK, PAPER, without_controls
+from pipeline.report.timeline_figure import DPI, FAINT, INK, write_undated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,13 +31,8 @@ _SAID = 118
 
 def save_leaks(meter: LeakMeter, path: Path) -> Path:
     """Draw and save; missing folders are made. Equal leaks give equal files."""
-    from matplotlib import rc_context
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    with rc_context({"svg.hashsalt": "tapeline", "svg.fonttype": "none"}):
-        without_controls(leak_figure(meter)).savefig(path, dpi=DPI, facecolor=PAPER, metadata=undated)
-    return path
+    return write_undated(leak_figure(meter), path)
 
 
 def leak_figure(meter: LeakMeter) -> Figure:

@@ -170,7 +170,8 @@ def _measured(what: str, kind: str, rows: Array, truth: Array, seed: int) -> dic
         classes_of(truth)
         attack = gradient_leaks if what == GRADIENT else partial(embedding_leaks, seed=seed)
         values = attack(rows, truth)
-        chance = by_chance(attack, rows, truth, seed, _DEALT[what]) if values else {}
+        dealt = gradient_leaks if what == GRADIENT else partial(embedding_leaks, seed=seed, clusters=False)
+        chance = by_chance(dealt, rows, truth, seed, _DEALT[what]) if values else {}
         return {
             name: (value, None if BY_NAME[name].nothing is None else chance[name]) for name, value in values.items()
         }
